@@ -1,0 +1,51 @@
+"""Swap the normalisation layers of Hugging Face models."""
+
+import importlib
+
+from .auto import register_configurations
+
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded on first use: importing the package costs no more than importing transformers.
+_HOMES = {
+    "modeling.norms": [
+        "BatchNorm",
+        "BatchStatisticNorm",
+        "LayerNorm",
+        "Moments",
+        "Norm",
+        "PowerNorm",
+        "PowerNormV",
+        "RMSNorm",
+        "RegularizedBatchNorm",
+        "Statistics",
+        "available_norms",
+        "get_norm",
+        "masked_moments",
+        "register_norm",
+    ],
+    "modeling.recompute": ["tape_checkpoint"],
+    "modeling.sites": ["NormSite", "find_norms"],
+    "modeling.swap_config": ["NormSwapConfig"],
+    "statistics": ["defer_norm_statistics", "norm_penalty", "sync_norm_statistics"],
+    "surgery": ["restore_norm", "swap_norm"],
+    "trainer": ["NormSwapSeq2SeqTrainer", "NormSwapTrainer"],
+    "training_args": ["NormSwapSeq2SeqTrainingArguments", "NormSwapTrainingArguments"],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(["__version__", *_HOME])  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__
+
+
+register_configurations()

@@ -1,0 +1,61 @@
+"""Batch normalisation over the real tokens of a batch."""
+
+import torch
+
+from .discrepancy import Statistics
+from .moments import Moments
+from .norm import BatchStandardize, BatchStatisticNorm
+from .registry import register_norm
+
+
+@register_norm("batchnorm", "bn", "masked_batchnorm")
+class BatchNorm(BatchStatisticNorm):
+    """Masked batch normalisation (Ioffe and Szegedy, 2015): `y = γ (x − μ_B) / √(σ_B² + ε) + β`.
+
+    μ_B and σ_B² (biased) are over the real tokens of the batch; the gradient goes through both. In evaluation the
+    running pair takes their place, and the layer is one affine map per channel.
+
+    Args:
+        num_features (`int`): number of channels.
+        eps (`float`, *optional*, defaults to 1e-5): added to the variance.
+        momentum (`float`, *optional*, defaults to 0.1): weight of a batch in the running values.
+        bias (`bool`, *optional*, defaults to `True`): whether there is a shift β.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_normswap import BatchNorm
+    >>> norm = BatchNorm(1, eps=0.0)
+    >>> x = torch.tensor([[[0.0], [4.0], [1000.0]]])
+    >>> norm(x, torch.tensor([[True, True, False]]))[0, :2].flatten().tolist()
+    [-1.0, 1.0]
+
+    ```
+    """
+
+    running = {"running_mean": 0.0, "running_var": 1.0}
+    penalized = False  # whether the batch's statistics keep their graph for a penalty
+
+    def batch_values(self, moments):
+        return {"running_mean": moments.mean, "running_var": moments.var}
+
+    def normalize(self, x, mask):
+        if not self.training:
+            self.statistics = None
+            return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+        running, is_first_run = self.frozen_running()
+        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, True)
+        if is_first_run:
+            self.observe(Moments(*moments), running)
+        return x_hat
+
+    def observe(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
+        """Keep the batch's statistics for the penalty and the TID, and track them."""
+        pairs = zip(self.batch_values(moments).values(), running.values(), strict=False)
+        # Without a real token there is no discrepancy.
+        batch = [torch.where(moments.count > 0, value, before) for value, before in pairs]
+        if not self.penalized:
+            batch = [value.detach() for value in batch]
+        self.statistics = Statistics(*batch, running["running_mean"], running["running_var"])
+        self.track(moments)

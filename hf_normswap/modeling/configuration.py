@@ -1,0 +1,98 @@
+"""Configurations of swapped models: those of transformers and one field, `norm_swap`, that says what was swapped."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
+
+
+FORMAT_VERSION = 1
+
+
+class NormSwapConfigMixin:
+    """Makes a configuration of transformers that of a swapped model.
+
+    `norm_swap` is a JSON object: `format_version`, and `norms`, a list of objects `norm` (registered name), `options`
+    and `modules` (paths of the modules in a model with a head).
+    """
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("model_type", None)  # that of a stock config.json would shadow ours and be saved back
+        fusions = kwargs.pop("fusion_config", None) or {}
+        if fusions := {name: value for name, value in fusions.items() if name != "hf_normswap"}:
+            kwargs["fusion_config"] = fusions
+        super().__post_init__(**kwargs)
+        self.validate_norm_swap()
+        self.register_models()
+
+    def validate_norm_swap(self):
+        """Checks the shape of `norm_swap`; the norms themselves are checked when the model is built.
+
+        Raises:
+            ValueError: when it comes from a newer version or has entries of no meaning.
+        """
+        record = self.norm_swap
+        if record is None:
+            return
+        version = record.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"This model was saved in format {version!r} of norm_swap and this hf_normswap reads up to "
+                f"{FORMAT_VERSION}: upgrade hf_normswap."
+            )
+        unknown = set(record) - {"format_version", "norms"}
+        unknown |= {key for entry in record.get("norms", []) for key in set(entry) - {"norm", "options", "modules"}}
+        if unknown:
+            raise ValueError(
+                f"norm_swap in the model's configuration has unknown entries {sorted(unknown)}: remove them."
+            )
+
+    @staticmethod
+    def register_models():
+        """Called with every configuration: the installed package enters the model classes in the Auto classes."""
+
+    def to_dict(self):
+        # An unknown fusion makes the stock classes raise, where they would load LayerNorms with a mere warning.
+        output = super().to_dict()
+        return {**output, "fusion_config": {**(output.get("fusion_config") or {}), "hf_normswap": False}}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Save the configuration, and beside it the code that loads the model where this package is not installed."""
+        from .travel import auto_map, write_code
+
+        self.auto_map = auto_map(type(self))
+        write_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+@strict
+class NormSwapBertConfig(NormSwapConfigMixin, BertConfig):
+    """[`BertConfig`] of a swapped model."""
+
+    model_type = "normswap_bert"
+    norm_swap: dict | None = None
+
+
+@strict
+class NormSwapRobertaConfig(NormSwapConfigMixin, RobertaConfig):
+    """[`RobertaConfig`] of a swapped model."""
+
+    model_type = "normswap_roberta"
+    norm_swap: dict | None = None
+
+
+@strict
+class NormSwapMarianConfig(NormSwapConfigMixin, MarianConfig):
+    """[`MarianConfig`] of a swapped model."""
+
+    model_type = "normswap_marian"
+    norm_swap: dict | None = None
+
+
+@strict
+class NormSwapGPT2Config(NormSwapConfigMixin, GPT2Config):
+    """[`GPT2Config`] of a swapped model."""
+
+    model_type = "normswap_gpt2"
+    norm_swap: dict | None = None
+
+
+CONFIGS = (NormSwapBertConfig, NormSwapRobertaConfig, NormSwapMarianConfig, NormSwapGPT2Config)

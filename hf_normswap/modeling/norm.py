@@ -1,0 +1,237 @@
+"""What all norms share: gain and shift, precision, padding; and running statistics of those that use the batch."""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .discrepancy import Statistics
+from .moments import Moments, masked_moments, merge_moments, sum_tokens
+from .recompute import replay_or_record, snapshot
+from .token_mask import current_mask
+
+
+class Norm(nn.Module):
+    """Base of every norm of the registry: `y = weight · normalize(x) + bias` over the last dimension.
+
+    A subclass implements [`Norm.normalize`]; its keyword arguments are the options of
+    [`NormSwapConfig`](hf_normswap.NormSwapConfig). Computation is at least float32, the output has the dtype of the input.
+
+    Args:
+        num_features (`int`): number of channels C.
+        eps (`float`, *optional*, defaults to 1e-5): added to the squared quantity, inside the root.
+        bias (`bool`, *optional*, defaults to `True`): whether there is a shift.
+    """
+
+    norm_name: str  # set by register_norm
+    keeps_eps = False  # whether a swap takes the eps of the layer it replaces
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
+
+    def normalize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Normalised tokens x̂, before gain and shift.
+
+        Args:
+            x (`torch.Tensor` of shape `(..., C)`): activations, float32 or float64.
+            mask (`torch.Tensor` of shape `(...)`, *optional*): True at real tokens; `None` when all are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement normalize(x, mask).")
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise `x` of shape `(..., C)`; `mask` `(...)` is that of the running model call where it is not given."""
+        if mask is None:
+            mask = current_mask(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = self.select_finite(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+            y = self.normalize(values, mask) * self.weight
+            if self.bias is not None:
+                y = y + self.bias
+        return y.to(x.dtype)
+
+    @staticmethod
+    def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Zeroes pads that would poison the gradient of the gain (0 · NaN), and leaves all other positions alone."""
+        if mask is None:
+            return x
+        bound = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5
+        return torch.where(mask.unsqueeze(-1) | (x.abs() < bound), x, 0)
+
+    @classmethod
+    def default_options(cls, config) -> dict:
+        """Options that depend on the transformers `config` of the model whose norms are swapped."""
+        return {}
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Names of the options, of this class and its bases."""
+        names = set()
+        for base in cls.__mro__:
+            if issubclass(base, Norm):
+                parameters = inspect.signature(base.__init__).parameters.values()
+                names |= {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return names - {"device", "dtype"}
+
+    def initialize(self) -> None:
+        """Set parameters and statistics to their start, except those just loaded from a checkpoint."""
+        init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def _apply(self, fn, recurse=True):
+        statistics = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, old in statistics.items():
+            new = self._buffers[name]
+            if new.dtype.itemsize < old.dtype.itemsize and not new.is_meta:
+                self._buffers[name] = old.to(new.device)  # .half() and .bfloat16() never demote a statistic
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+class BatchStatisticNorm(Norm):
+    """Base of the norms that normalise with statistics of the batch and keep running ones for inference.
+
+    A subclass names its buffers in `running` and says in [`BatchStatisticNorm.batch_values`] what a batch contributes
+    to each. They are float32 at least, whatever the model's dtype.
+
+    In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
+    what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
+
+    Args:
+        momentum (`float`, *optional*, defaults to 0.1): weight of the batch in `r ← (1 − momentum) r + momentum · batch`.
+    """
+
+    running: dict[str, float]  # buffer name: value at the start
+
+    def __init__(self, num_features: int, *, momentum: float = 0.1, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.momentum = momentum
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        device = self.weight.device
+        for name, value in self.running.items():
+            self.register_buffer(name, torch.full((num_features,), value, dtype=dtype, device=device))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self._register_pending("pending", dtype, device)
+        self.deferred = False
+        self.statistics: Statistics | None = None
+
+    def _register_pending(self, name, dtype, device):
+        self.register_buffer(
+            name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
+        )
+
+    def initialize(self) -> None:
+        super().initialize()
+        for name, value in self.running.items():
+            init.constant_(getattr(self, name), value)
+        init.zeros_(self.num_batches_tracked)
+        self.discard_pending()
+
+    def discard_pending(self) -> None:
+        """Forget what was pooled since the last update."""
+        init.zeros_(self.pending)
+
+    def batch_values(self, moments: Moments) -> dict[str, torch.Tensor]:
+        """The batch's value of each buffer in `running`, of shape `(C,)`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement batch_values(moments).")
+
+    def frozen_running(self) -> tuple[dict[str, torch.Tensor], bool]:
+        """The running values from before this batch, and whether this is the first run of the forward."""
+        names = [*self.running, "num_batches_tracked"]
+        return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in names})
+
+    def track(self, moments: Moments) -> None:
+        """Take the batch into the running values: at once, or pooled while `deferred`."""
+        with torch.no_grad():
+            moments = Moments(*(value.detach() for value in moments))
+            if not self.deferred:
+                self.update_statistics(moments)
+                return
+            pair = torch.stack([self.pending, moments.pack()])
+            self.pending.copy_(merge_moments(Moments.unpack(pair)).pack())
+
+    def update_weight(self) -> float | torch.Tensor:
+        """Weight of the batch in the next update."""
+        return self.momentum
+
+    @torch.no_grad()
+    def update_statistics(self, moments: Moments) -> None:
+        """One update of the running values; none where there are no tokens or a value is not finite."""
+        values, weight = self.batch_values(moments), self.update_weight()
+        valid = moments.count > 0
+        for value in values.values():
+            valid = valid & value.isfinite().all()
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(valid, buffer + weight * (value - buffer), buffer))
+        self.num_batches_tracked.add_(valid.to(torch.long))
+
+    def __getstate__(self):
+        # Part of an autograd graph: it can be neither pickled nor copied.
+        return {**self.__dict__, "statistics": None}
+
+
+class PowerStatisticNorm(BatchStatisticNorm):
+    """Base of the norms on the second moment ψ² = mean(x²), `running_power`, without a mean (PN-V, PowerNorm)."""
+
+    running = {"running_power": 1.0}
+
+    def batch_values(self, moments):
+        return {"running_power": moments.power}
+
+    def observe(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
+        """Keep the batch's ψ² for the TID, and track it."""
+        power = torch.where(moments.count > 0, moments.power, running["running_power"])
+        self.statistics = Statistics(None, power.detach(), None, running["running_power"])
+        self.track(moments)
+
+
+class BatchStandardize(torch.autograd.Function):
+    """x̂ of a batch in its own statistics, with the exact gradient.
+
+    `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The mean and the variance
+    are outputs too, differentiable when centered. At a pad the output is the same affine map, with its plain gradient.
+    """
+
+    @staticmethod
+    def forward(x, mask, eps, centered):
+        moments = masked_moments(x, mask)
+        if centered:
+            x_hat = (x - moments.mean) * torch.rsqrt(moments.var + eps)
+        else:
+            x_hat = x * torch.rsqrt(moments.power + eps)
+        return x_hat, *moments
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, mask, eps, ctx.centered = inputs
+        x_hat, *rest = output
+        moments = Moments(*rest)
+        inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + eps)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(moments.count, *(() if ctx.centered else moments[1:]))
+        ctx.save_for_backward(x_hat, mask, inverse, moments.count.clamp(min=1))
+
+    @staticmethod
+    def backward(ctx, g, g_count, g_mean, g_m2):
+        x_hat, mask, inverse, count = ctx.saved_tensors
+        real = torch.zeros_like(x_hat)  # the way through the statistics, which only real tokens have
+        if g is not None:
+            real = -x_hat * (sum_tokens(g * x_hat, mask) / count)
+            if ctx.centered:
+                real = real - sum_tokens(g, mask) / count
+            real = real * inverse
+        if g_mean is not None:
+            real = real + g_mean / count
+        if g_m2 is not None:
+            real = real + 2 * g_m2 * x_hat / inverse
+        if mask is not None:
+            real = torch.where(mask.unsqueeze(-1), real, 0)
+        return real if g is None else g * inverse + real, None, None, None

@@ -1,0 +1,92 @@
+"""Activation checkpointing runs a block a second time inside backward.
+
+The second run must see the mask scope and the running statistics of the first, and must not update anything: the first
+run records them on a tape, the second replays it.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from .token_mask import SCOPE
+
+
+def tape_checkpoint(function: Callable, refuse_compile: bool = True) -> Callable:
+    """Wrap an activation checkpoint function (`torch.utils.checkpoint.checkpoint` or a partial of it).
+
+    Exact with `use_reentrant` true and false, on the autograd threads of a GPU too. Pass it to what does its own
+    checkpointing; `model.activation_checkpointing_enable()` of a swapped model does so by itself.
+
+    Raises:
+        RuntimeError: on a call inside `torch.compile`, which cannot keep the two runs apart.
+    """
+
+    @functools.wraps(function)
+    def checkpoint(block, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            if refuse_compile:
+                raise RuntimeError(
+                    "Batch statistics cannot be kept under torch.compile together with activation checkpointing: "
+                    "turn one of the two off."
+                )
+            return function(block, *args, **kwargs)
+        masks, tape, runs = list(SCOPE.masks), [], 0
+
+        def run(*args, **kwargs):
+            nonlocal runs
+            runs += 1
+            outer = SCOPE.masks, SCOPE.tape
+            SCOPE.masks = list(masks)
+            SCOPE.tape = ("record", tape) if runs == 1 else ("replay", list(tape))
+            try:
+                return block(*args, **kwargs)
+            finally:
+                SCOPE.masks, SCOPE.tape = outer
+
+        return function(run, *args, **kwargs)
+
+    checkpoint.is_taped = True
+    return checkpoint
+
+
+def replay_or_record(make: Callable):
+    """What `make()` returned in the first run of this block, and whether this is the first run.
+
+    Raises:
+        RuntimeError: in a recompute that no tape announced.
+    """
+    if SCOPE.tape is None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "A norm is being recomputed inside backward without a record of its first run: enable checkpointing "
+                "with model.activation_checkpointing_enable() (TrainingArguments(gradient_checkpointing=True)) on the "
+                "swapped model, not through FSDP or checkpoint_wrapper."
+            )
+        return make(), True
+    mode, items = SCOPE.tape
+    if mode == "replay":
+        return items.pop(0), False
+    value = make()
+    items.append(value)
+    return value, True
+
+
+if not hasattr(torch.ops.hf_normswap, "snapshot"):  # the file may be imported twice: installed, and from the Hub
+
+    @torch.library.custom_op("hf_normswap::snapshot", mutates_args=())
+    def _snapshot(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @_snapshot.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+
+def snapshot(buffer: torch.Tensor) -> torch.Tensor:
+    """A copy of `buffer` as it is now.
+
+    In a compiled graph an ordinary clone of a buffer that is updated later in the same graph may be recomputed in the
+    backward, from the updated values (pytorch#197039): an opaque operator is never recomputed.
+    """
+    return torch.ops.hf_normswap.snapshot(buffer) if torch.compiler.is_compiling() else buffer.clone()

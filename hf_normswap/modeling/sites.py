@@ -1,0 +1,175 @@
+"""Which module of which model is which norm: one declarative table, and nothing else knows a module path."""
+
+import functools
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from .norm import Norm
+
+
+# model_type: prefix of the base model, stack, and what each path (below a model with a head) is.
+# {stack} stands for the stack where a model has two, {i} for the layer.
+_ENCODER_LAYER = {
+    "embedding": "embeddings.LayerNorm",
+    "attention": "encoder.layer.{i}.attention.output.LayerNorm",
+    "cross_attention": "encoder.layer.{i}.crossattention.output.LayerNorm",
+    "ffn": "encoder.layer.{i}.output.LayerNorm",
+}
+_SITES = {
+    "bert": ("bert", "post", _ENCODER_LAYER, {"head": "cls.predictions.transform.LayerNorm"}),
+    "roberta": ("roberta", "post", _ENCODER_LAYER, {"head": "lm_head.layer_norm"}),
+    "marian": (
+        "model",
+        "post",
+        {
+            "attention": "{stack}.layers.{i}.self_attn_layer_norm",
+            "cross_attention": "{stack}.layers.{i}.encoder_attn_layer_norm",
+            "ffn": "{stack}.layers.{i}.final_layer_norm",
+        },
+        {},
+    ),
+    "gpt2": (
+        "transformer",
+        "pre",
+        {
+            "attention": "h.{i}.ln_1",
+            "cross_attention": "h.{i}.ln_cross_attn",
+            "ffn": "h.{i}.ln_2",
+            "final": "ln_f",
+        },
+        {},
+    ),
+}
+
+STACKS = ("encoder", "decoder")
+BLOCK_SUBLAYERS = ("attention", "cross_attention", "ffn")
+OTHER_SUBLAYERS = ("embedding", "head", "final")
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """One norm of a model.
+
+    Attributes:
+        name (`str`): path of the module in this model.
+        path (`str`): its path in a model with a head, the same for every head of the family; what is saved.
+        module (`torch.nn.Module`): the norm.
+        stack (`str`): `"encoder"` or `"decoder"`.
+        sublayer (`str`): `"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"` or `"final"`.
+        layer (`int`, *optional*): index of the block; `None` outside the blocks.
+        placement (`str`, *optional*): `"post"` or `"pre"`; `None` outside the blocks.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    stack: str
+    sublayer: str
+    layer: int | None
+    placement: str | None
+
+    @property
+    def kind(self) -> str:
+        """Registered name of the norm; `"layernorm"` for that of PyTorch."""
+        return getattr(self.module, "norm_name", "layernorm")
+
+    def is_in(self, where: str) -> bool:
+        """Whether the site belongs to `where`, one of [`where_names`]."""
+        stack, _, sublayer = where.rpartition(".")
+        if stack:
+            return self.stack == stack and self.sublayer == sublayer
+        in_block = self.sublayer in BLOCK_SUBLAYERS
+        return (
+            where == "all"
+            or where == self.sublayer
+            or (where == "blocks" and in_block)
+            or (where == self.stack and in_block)
+        )
+
+
+class NormSites(list):
+    """A list of [`NormSite`] that prints as a table."""
+
+    def __str__(self):
+        rows = [("norm", "stack", "sublayer", "layer", "placement", "name")]
+        rows += [(s.kind, s.stack, s.sublayer, s.layer, s.placement, s.name) for s in self]
+        cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        )
+
+
+def where_names() -> list[str]:
+    """What `where` may name: groups, stacks, sublayers, and `stack.sublayer`."""
+    pairs = [f"{stack}.{sublayer}" for stack in STACKS for sublayer in (*BLOCK_SUBLAYERS, *OTHER_SUBLAYERS)]
+    return ["blocks", "all", *STACKS, *BLOCK_SUBLAYERS, *OTHER_SUBLAYERS, *pairs]
+
+
+def family_of(model_type: str) -> str:
+    """`"bert"` for `"bert"` and for its swapped `"normswap_bert"`."""
+    return model_type.removeprefix("normswap_")
+
+
+def find_norms(model: nn.Module) -> NormSites:
+    """Every norm of a BERT, RoBERTa, Marian or GPT-2 model of transformers, with any head, swapped or not.
+
+    Returns:
+        `NormSites`: a list of [`NormSite`] in the order of the modules; print it for a table.
+
+    Raises:
+        ValueError: when the model is of another family.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForMaskedLM
+    >>> from hf_normswap import find_norms
+    >>> model = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+    >>> [site.sublayer for site in find_norms(model)]
+    ['embedding', 'attention', 'ffn', 'head']
+
+    ```
+    """
+    family = _family_in_table(model)
+    prefix = _SITES[family][0]
+    is_base = model.base_model is model and not hasattr(model, prefix)
+    one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
+    sites = NormSites()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.LayerNorm | Norm):
+            continue
+        path = f"{prefix}.{name}" if is_base else name
+        for sublayer, placement, pattern in _patterns(family):
+            if match := pattern.fullmatch(path):
+                found = match.groupdict()
+                layer = int(found["i"]) if "i" in found else None
+                sites.append(NormSite(name, path, module, found.get("stack", one_stack), sublayer, layer, placement))
+    return sites
+
+
+def is_site(model: nn.Module, path: str) -> bool:
+    """Whether some model of the family of `model` can have a norm at `path`."""
+    return any(pattern.fullmatch(path) for _, _, pattern in _patterns(_family_in_table(model)))
+
+
+def _family_in_table(model: nn.Module) -> str:
+    family = family_of(getattr(getattr(model, "config", None), "model_type", "") or "")
+    if family not in _SITES:
+        kind = f"a {family} model" if family else type(model).__name__
+        raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass a model of these families.")
+    return family
+
+
+@functools.cache
+def _patterns(family: str) -> list[tuple]:
+    prefix, placement, inside, beside = _SITES[family]
+    paths = {**{sublayer: f"{prefix}.{path}" for sublayer, path in inside.items()}, **beside}
+    return [(sub, placement if sub in BLOCK_SUBLAYERS else None, _pattern(path)) for sub, path in paths.items()]
+
+
+def _pattern(path: str) -> re.Pattern:
+    path = re.escape(path).replace(r"\{stack\}", "(?P<stack>encoder|decoder)").replace(r"\{i\}", r"(?P<i>\d+)")
+    return re.compile(path)

@@ -1,0 +1,220 @@
+"""Model classes with swapped norms: `NormSwapBertForMaskedLM` for `BertForMaskedLM`, and so on for every head.
+
+They are made on first use, as attributes of this module, where pickle and the Hub's loader look for them.
+"""
+
+import importlib
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration import CONFIGS
+from .norm import BatchStatisticNorm, Norm
+from .rbn import RegularizedBatchNorm
+from .recompute import tape_checkpoint
+from .registry import get_norm
+from .sites import find_norms, is_site
+from .swap_config import NormSwapConfig
+from .token_mask import unwatch_masks, watch_masks
+from .travel import auto_heads
+
+
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "marian": "Marian", "gpt2": "GPT2"}
+_READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class NormSwapMixin:
+    """What a swapped model has beside what its transformers class has."""
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate_norm_swap()  # an override given to from_pretrained is set after the configuration's own check
+        super().__init__(config, *args, **kwargs)
+        place_norms(self, norms_of_record(self, config.norm_swap or {}))
+        prepare_swapped(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights in {pretrained_model_name_or_path} are damaged ({error}): fetch or save them again."
+            ) from error
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.initialize()  # transformers knows nothing of our buffers
+
+    def _set_gradient_checkpointing(
+        self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
+    ):
+        if enable:
+            gradient_checkpointing_func = _taped(self, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def swapped_class(stock_class: type) -> type | None:
+    """The swapped class of a class of transformers, `None` where there is none."""
+    for family, prefix in _FAMILIES.items():
+        if stock_class.__module__ == _modeling(family) and stock_class.__name__.startswith(prefix):
+            return _make_class("NormSwap" + stock_class.__name__)
+    return None
+
+
+def stock_class(swapped: type) -> type:
+    """The class of transformers that `swapped` was made from."""
+    return swapped.__mro__[2]
+
+
+def __getattr__(name: str):
+    cls = _make_class(name)
+    if cls is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return cls
+
+
+def _modeling(family: str) -> str:
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+def _make_class(name: str) -> type | None:
+    if name in globals():
+        return globals()[name]
+    stock_name = name.removeprefix("NormSwap")
+    family = next((family for family, prefix in _FAMILIES.items() if stock_name.startswith(prefix)), None)
+    if stock_name == name or family is None:
+        return None
+    module = importlib.import_module(_modeling(family))
+    stock = getattr(module, stock_name, None) if stock_name in module.__all__ else None
+    if not isinstance(stock, type) or not issubclass(stock, PreTrainedModel) or stock_name.endswith("PreTrainedModel"):
+        return None
+    globals()[name] = type(
+        name,
+        (NormSwapMixin, stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{stock_name}` with swapped norms.",
+            "config_class": next(config for config in CONFIGS if config.model_type == f"normswap_{family}"),
+            # Most heads take **kwargs, ignore the number of items in the batch and return a plain mean. Trainer takes
+            # them at their signature, does not divide by the accumulation steps, and the gradient comes out too large.
+            "accepts_loss_kwargs": stock_name in _READS_ITEM_COUNT,
+        },
+    )
+    return globals()[name]
+
+
+def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
+    """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag."""
+    cls = get_norm(config.norm)
+    options = dict(config.options)
+    if cls.keeps_eps:
+        options.setdefault("eps", old.eps)
+    options["bias"] = options.get("bias", True) and old.bias is not None
+    norm = cls(old.weight.shape[0], device=old.weight.device, dtype=old.weight.dtype, **options)
+    norm.replaced_eps = old.eps
+    return _take_over(old, norm)
+
+
+def new_layer_norm(old: Norm) -> nn.LayerNorm:
+    """The LayerNorm that `old` replaced."""
+    norm = nn.LayerNorm(old.num_features, eps=old.replaced_eps, device=old.weight.device, dtype=old.weight.dtype)
+    return _take_over(old, norm)
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    new.weight = old.weight  # the parameter itself: an optimizer built before, and ties, go on working
+    if new.bias is not None and old.bias is not None:
+        new.bias = old.bias
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    return new.train(old.training)
+
+
+def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
+    """New norms by module name, for what a configuration's `norm_swap` lists.
+
+    A checkpoint of one head opens in another: parts that this model has not, such as another head, are left out.
+
+    Raises:
+        ValueError: when a listed module is missing from a part that the model has.
+    """
+    sites = {site.path: site for site in find_norms(model)}
+    parts = {_part(path) for path in sites}
+    norms = {}
+    for entry in record.get("norms", []):
+        config = NormSwapConfig(entry["norm"], **entry["options"])
+        for path in entry["modules"]:
+            if path in sites:
+                norms[sites[path].name] = new_norm(sites[path].module, config)
+            elif _part(path) in parts or not is_site(model, path):
+                raise ValueError(
+                    f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
+                    "load it with the number of layers that it was saved with."
+                )
+    return norms
+
+
+def _part(path: str) -> str:
+    return ".".join(path.split(".")[:2])
+
+
+def place_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
+    """Put each norm in its place."""
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, norm)
+
+
+def prepare_swapped(model: PreTrainedModel) -> None:
+    """Hooks and corrections that a model needs once its norms are swapped."""
+    watch_masks(model)
+    for module in model.modules():
+        if getattr(module, "_gradient_checkpointing_func", None) is not None:
+            module._gradient_checkpointing_func = _taped(model, module._gradient_checkpointing_func)
+    if model.loss_type is None and "AutoModelForCausalLM" in _auto_names(type(model)):
+        # Trainer would count one token too many per row, and the loss log in every step of a compiled model.
+        model.loss_type = "ForCausalLM"
+
+
+def release_swapped(model: PreTrainedModel) -> None:
+    """Undo [`prepare_swapped`] on a model that is no longer swapped."""
+    unwatch_masks(model)
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "is_taped", False):
+            module._gradient_checkpointing_func = function.__wrapped__
+
+
+def check_checkpointing(function, norms) -> None:
+    """Raises `ValueError` where the checkpoint `function` cannot be exact for one of `norms`."""
+    reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+    if reentrant and any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
+        raise ValueError(
+            "The RBN penalty has no gradient through reentrant checkpointing: pass "
+            "activation_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+def _taped(model, function):
+    if getattr(function, "is_taped", False):
+        return function
+    check_checkpointing(function, model.modules())
+    return tape_checkpoint(function, any(isinstance(module, BatchStatisticNorm) for module in model.modules()))
+
+
+def _auto_names(swapped: type) -> list[str]:
+    return [auto for auto, head in auto_heads(swapped.config_class).items() if head == swapped.__name__]

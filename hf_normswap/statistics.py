@@ -1,0 +1,106 @@
+"""The statistics of a whole model: the penalty, the discrepancy, and one update for a whole optimizer step."""
+
+import torch
+from torch import nn
+
+from .modeling.discrepancy import Statistics, training_inference_discrepancy
+from .modeling.moments import Moments, merge_moments
+from .modeling.norm import BatchStatisticNorm
+from .modeling.powernorm import PowerNorm
+from .modeling.rbn import RegularizedBatchNorm
+
+
+def statistic_norms(model: nn.Module) -> list[BatchStatisticNorm]:
+    """The norms of `model` with batch statistics, each once, in the order of the modules."""
+    return [module for module in model.modules() if isinstance(module, BatchStatisticNorm)]
+
+
+def norm_penalty(model: nn.Module) -> torch.Tensor:
+    """The RBN term of the last training forward, summed over layers: add it to a loss that is a mean.
+
+    Returns:
+        `torch.Tensor`: a scalar with gradient; 0 for a model without RBN.
+
+    Raises:
+        RuntimeError: when there was no training forward since the last call.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_normswap import norm_penalty, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertForSequenceClassification(config), "rbn").train()
+    >>> output = model(torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=torch.tensor([0, 1]))
+    >>> (output.loss + norm_penalty(model)).backward()
+
+    ```
+    """
+    norms = [norm for norm in statistic_norms(model) if isinstance(norm, RegularizedBatchNorm) and norm.training]
+    penalties = [norm.penalty().float() for norm in norms]
+    if penalties:
+        return torch.stack(penalties).sum()
+    return torch.zeros((), device=next(model.parameters()).device)
+
+
+@torch.no_grad()
+def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
+    """TID of the last training forward, of shape `(2, layers)`: mean TID and variance TID of each layer.
+
+    Layers of one width are taken together: a handful of operations, whatever the depth, and no host synchronisation.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for index, norm in enumerate(norms):
+        if norm.statistics is None:
+            return None
+        has_mean = norm.statistics.batch_mean is not None
+        groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
+    result = torch.zeros(2, len(norms), device=norms[0].statistics.batch_var.device) if norms else None
+    for (_, eps, _), members in groups.items():
+        fields = zip(*(norms[index].statistics for index in members), strict=True)
+        stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
+        result[:, members] = torch.stack(training_inference_discrepancy(stacked, eps)).to(result.dtype)
+    return result
+
+
+def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:
+    """Freeze running statistics within an optimizer step.
+
+    While they are deferred every forward adds to what the next [`sync_norm_statistics`] takes in at once: the
+    micro-batches of gradient accumulation then count as the one batch that they are.
+    """
+    for norm in statistic_norms(model):
+        norm.deferred = deferred
+        norm.discard_pending()
+
+
+@torch.no_grad()
+def sync_norm_statistics(model: nn.Module) -> None:
+    """Update the running statistics of all layers with what was pooled since the last call, over all ranks.
+
+    One collective for the whole model. Call it once per optimizer step, on every rank, after
+    [`defer_norm_statistics`]; [`NormSwapTrainer`] does both.
+    """
+    norms = statistic_norms(model)
+    if not norms:
+        return
+    power_norms = [norm for norm in norms if isinstance(norm, PowerNorm)]
+    packed = [norm.pending for norm in norms] + [norm.pending_gradient for norm in power_norms]
+    parts = _gather(torch.cat(packed)).split([pending.numel() for pending in packed], dim=1)
+    # ν first: its step size belongs to the number of updates from before this one.
+    for norm, part in zip(power_norms, parts[len(norms) :], strict=True):
+        norm.update_gradient_statistic(part.sum(0))
+    for norm, part in zip(norms, parts[: len(norms)], strict=True):
+        norm.update_statistics(merge_moments(Moments.unpack(part)))
+        norm.discard_pending()
+
+
+def _gather(values: torch.Tensor) -> torch.Tensor:
+    """`values` of all ranks, of shape `(ranks, N)`."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return values.unsqueeze(0)
+    gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, values)
+    return torch.stack(gathered)

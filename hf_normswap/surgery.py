@@ -1,0 +1,186 @@
+"""Swap the norms of a live model, and put them back."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .modeling.configuration import FORMAT_VERSION
+from .modeling.norm import Norm
+from .modeling.registry import get_norm
+from .modeling.sites import NormSite, find_norms, where_names
+from .modeling.swap_config import NormSwapConfig
+from .modeling.swapped import (
+    NormSwapMixin,
+    check_checkpointing,
+    new_layer_norm,
+    new_norm,
+    place_norms,
+    prepare_swapped,
+    release_swapped,
+    stock_class,
+    swapped_class,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def swap_norm(
+    model: PreTrainedModel,
+    norm: str | NormSwapConfig,
+    *,
+    where: str | Iterable[str] = "blocks",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> PreTrainedModel:
+    """Replace norms of a BERT, RoBERTa, Marian or GPT-2 model of transformers, in place.
+
+    Gains and shifts are kept, as the parameters they are: an optimizer built before goes on working, and so do tied
+    weights and hooks on the norms. The model records what was done in `model.config.norm_swap` and becomes one of a
+    class such as `NormSwapBertForMaskedLM`, which saves and loads like any other.
+
+    Norms with batch statistics compute something else than the LayerNorm they replace: train the model afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model, before it is wrapped or compiled.
+        norm (`str` or [`NormSwapConfig`]): name of a registered norm, in any spelling, or that with options.
+        where (`str` or list of `str`, *optional*, defaults to `"blocks"`):
+            which norms, all that match a name of the list: `"blocks"` (every norm of the transformer blocks), `"all"`
+            (those of embedding, head and the final one too), a stack (`"encoder"`, `"decoder"`: its blocks), a sublayer
+            (`"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"`, `"final"`), or both
+            (`"encoder.attention"`).
+        filter_fn (`Callable[[nn.Module, str], bool]`, *optional*):
+            given a norm and its name, says whether it is swapped; narrows `where`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when the norm or an option is unknown, no norm matches, one is swapped already, the model is wrapped
+            or of another family, or the norm does not fit it. Nothing was changed then.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_normswap import find_norms, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertForSequenceClassification(config), "powernorm")
+    >>> [(site.sublayer, site.kind) for site in find_norms(model)]
+    [('embedding', 'layernorm'), ('attention', 'powernorm'), ('ffn', 'powernorm')]
+
+    ```
+    """
+    config = NormSwapConfig.of(norm)
+    swapped = _check_model(model)
+    sites = _select(model, where, filter_fn)
+    norm_class = get_norm(config.norm)
+    options = {**norm_class.default_options(model.config), **config.options}
+    config = NormSwapConfig(config.norm, **options)
+    norms = {site.name: new_norm(site.module, config) for site in sites}
+    for module in model.modules():
+        check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
+
+    place_norms(model, norms)
+    record = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
+    _set_config(model, swapped.config_class, [*_recorded(model), record])
+    model.__class__ = swapped
+    release_swapped(model)
+    prepare_swapped(model)
+    said = f" with {options}" if options else ""
+    logger.info(
+        f"Swapped {len(sites)} of {len(find_norms(model))} norms of {swapped.__name__} to {config.norm}{said}."
+    )
+    return model
+
+
+def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
+    """Put LayerNorm back everywhere, in place: the class, configuration and eps from before the swap.
+
+    Gains and shifts stay what they have become; running statistics are dropped.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when the model is not swapped.
+    """
+    _refuse_wrapped(model)
+    if not isinstance(model, NormSwapMixin):
+        raise ValueError(f"This {type(model).__name__} has no swapped norms to restore.")
+    norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
+    place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
+    model.__class__ = stock_class(type(model))
+    _set_config(model, model.config_class, None)
+    release_swapped(model)
+    return model
+
+
+def _check_model(model) -> type:
+    _refuse_wrapped(model)
+    if isinstance(model, NormSwapMixin):
+        swapped = type(model)
+    else:
+        find_norms(model)  # says which families there are
+        swapped = swapped_class(type(model))
+    if swapped is None:
+        raise ValueError(
+            f"{type(model).__name__} is not a model class of transformers itself: swap the transformers model inside it."
+        )
+    if getattr(model.config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            "chunk_size_feed_forward > 0 calls a norm once per chunk, which breaks its statistics: set it to 0."
+        )
+    return swapped
+
+
+def _refuse_wrapped(model) -> None:
+    if not isinstance(model, PreTrainedModel):
+        if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+            raise ValueError(
+                f"The model is wrapped in {type(model).__name__}: swap its norms before wrapping or compiling it."
+            )
+        raise ValueError(f"swap_norm takes a model of transformers, not a {type(model).__name__}: pass one.")
+    if type(model).__name__.startswith("FSDP"):
+        raise ValueError("The model is sharded by FSDP: swap its norms before sharding it.")
+
+
+def _select(model, where, filter_fn) -> list[NormSite]:
+    names = [where] if isinstance(where, str) else list(where)
+    unknown = [name for name in names if name not in where_names()]
+    if unknown:
+        raise ValueError(f"where={unknown[0]!r} names no norms: choose among {', '.join(where_names())}.")
+    every = find_norms(model)
+    sites = [site for site in every if any(site.is_in(name) for name in names)]
+    if filter_fn is not None:
+        sites = [site for site in sites if filter_fn(site.module, site.name)]
+    if not sites:
+        counts = {site.sublayer: sum(other.sublayer == site.sublayer for other in every) for site in every}
+        narrowed = " and filter_fn" if filter_fn is not None else ""
+        raise ValueError(f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: it has {counts}.")
+    done = [site for site in sites if isinstance(site.module, Norm)]
+    if done:
+        raise ValueError(f"{done[0].name} is already swapped to {done[0].kind}: call restore_norm(model) first.")
+    return sites
+
+
+def _recorded(model) -> list:
+    return (getattr(model.config, "norm_swap", None) or {}).get("norms", [])
+
+
+def _set_config(model, config_class, norms: list | None) -> None:
+    """Give the model, and every part that shares its configuration, a copy of the class `config_class`."""
+    old = model.config
+    new = copy.copy(old)  # the caller's object may belong to another model too
+    new.__dict__ = copy.copy(old.__dict__)
+    new.__class__ = config_class
+    for name in ("model_type", "auto_map", "norm_swap"):
+        new.__dict__.pop(name, None)
+    if norms is not None:
+        new.norm_swap = {"format_version": FORMAT_VERSION, "norms": norms}
+        new.register_models()
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new

@@ -1,0 +1,141 @@
+"""Trainers for models with swapped norms."""
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+
+from .modeling.norm import Norm
+from .modeling.powernorm import PowerNorm
+from .modeling.rbn import RegularizedBatchNorm
+from .statistics import (
+    defer_norm_statistics,
+    last_discrepancy,
+    norm_penalty,
+    statistic_norms,
+    sync_norm_statistics,
+)
+
+
+class NormStatisticsCallback(TrainerCallback):
+    """Updates running statistics once per optimizer step, from all its micro-batches and ranks."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        defer_norm_statistics(model)
+        for module in model.modules():
+            if isinstance(module, PowerNorm):
+                module.warmup_steps = round(args.norm_warmup_ratio * state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        sync_norm_statistics(model)
+
+
+class _NormSwapTrainerMixin:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "nn.DataParallel loses the statistics of every replica but the first: start one process per GPU with "
+                "accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        self.add_callback(NormStatisticsCallback())
+        self._reset_norm_logs()
+
+    def _reset_norm_logs(self):
+        self._logged_forwards, self._penalty_sum, self._discrepancy_sum = 0, None, None
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            defer_norm_statistics(self.model, False)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device
+        if scale is not None or self.accelerator.num_processes > 1:
+            scale = (1.0 if scale is None else scale) * self.accelerator.num_processes
+            for norm in self._statistic_norms():
+                if isinstance(norm, PowerNorm):
+                    norm.loss_scale.copy_(torch.as_tensor(scale))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        norms = self._statistic_norms()
+        self._logged_forwards += 1
+        discrepancy = last_discrepancy(norms)
+        if discrepancy is not None:
+            self._discrepancy_sum = _add(self._discrepancy_sum, discrepancy)
+        if any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
+            penalty = norm_penalty(self._unwrapped())
+            self._penalty_sum = _add(self._penalty_sum, penalty.detach())
+            # Not earlier: the loss may have been multiplied by the number of processes.
+            loss = loss + penalty / self._accumulation_divisor(num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _accumulation_divisor(self, num_items_in_batch) -> int:
+        """What is left to divide by: `training_step` divides a loss that is a plain mean, and no other."""
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = counts_items or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if is_scaled else 1
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self._logged_forwards:
+            logs = {**logs, **self._norm_logs()}
+            self._reset_norm_logs()
+        super().log(logs, *args, **kwargs)
+
+    def _norm_logs(self) -> dict[str, float]:
+        entries = {}
+        if self._penalty_sum is not None:
+            entries["rbn_penalty"] = self._mean_over_ranks(self._penalty_sum).item()
+        if self._discrepancy_sum is not None:
+            of_layers = self._mean_over_ranks(self._discrepancy_sum)
+            for name, layers in zip(("mean", "var"), of_layers, strict=True):
+                entries[f"tid_{name}_max"] = layers.max().item()
+                entries[f"tid_{name}_avg"] = layers.mean().item()
+        return entries
+
+    def _mean_over_ranks(self, total: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(total / self._logged_forwards, "mean")
+
+    def get_decay_parameter_names(self, model):
+        # transformers goes by names: GPT-2's ln_1, ln_2 and ln_f are like none of its patterns.
+        norm_parameters = {
+            f"{name}.{parameter}"
+            for name, module in model.named_modules()
+            if isinstance(module, Norm)
+            for parameter, _ in module.named_parameters(recurse=False)
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in norm_parameters]
+
+    def _unwrapped(self):
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _statistic_norms(self):
+        return statistic_norms(self._unwrapped())
+
+
+def _add(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    return value if total is None else total + value
+
+
+class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):
+    """[`~transformers.Trainer`] for models with swapped norms; takes [`NormSwapTrainingArguments`].
+
+    - The RBN term is added to the task loss, with the same relative weight under any accumulation and on any number of
+      ranks.
+    - Running statistics stay as they are within an optimizer step and are updated once, from all its micro-batches and
+      ranks.
+    - PowerNorm is PN-V for the first `norm_warmup_ratio` of the run.
+    - `rbn_penalty`, `tid_mean_max`, `tid_mean_avg`, `tid_var_max` and `tid_var_avg` stand in the logs beside `loss`:
+      means over the forwards since the last entry; largest and average over layers.
+    - Gains and shifts of norms have no weight decay, in GPT-2 either.
+    """
+
+
+class NormSwapSeq2SeqTrainer(_NormSwapTrainerMixin, Seq2SeqTrainer):
+    """[`NormSwapTrainer`] that generates in evaluation; takes [`NormSwapSeq2SeqTrainingArguments`]."""
