@@ -48,8 +48,8 @@ def swap_norm(
         norm (`str` or [`NormSwapConfig`]): name of a registered norm, in any spelling, or that with options.
         where (`str` or list of `str`, *optional*, defaults to `"blocks"`):
             which norms, all that match a name of the list: `"blocks"` (every norm of the transformer blocks), `"all"`
-            (those of embedding, head and the final one too), a stack (`"encoder"`, `"decoder"`: its blocks), a sublayer
-            (`"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"`, `"final"`), or both
+            (those of embedding, head and the final one too), a stack (`"encoder"`, `"decoder"`: its blocks), a
+            sublayer (`"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"`, `"final"`), or both
             (`"encoder.attention"`).
         filter_fn (`Callable[[nn.Module, str], bool]`, *optional*):
             given a norm and its name, says whether it is swapped; narrows `where`.
@@ -58,8 +58,8 @@ def swap_norm(
         The same model.
 
     Raises:
-        ValueError: when the norm or an option is unknown, no norm matches, one is swapped already, the model is wrapped
-            or of another family, or the norm does not fit it. Nothing was changed then.
+        ValueError: when the norm or an option is unknown, no norm matches, one is swapped already, the model is
+            wrapped or of another family, or the norm does not fit it. Nothing was changed then.
 
     Example:
 
@@ -127,7 +127,7 @@ def _check_model(model) -> type:
         swapped = swapped_class(type(model))
     if swapped is None:
         raise ValueError(
-            f"{type(model).__name__} is not a model class of transformers itself: swap the transformers model inside it."
+            f"{type(model).__name__} is no model class of transformers: swap the transformers model inside it."
         )
     if getattr(model.config, "chunk_size_feed_forward", 0):
         raise ValueError(

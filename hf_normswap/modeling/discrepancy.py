@@ -35,7 +35,7 @@ def reference_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor
 
 
 def relative_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squared discrepancy per channel in units of the running σ, averaged over channels: free of scale and width."""
+    """Squared discrepancy in units of the running σ, averaged over channels: free of scale and width."""
     batch_mean, batch_var, mean, var = statistics
     sigma = (var + eps).sqrt()
     ratio = (batch_var + eps).sqrt() / sigma

@@ -16,7 +16,7 @@ class Norm(nn.Module):
     """Base of every norm of the registry: `y = weight · normalize(x) + bias` over the last dimension.
 
     A subclass implements [`Norm.normalize`]; its keyword arguments are the options of
-    [`NormSwapConfig`](hf_normswap.NormSwapConfig). Computation is at least float32, the output has the dtype of the input.
+    [`NormSwapConfig`](hf_normswap.NormSwapConfig). Computation is at least float32, the output has the input's dtype.
 
     Args:
         num_features (`int`): number of channels C.
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement normalize(x, mask).")
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise `x` of shape `(..., C)`; `mask` `(...)` is that of the running model call where it is not given."""
+        """Normalise `x` of shape `(..., C)`; without a `mask` `(...)` that of the running model call counts."""
         if mask is None:
             mask = current_mask(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -105,7 +105,7 @@ class BatchStatisticNorm(Norm):
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
 
     Args:
-        momentum (`float`, *optional*, defaults to 0.1): weight of the batch in `r ← (1 − momentum) r + momentum · batch`.
+        momentum (`float`, *optional*, defaults to 0.1): weight m of the batch in `r ← (1 − m) r + m · batch`.
     """
 
     running: dict[str, float]  # buffer name: value at the start
@@ -196,8 +196,8 @@ class PowerStatisticNorm(BatchStatisticNorm):
 class BatchStandardize(torch.autograd.Function):
     """x̂ of a batch in its own statistics, with the exact gradient.
 
-    `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The mean and the variance
-    are outputs too, differentiable when centered. At a pad the output is the same affine map, with its plain gradient.
+    `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are outputs
+    too, mean and m2 differentiable when centered. At a pad the output is the same affine map, with its plain gradient.
     """
 
     @staticmethod

@@ -12,12 +12,12 @@ from .registry import register_norm
 class PowerNorm(PowerStatisticNorm):
     """Power normalisation (Shen et al., ICML 2020, arXiv 2003.07845, Algorithm 2).
 
-    Training divides by the running ψ from before the batch, `x̂ = x / √(ψ² + ε)`, `y = γ x̂ + β`, and replaces the way of
-    the gradient through a batch statistic by a running one: `dx = (g − ν x̂) / √(ψ² + ε)` with `g = γ dL/dy`. Then
+    Training divides by the running ψ from before the batch, `x̂ = x / √(ψ² + ε)`, `y = γ x̂ + β`, and a running
+    statistic takes the place of the gradient through the batch's: `dx = (g − ν x̂) / √(ψ² + ε)` with `g = γ dL/dy`. Then
 
     - `ψ² ← α ψ² + (1 − α) mean(x²)`
-    - `ν ← ν (1 − s Γ) + s Λ`, with `Γ = mean(x̂²)`, `Λ = mean(g x̂)` and `s = min(1 − α, 1 / Γ)`: Algorithm 2 itself while
-      `(1 − α) Γ ≤ 1`, and bounded where a spike of a channel's power would make it explode.
+    - `ν ← ν (1 − s Γ) + s Λ`, with `Γ = mean(x̂²)`, `Λ = mean(g x̂)` and `s = min(1 − α, 1 / Γ)`: Algorithm 2 itself
+      while `(1 − α) Γ ≤ 1`, and bounded where a spike of a channel's power would make it explode.
 
     All means are over real tokens. The gradient is an approximation by design. During the first `warmup_steps` updates
     (an attribute, 0 until a trainer sets it) the layer is PN-V while ψ and ν settle.

@@ -12,8 +12,8 @@ class RegularizedBatchNorm(BatchNorm):
     """Regularized batch normalisation (Wang, Wu and Huang, NeurIPS 2022, arXiv 2210.05153).
 
     Forward and backward are those of [`BatchNorm`]. To the loss belongs, per layer,
-    `lambda_mean · d(μ_B, μ) + lambda_var · d(σ_B, σ)`: [`NormSwapTrainer`](hf_normswap.NormSwapTrainer) adds it, a loop
-    of your own does with [`norm_penalty`](hf_normswap.norm_penalty). The running values are those from before the batch
+    `lambda_mean · d(μ_B, μ) + lambda_var · d(σ_B, σ)`: [`NormSwapTrainer`](hf_normswap.NormSwapTrainer) adds it; in a
+    loop of your own, [`norm_penalty`](hf_normswap.norm_penalty). The running values are those from before the batch,
     and constants; the gradient reaches the network through the batch's.
 
     Args:

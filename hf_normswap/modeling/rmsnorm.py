@@ -8,7 +8,7 @@ from .registry import register_norm
 
 @register_norm("rmsnorm", "rms")
 class RMSNorm(Norm):
-    """Root mean square normalisation of each token (Zhang and Sennrich, NeurIPS 2019): `y = γ x / √(mean_c x² + ε) + β`.
+    """Root mean square norm of each token (Zhang and Sennrich, NeurIPS 2019): `y = γ x / √(mean_c x² + ε) + β`.
 
     The paper has no shift (`bias=False`); a swap keeps that of the LayerNorm it replaces unless told otherwise.
 
