@@ -1,0 +1,20 @@
+"""What every test has: no network, a fixed seed, one thread."""
+
+import os
+
+
+# Read on import, hence before anything of Hugging Face is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+# Tiny tensors: further threads only wait for each other, and for those of the other test processes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,143 @@
+"""Imports run one way, the runtime can travel to the Hub, and no file names the machine that it was written on."""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hf_normswap
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_normswap"
+MODELING = sorted((PACKAGE / "modeling").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+
+RUNTIME_DEPENDENCIES = {"torch", "transformers", "huggingface_hub", "safetensors"}
+PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
+
+# From the bottom to the top: a file imports from its own layer and from those below.
+LAYERS = [
+    {"modeling"},
+    {"auto", "statistics", "comparison", "metrics"},
+    {"surgery", "results"},
+    {"calibrate", "progressive", "fold", "placement", "tid", "gradients", "plots"},
+    {"training_args", "trainer"},
+    {"hub", "card"},
+    {"cli", "__main__"},
+    {"__init__"},
+]
+
+
+def read(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def imports_on_loading(tree):
+    """The imports that run with the module: not those of functions, nor those for the type checker."""
+    pending = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+
+
+def absolute_names(node, path):
+    """The dotted names that an import statement of `path` reaches."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    folder = path.relative_to(ROOT).parts[: -node.level]
+    return [".".join([*folder, *filter(None, [node.module]), alias.name]) for alias in node.names]
+
+
+def unit_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODELING, ids=lambda path: path.stem)
+def test_the_runtime_stands_on_its_own(path):
+    for node in imports_of(read(path)):
+        where = f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # The loader of the Hub finds the files to fetch by this form alone.
+            assert re.fullmatch(r"from \.\w+ import .*", ast.unparse(node)), f"{where}: use `from .name import ...`"
+            assert (path.parent / f"{node.module}.py").exists(), f"{where}: there is no {node.module}.py beside it"
+        else:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            outside = {name.split(".")[0] for name in names} - sys.stdlib_module_names - RUNTIME_DEPENDENCIES
+            assert not outside, f"{where}: the runtime may not import {outside}"
+
+
+def test_the_runtime_is_flat():
+    assert MODELING
+    assert not [path for path in (PACKAGE / "modeling").iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_runtime_has_no_circular_import():
+    graph = {
+        path.stem: {
+            node.module for node in imports_on_loading(read(path)) if isinstance(node, ast.ImportFrom) and node.level
+        }
+        for path in MODELING
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_imports_of_the_package_run_one_way():
+    rank = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        unit = unit_of(path)
+        assert unit in rank, f"{unit} has no place yet: enter it in LAYERS"
+        for node in imports_on_loading(read(path)):
+            for name in absolute_names(node, path):
+                if name.startswith("hf_normswap."):
+                    other = name.split(".")[1]
+                    assert rank.get(other, 0) <= rank[unit], f"{path.name}:{node.lineno}: {unit} imports from {other}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_use_the_public_face(path):
+    public = set(hf_normswap.__all__) | PUBLIC_MODULES
+    for node in imports_of(read(path)):
+        for name in absolute_names(node, path):
+            if name.startswith("hf_normswap."):
+                assert name.split(".")[1] in public, f"{path.name}:{node.lineno}: {name} is not public"
+
+
+def files_of_the_project():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no git repository")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_machine():
+    machine = re.compile(r"(?<![\w.}])/(tmp|work|root|home|opt|mnt|Users)/\w|\.\./shared")
+    found = []
+    for path in files_of_the_project():
+        if path == ROOT / ".ci" / "run":
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if machine.search(line)
+        ]
+    assert not found, "\n".join(found)
