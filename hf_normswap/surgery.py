@@ -109,7 +109,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     """
     _refuse_wrapped(model)
     if not isinstance(model, NormSwapMixin):
-        raise ValueError(f"This {type(model).__name__} has no swapped norms to restore.")
+        raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     model.__class__ = stock_class(type(model))
@@ -140,11 +140,12 @@ def _refuse_wrapped(model) -> None:
     if not isinstance(model, PreTrainedModel):
         if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
             raise ValueError(
-                f"The model is wrapped in {type(model).__name__}: swap its norms before wrapping or compiling it."
+                f"The model is wrapped in {type(model).__name__}: swap or restore its norms before wrapping or "
+                "compiling it."
             )
-        raise ValueError(f"swap_norm takes a model of transformers, not a {type(model).__name__}: pass one.")
+        raise ValueError(f"Norms are those of a model of transformers, not of a {type(model).__name__}: pass one.")
     if type(model).__name__.startswith("FSDP"):
-        raise ValueError("The model is sharded by FSDP: swap its norms before sharding it.")
+        raise ValueError("The model is sharded by FSDP: swap or restore its norms before sharding it.")
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:
@@ -159,7 +160,9 @@ def _select(model, where, filter_fn) -> list[NormSite]:
     if not sites:
         counts = {site.sublayer: sum(other.sublayer == site.sublayer for other in every) for site in every}
         narrowed = " and filter_fn" if filter_fn is not None else ""
-        raise ValueError(f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: it has {counts}.")
+        raise ValueError(
+            f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: choose among its {counts}."
+        )
     done = [site for site in sites if isinstance(site.module, Norm)]
     if done:
         raise ValueError(f"{done[0].name} is already swapped to {done[0].kind}: call restore_norm(model) first.")

@@ -46,16 +46,11 @@ class BatchNorm(BatchStatisticNorm):
             return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
         running, is_first_run = self.frozen_running()
         x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, True)
-        if is_first_run:
-            self.observe(Moments(*moments), running)
+        self.observe(Moments(*moments), running, is_first_run)
         return x_hat
 
-    def observe(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
-        """Keep the batch's statistics for the penalty and the TID, and track them."""
-        pairs = zip(self.batch_values(moments).values(), running.values(), strict=False)
-        # Without a real token there is no discrepancy.
-        batch = [torch.where(moments.count > 0, value, before) for value, before in pairs]
-        if not self.penalized:
-            batch = [value.detach() for value in batch]
-        self.statistics = Statistics(*batch, running["running_mean"], running["running_var"])
-        self.track(moments)
+    def compare(self, moments, running):
+        before = running["running_mean"], running["running_var"]
+        pairs = zip((moments.mean, moments.var), before, strict=True)
+        batch = [torch.where(moments.count > 0, value, old) for value, old in pairs]
+        return Statistics(*(batch if self.penalized else [value.detach() for value in batch]), *before)

@@ -27,7 +27,7 @@ class NormSwapConfigMixin:
         """Checks the shape of `norm_swap`; the norms themselves are checked when the model is built.
 
         Raises:
-            ValueError: when it comes from a newer version or has entries of no meaning.
+            ValueError: when it comes from a newer version, has entries of no meaning or lacks one.
         """
         record = self.norm_swap
         if record is None:
@@ -38,11 +38,11 @@ class NormSwapConfigMixin:
                 f"This model was saved in format {version!r} of norm_swap and this hf_normswap reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_normswap."
             )
-        unknown = set(record) - {"format_version", "norms"}
-        unknown |= {key for entry in record.get("norms", []) for key in set(entry) - {"norm", "options", "modules"}}
-        if unknown:
+        wrong = set(record) ^ {"format_version", "norms"}
+        wrong |= {key for entry in record.get("norms", []) for key in set(entry) ^ {"norm", "options", "modules"}}
+        if wrong:
             raise ValueError(
-                f"norm_swap in the model's configuration has unknown entries {sorted(unknown)}: remove them."
+                f"norm_swap in the model's configuration has unknown or missing entries {sorted(wrong)}: correct them."
             )
 
     @staticmethod
@@ -50,6 +50,7 @@ class NormSwapConfigMixin:
         """Called with every configuration: the installed package enters the model classes in the Auto classes."""
 
     def to_dict(self):
+        self.register_models()  # PEFT looks the model type up right after this, and may have been imported just now
         # An unknown fusion makes the stock classes raise, where they would load LayerNorms with a mere warning.
         output = super().to_dict()
         return {**output, "fusion_config": {**(output.get("fusion_config") or {}), "hf_normswap": False}}

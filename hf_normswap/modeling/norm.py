@@ -147,6 +147,17 @@ class BatchStatisticNorm(Norm):
         names = [*self.running, "num_batches_tracked"]
         return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in names})
 
+    def compare(self, moments: Moments, running: dict[str, torch.Tensor]) -> Statistics:
+        """The batch's statistics beside the running ones from before it; equal to these where there are no tokens."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compare(moments, running).")
+
+    def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
+        """Keep the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
+        statistics = self.compare(moments, running)  # in both runs: checkpointing wants them to save the same tensors
+        if is_first_run:
+            self.statistics = statistics
+            self.track(moments)
+
     def track(self, moments: Moments) -> None:
         """Take the batch into the running values: at once, or pooled while `deferred`."""
         with torch.no_grad():
@@ -186,11 +197,9 @@ class PowerStatisticNorm(BatchStatisticNorm):
     def batch_values(self, moments):
         return {"running_power": moments.power}
 
-    def observe(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
-        """Keep the batch's ψ² for the TID, and track it."""
+    def compare(self, moments, running):
         power = torch.where(moments.count > 0, moments.power, running["running_power"])
-        self.statistics = Statistics(None, power.detach(), None, running["running_power"])
-        self.track(moments)
+        return Statistics(None, power.detach(), None, running["running_power"])
 
 
 class BatchStandardize(torch.autograd.Function):

@@ -25,6 +25,5 @@ class PowerNormV(PowerStatisticNorm):
             return x * torch.rsqrt(self.running_power + self.eps)
         running, is_first_run = self.frozen_running()
         x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, False)
-        if is_first_run:
-            self.observe(Moments(*moments), running)
+        self.observe(Moments(*moments), running, is_first_run)
         return x_hat

@@ -12,8 +12,8 @@ from .registry import register_norm
 class PowerNorm(PowerStatisticNorm):
     """Power normalisation (Shen et al., ICML 2020, arXiv 2003.07845, Algorithm 2).
 
-    Training divides by the running ψ from before the batch, `x̂ = x / √(ψ² + ε)`, `y = γ x̂ + β`, and a running
-    statistic takes the place of the gradient through the batch's: `dx = (g − ν x̂) / √(ψ² + ε)` with `g = γ dL/dy`. Then
+    Training divides by the running ψ from before the batch, `x̂ = x / √(ψ² + ε)`, `y = γ x̂ + β`. In place of
+    the gradient through the batch's statistic stands a running one, `dx = (g − ν x̂) / √(ψ² + ε)`, `g = γ dL/dy`. Then
 
     - `ψ² ← α ψ² + (1 − α) mean(x²)`
     - `ν ← ν (1 − s Γ) + s Λ`, with `Γ = mean(x̂²)`, `Λ = mean(g x̂)` and `s = min(1 − α, 1 / Γ)`: Algorithm 2 itself
@@ -119,8 +119,7 @@ class PowerNorm(PowerStatisticNorm):
             self._weight(self.alpha_bwd, running["num_batches_tracked"]),
             self,
         )
-        if is_first_run:
-            self.observe(moments, running)
+        self.observe(moments, running, is_first_run)
         return x_hat
 
     def _weight(self, alpha: float, step: torch.Tensor) -> torch.Tensor:

@@ -194,19 +194,25 @@ def release_swapped(model: PreTrainedModel) -> None:
     """Undo [`prepare_swapped`] on a model that is no longer swapped."""
     unwatch_masks(model)
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(function, "is_taped", False):
-            module._gradient_checkpointing_func = function.__wrapped__
+        if (function := getattr(module, "_gradient_checkpointing_func", None)) is not None:
+            module._gradient_checkpointing_func = _untaped(function)
 
 
 def check_checkpointing(function, norms) -> None:
     """Raises `ValueError` where the checkpoint `function` cannot be exact for one of `norms`."""
-    reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+    if function is None:
+        return
+    # PyTorch checkpoints reentrantly where nothing is said.
+    reentrant = getattr(_untaped(function), "keywords", {}).get("use_reentrant") is not False
     if reentrant and any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
         raise ValueError(
             "The RBN penalty has no gradient through reentrant checkpointing: pass "
             "activation_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def _untaped(function):
+    return function.__wrapped__ if getattr(function, "is_taped", False) else function
 
 
 def _taped(model, function):

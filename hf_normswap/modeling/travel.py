@@ -44,12 +44,13 @@ def write_code(config, folder) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(__file__).parent / "swapped.py"
-    sources = {Path(path).name: Path(path).read_text(encoding="utf-8") for path in _with_imports(root)}
+    paths = {Path(path) for path in _with_imports(root)}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in paths}
     for entry in (config.norm_swap or {}).get("norms", []):
         norm = get_norm(entry["norm"])
         path = Path(inspect.getsourcefile(norm) or "")
-        if path.name in sources and path.parent == root.parent:
-            continue
+        if path in paths:
+            continue  # one of ours, or the second norm of a file
         source, obstacle = _portable_source(norm, sources)
         if obstacle:
             logger.warning(
@@ -57,6 +58,7 @@ def write_code(config, folder) -> None:
                 "the folder loads only where that norm is registered first."
             )
             continue
+        paths.add(path)
         sources[path.name] = source
         sources["norms.py"] += f"\nfrom .{path.stem} import {norm.__name__}  # noqa: E402, F401\n"
     for name, source in sources.items():
