@@ -129,14 +129,12 @@ class BatchStatisticNorm(Norm):
 
     def initialize(self) -> None:
         super().initialize()
-        for name, value in self.running.items():
-            init.constant_(getattr(self, name), value)
-        init.zeros_(self.num_batches_tracked)
-        self.discard_pending()
+        for name, buffer in self.named_buffers(recurse=False):
+            init.constant_(buffer, self.running.get(name, 0))
 
     def discard_pending(self) -> None:
         """Forget what was pooled since the last update."""
-        init.zeros_(self.pending)
+        self.pending.zero_()
 
     def batch_values(self, moments: Moments) -> dict[str, torch.Tensor]:
         """The batch's value of each buffer in `running`, of shape `(C,)`."""
@@ -206,7 +204,7 @@ class BatchStandardize(torch.autograd.Function):
     """x̂ of a batch in its own statistics, with the exact gradient.
 
     `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are outputs
-    too, mean and m2 differentiable when centered. At a pad the output is the same affine map, with its plain gradient.
+    too, mean and m2 differentiable. At a pad the output is the same affine map, with its plain gradient.
     """
 
     @staticmethod
@@ -220,17 +218,19 @@ class BatchStandardize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mask, eps, ctx.centered = inputs
-        x_hat, *rest = output
-        moments = Moments(*rest)
-        inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + eps)
+        _, mask, ctx.eps, ctx.centered = inputs
+        x_hat, count, mean, m2 = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(moments.count, *(() if ctx.centered else moments[1:]))
-        ctx.save_for_backward(x_hat, mask, inverse, moments.count.clamp(min=1))
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x_hat, mask, count, mean, m2)
 
     @staticmethod
     def backward(ctx, g, g_count, g_mean, g_m2):
-        x_hat, mask, inverse, count = ctx.saved_tensors
+        x_hat, mask, *rest = ctx.saved_tensors
+        moments = Moments(*rest)
+        # From outputs that were saved, not saved itself: a second derivative sees that it depends on x.
+        inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + ctx.eps)
+        count = moments.count.clamp(min=1)
         real = torch.zeros_like(x_hat)  # the way through the statistics, which only real tokens have
         if g is not None:
             real = -x_hat * (sum_tokens(g * x_hat, mask) / count)
@@ -240,7 +240,8 @@ class BatchStandardize(torch.autograd.Function):
         if g_mean is not None:
             real = real + g_mean / count
         if g_m2 is not None:
-            real = real + 2 * g_m2 * x_hat / inverse
+            deviation = x_hat / inverse
+            real = real + 2 * g_m2 * (deviation if ctx.centered else deviation - moments.mean)
         if mask is not None:
             real = torch.where(mask.unsqueeze(-1), real, 0)
         return real if g is None else g * inverse + real, None, None, None

@@ -1,6 +1,7 @@
 """Power normalisation: running quadratic mean in the forward, running gradient statistic in the backward."""
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from .moments import Moments, count_tokens, masked_moments, sum_tokens
@@ -92,11 +93,10 @@ class PowerNorm(PowerStatisticNorm):
     def initialize(self):
         super().initialize()
         init.ones_(self.loss_scale)
-        init.zeros_(self.largest_gamma)
 
     def discard_pending(self):
         super().discard_pending()
-        init.zeros_(self.pending_gradient)
+        self.pending_gradient.zero_()
 
     def normalize(self, x, mask):
         if self.group_scaling:
@@ -171,6 +171,7 @@ class _PowerScale(torch.autograd.Function):
         ctx.pending = layer.pending_gradient
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x_hat, mask, inverse, grad_inverse, nu, warm, weight = ctx.saved_tensors
         count = count_tokens(x_hat, mask)

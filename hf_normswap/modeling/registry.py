@@ -69,8 +69,8 @@ def get_norm(name: str) -> type:
     spelling = _plain(str(name))
     if spelling not in _ALIASES:
         close = dict.fromkeys(_ALIASES[match] for match in difflib.get_close_matches(spelling, _ALIASES, cutoff=0.5))
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {available_norms()}."
-        raise ValueError(f"There is no norm {name!r}: {hint} A norm of your own is made known by @register_norm.")
+        hint = f"did you mean {' or '.join(map(repr, close))}" if close else f"choose among {available_norms()}"
+        raise ValueError(f"There is no norm {name!r}: {hint}, or register one of your own with @register_norm first.")
     return _NORMS[_ALIASES[spelling]]
 
 

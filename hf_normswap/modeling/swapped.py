@@ -150,7 +150,7 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
     A checkpoint of one head opens in another: parts that this model has not, such as another head, are left out.
 
     Raises:
-        ValueError: when a listed module is missing from a part that the model has.
+        ValueError: when a listed module is missing from a part that the model has, or no norm of the family at all.
     """
     sites = {site.path: site for site in find_norms(model)}
     parts = {_part(path) for path in sites}
@@ -160,7 +160,11 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
         for path in entry["modules"]:
             if path in sites:
                 norms[sites[path].name] = new_norm(sites[path].module, config)
-            elif _part(path) in parts or not is_site(model, path):
+            elif not is_site(model, path):
+                raise ValueError(
+                    f"norm_swap in the model's configuration lists {path!r}, which is no norm of this family: remove it."
+                )
+            elif _part(path) in parts:
                 raise ValueError(
                     f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
                     "load it with the number of layers that it was saved with."

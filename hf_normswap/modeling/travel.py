@@ -48,10 +48,10 @@ def write_code(config, folder) -> None:
     sources = {path.name: path.read_text(encoding="utf-8") for path in paths}
     for entry in (config.norm_swap or {}).get("norms", []):
         norm = get_norm(entry["norm"])
-        path = Path(inspect.getsourcefile(norm) or "")
+        path = _source_file(norm)
         if path in paths:
             continue  # one of ours, or the second norm of a file
-        source, obstacle = _portable_source(norm, sources)
+        source, obstacle = _portable_source(norm, path, sources)
         if obstacle:
             logger.warning(
                 f"The norm {norm.norm_name!r} cannot travel with the model because {obstacle}: "
@@ -69,17 +69,24 @@ def _with_imports(root: Path) -> list:
     return [root, *get_relative_import_files(root)]
 
 
-def _portable_source(norm: type, taken: dict) -> tuple[str, str]:
-    """Source of the file that defines `norm` with imports that work beside the weights, or why there is none."""
-    if norm.__module__ == "__main__" or "<locals>" in norm.__qualname__:
-        return "", "it is defined in a script, a notebook or a function, not in a module of its own"
+def _source_file(norm: type) -> Path | None:
     try:
-        path = inspect.getsourcefile(norm)
-        source = _IMPORTS.sub("from .norms import", Path(path).read_text(encoding="utf-8"))
-    except (OSError, TypeError):
+        return Path(inspect.getsourcefile(norm))
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return None
+
+
+def _portable_source(norm: type, path: Path | None, taken: dict) -> tuple[str, str]:
+    """Source of the file that defines `norm` with imports that work beside the weights, or why there is none."""
+    if norm.__module__ == "__main__" or "." in norm.__qualname__:
+        return "", "it is defined in a script, a notebook, a function or a class, not in a module of its own"
+    if path is None or not path.is_file():
         return "", "its source file is not available"
-    if Path(path).name in taken:
-        return "", f"a file of this package is called {Path(path).name} too"
+    if path.stem == "__init__" or not path.stem.isidentifier():
+        return "", f"{path.name} cannot be imported by its name"
+    if path.name in taken:
+        return "", f"another file that goes with the model is called {path.name} too"
+    source = _IMPORTS.sub("from .norms import", path.read_text(encoding="utf-8"))
     facade = importlib.import_module(".norms", __package__).__all__
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
