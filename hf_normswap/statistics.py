@@ -52,18 +52,20 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
 
     Layers of one width are taken together: a handful of operations, whatever the depth, and no host synchronisation.
     """
+    if not norms or any(norm.statistics is None for norm in norms):
+        return None
     groups: dict[tuple, list[int]] = {}
     for index, norm in enumerate(norms):
-        if norm.statistics is None:
-            return None
         has_mean = norm.statistics.batch_mean is not None
         groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
-    result = torch.zeros(2, len(norms), device=norms[0].statistics.batch_var.device) if norms else None
+    of_layers: list = [None] * len(norms)
     for (_, eps, _), members in groups.items():
         fields = zip(*(norms[index].statistics for index in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
-        result[:, members] = torch.stack(training_inference_discrepancy(stacked, eps)).to(result.dtype)
-    return result
+        values = torch.stack(training_inference_discrepancy(stacked, eps)).float()
+        for index, value in zip(members, values.unbind(1), strict=True):
+            of_layers[index] = value
+    return torch.stack(of_layers, dim=1)
 
 
 def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:

@@ -54,7 +54,7 @@ class _NormSwapTrainerMixin:
             scale = (1.0 if scale is None else scale) * self.accelerator.num_processes
             for norm in self._statistic_norms():
                 if isinstance(norm, PowerNorm):
-                    norm.loss_scale.copy_(torch.as_tensor(scale))
+                    norm.loss_scale.fill_(scale)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -5,7 +5,6 @@ from torch.nn import functional
 
 from .norm import Norm
 from .registry import register_norm
-from .token_mask import current_mask
 
 
 @register_norm("layernorm", "ln")
@@ -24,5 +23,5 @@ class LayerNorm(Norm):
     keeps_eps = True
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.select_finite(x, current_mask(x) if mask is None else mask)
+        x = self.select_finite(x, self.token_mask(x, mask))
         return functional.layer_norm(x, (self.num_features,), self.weight, self.bias, self.eps)

@@ -44,14 +44,26 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise `x` of shape `(..., C)`; without a `mask` `(...)` that of the running model call counts."""
-        if mask is None:
-            mask = current_mask(x)
+        mask = self.token_mask(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             values = self.select_finite(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
             y = self.normalize(values, mask) * self.weight
             if self.bias is not None:
                 y = y + self.bias
         return y.to(x.dtype)
+
+    @staticmethod
+    def token_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call."""
+        if mask is None:
+            return current_mask(x)
+        if mask.shape != x.shape[:-1]:
+            # One that broadcasts would be counted wrongly.
+            raise ValueError(
+                f"The mask has shape {tuple(mask.shape)} for tokens of shape {tuple(x.shape[:-1])}: "
+                "give one entry for each token."
+            )
+        return mask.bool()
 
     @staticmethod
     def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -83,11 +95,11 @@ class Norm(nn.Module):
             init.zeros_(self.bias)
 
     def _apply(self, fn, recurse=True):
-        statistics = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, old in statistics.items():
+        for name, old in before.items():
             new = self._buffers[name]
-            if new.dtype.itemsize < old.dtype.itemsize and not new.is_meta:
+            if new.dtype.itemsize < torch.float32.itemsize:
                 self._buffers[name] = old.to(new.device)  # .half() and .bfloat16() never demote a statistic
         return self
 

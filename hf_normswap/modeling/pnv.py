@@ -22,6 +22,7 @@ class PowerNormV(PowerStatisticNorm):
 
     def normalize(self, x, mask):
         if not self.training:
+            self.statistics = None
             return x * torch.rsqrt(self.running_power + self.eps)
         running, is_first_run = self.frozen_running()
         x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, False)

@@ -103,6 +103,7 @@ class PowerNorm(PowerStatisticNorm):
             groups = x.unflatten(-1, (self.num_groups, -1))
             x = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
         if not self.training:
+            self.statistics = None
             return x * torch.rsqrt(self.running_power + self.eps)
         running, is_first_run = self.frozen_running()
         moments = masked_moments(x.detach(), mask)
