@@ -91,20 +91,24 @@ def load_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list
 
     Args:
         paths (`str`, `os.PathLike` or an iterable of them):
-            Result files, and folders that stand for every `*.json` in them and below.
+            Result files, and folders that stand for every result in them and below. Other JSON files of a folder,
+            such as a model's configuration, are passed over.
 
     Returns:
         `list[dict]`: One dictionary for each run, in the order of the file names.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = []
+    results = {}
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: pass the files or folders that the recipes wrote.")
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    if not files:
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            content = _parse(file)
+            if file == path or (isinstance(content, dict) and "format_version" in content):
+                results[file] = _check(content, file)
+    if not results:
         raise FileNotFoundError(f"There is no result in {', '.join(map(str, paths))}: run a recipe first.")
-    return [_read(file) for file in dict.fromkeys(files)]
+    return list(results.values())
 
 
 def describe_environment() -> dict[str, Any]:
@@ -135,11 +139,14 @@ def describe_environment() -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> Any:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of a file that is no text
         raise ValueError(f"{path} is damaged ({error}): delete it and repeat the run.") from error
+
+
+def _check(result: Any, path: Path) -> dict[str, Any]:
     version = result.get("format_version") if isinstance(result, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(

@@ -50,15 +50,17 @@ def norm_penalty(model: nn.Module) -> torch.Tensor:
 def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     """TID of the last training forward, of shape `(2, layers)`: mean TID and variance TID of each layer.
 
-    Layers of one width are taken together: a handful of operations, whatever the depth, and no host synchronisation.
+    NaN for a layer that did not run or is frozen, `None` if that is all of them. Layers of one width are taken
+    together: a handful of operations, whatever the depth, and no host synchronisation.
     """
-    if not norms or any(norm.statistics is None for norm in norms):
-        return None
     groups: dict[tuple, list[int]] = {}
     for index, norm in enumerate(norms):
-        has_mean = norm.statistics.batch_mean is not None
-        groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
-    of_layers: list = [None] * len(norms)
+        if norm.statistics is not None:
+            has_mean = norm.statistics.batch_mean is not None
+            groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
+    if not groups:
+        return None
+    of_layers = [torch.full((2,), torch.nan, device=norm.weight.device) for norm in norms]
     for (_, eps, _), members in groups.items():
         fields = zip(*(norms[index].statistics for index in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))

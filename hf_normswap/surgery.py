@@ -176,8 +176,7 @@ def _recorded(model) -> list:
 def _set_config(model, config_class, norms: list | None) -> None:
     """Give the model, and every part that shares its configuration, a copy of the class `config_class`."""
     old = model.config
-    new = copy.copy(old)  # the caller's object may belong to another model too
-    new.__dict__ = copy.copy(old.__dict__)
+    new = copy.deepcopy(old)  # the caller's object may belong to another model too
     new.__class__ = config_class
     for name in ("model_type", "auto_map", "norm_swap"):
         new.__dict__.pop(name, None)

@@ -29,13 +29,13 @@ class NormStatisticsCallback(TrainerCallback):
 
 
 class _NormSwapTrainerMixin:
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
+    def __init__(self, model=None, args=None, *more, **kwargs):
+        if args is not None and args.n_gpu > 1:  # first: Trainer makes the output folder
             raise ValueError(
                 "nn.DataParallel loses the statistics of every replica but the first: start one process per GPU with "
                 "accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+        super().__init__(model, args, *more, **kwargs)
         self.add_callback(NormStatisticsCallback())
         self._reset_norm_logs()
 
@@ -95,7 +95,8 @@ class _NormSwapTrainerMixin:
         if self._discrepancy_sum is not None:
             of_layers = self._mean_over_ranks(self._discrepancy_sum)
             for name, layers in zip(("mean", "var"), of_layers, strict=True):
-                entries[f"tid_{name}_max"] = layers.max().item()
+                layers = layers[~layers.isnan()]
+                entries[f"tid_{name}_max"] = layers.max().item() if len(layers) else float("nan")
                 entries[f"tid_{name}_avg"] = layers.mean().item()
         return entries
 

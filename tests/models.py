@@ -60,6 +60,7 @@ _CONFIGS = {
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
             "summary_first_dropout": 0.0,
+            "classifier_dropout": 0.0,
             "bos_token_id": VOCABULARY - 1,
             "eos_token_id": VOCABULARY - 1,
             "pad_token_id": VOCABULARY - 1,
@@ -164,7 +165,10 @@ def tiny_batch(
         }
     if head in ("MarianModel", "MarianMTModel"):
         # Targets have other lengths than the sources, and are padded on the right, as decoding starts on the left.
-        targets = tokens([length + 1 for length in reversed(lengths)], columns + 1, -100, side="right")
+        target_lengths = [length + 1 for length in reversed(lengths)]
+        targets = tokens(target_lengths, columns + 1, -100, side="right")
+        for row, length in zip(targets, target_lengths):
+            row[length - 1] = config.eos_token_id
         if head == "MarianMTModel" and labels:
             batch["labels"] = targets
         else:
@@ -193,6 +197,9 @@ def _labels(head: str, batch: dict, generator: torch.Generator) -> dict:
     if head.endswith("TokenClassification"):
         return {"labels": torch.where(mask.bool(), ids % LABELS, -100)}
     of_tokens = {"labels": torch.where(mask.bool(), ids, -100)}
+    if head.endswith(("CausalLM", "LMHeadModel", "DoubleHeadsModel")):
+        # The first token of a row is predicted from nothing, or from the padding on its left.
+        of_tokens["labels"].scatter_(-1, first.unsqueeze(-1), -100)
     if head == "BertForPreTraining":
         return {**of_tokens, "next_sentence_label": torch.arange(rows) % 2}
     if head == "GPT2DoubleHeadsModel":

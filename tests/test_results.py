@@ -125,7 +125,14 @@ def test_folders_and_files_are_read_once_and_in_order(tmp_path):
 def test_a_file_that_is_no_result_is_named_with_the_cure(tmp_path, content, message):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        load_results(tmp_path)
+        load_results(tmp_path / "run.json")
+
+
+def test_a_model_beside_its_result_is_passed_over(tmp_path):
+    write_result(make_run(), tmp_path / "run" / "result.json")
+    (tmp_path / "run" / "config.json").write_text('{"hidden_size": 8}')
+    (tmp_path / "run" / "tokens.json").write_text("[1, 2]")
+    assert load_results(tmp_path) == [load_results(tmp_path / "run" / "result.json")[0]]
 
 
 def test_nothing_to_load_is_an_error(tmp_path):

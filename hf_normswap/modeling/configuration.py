@@ -60,6 +60,7 @@ class NormSwapConfigMixin:
         from .travel import auto_map, write_code
 
         self.auto_map = auto_map(type(self))
+        self._auto_class = None  # else transformers writes code and map once more, its own way
         write_code(self, save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .configuration import CONFIGS
 from .norm import BatchStatisticNorm, Norm
@@ -81,7 +82,8 @@ def stock_class(swapped: type) -> type:
 
 
 def __getattr__(name: str):
-    cls = _make_class(name)
+    configs = {config.__name__: config for config in CONFIGS}  # the loader finds these here too: see auto_map
+    cls = configs.get(name) or _make_class(name)
     if cls is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return cls
@@ -102,6 +104,7 @@ def _make_class(name: str) -> type | None:
     stock = getattr(module, stock_name, None) if stock_name in module.__all__ else None
     if not isinstance(stock, type) or not issubclass(stock, PreTrainedModel) or stock_name.endswith("PreTrainedModel"):
         return None
+    _enter_name(family, stock_name)
     globals()[name] = type(
         name,
         (NormSwapMixin, stock),
@@ -115,6 +118,13 @@ def _make_class(name: str) -> type | None:
         },
     )
     return globals()[name]
+
+
+def _enter_name(family: str, stock_name: str) -> None:
+    # By class name Trainer shifts labels under label smoothing, and names the task in its card.
+    for title, table in vars(modeling_auto).items():
+        if title.startswith("MODEL_") and title.endswith("_NAMES") and table.get(family) == stock_name:
+            table.setdefault(f"normswap_{family}", "NormSwap" + stock_name)
 
 
 def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
@@ -162,7 +172,7 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
                 norms[sites[path].name] = new_norm(sites[path].module, config)
             elif not is_site(model, path):
                 raise ValueError(
-                    f"norm_swap in the model's configuration lists {path!r}, which is no norm of this family: remove it."
+                    f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
                 )
             elif _part(path) in parts:
                 raise ValueError(

@@ -31,9 +31,12 @@ def auto_heads(config_class: type) -> dict[str, str]:
 
 
 def auto_map(config_class: type) -> dict[str, str]:
-    """The `auto_map` of a saved configuration: every head, so that a language model opens as a classifier too."""
-    models = {auto: f"swapped.{head}" for auto, head in auto_heads(config_class).items()}
-    return {"AutoConfig": f"configuration.{config_class.__name__}", **models}
+    """The `auto_map` of a saved configuration: every head, so that a language model opens as a classifier too.
+
+    All in one file: the loader imports a local folder anew for each file that it is sent to.
+    """
+    classes = {"AutoConfig": config_class.__name__, **auto_heads(config_class)}
+    return {auto: f"swapped.{name}" for auto, name in classes.items()}
 
 
 def write_code(config, folder) -> None:

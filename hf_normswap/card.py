@@ -1,0 +1,207 @@
+"""Model cards, rendered from the results of runs (see `hf_normswap/results.py`) and from nothing else."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .comparison import compare_results
+
+
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "translation",
+}
+
+_POWERNORM = """@inproceedings{shen2020powernorm,
+  title = {{PowerNorm}: Rethinking Batch Normalization in Transformers},
+  author = {Shen, Sheng and Yao, Zhewei and Gholami, Amir and Mahoney, Michael W. and Keutzer, Kurt},
+  booktitle = {International Conference on Machine Learning},
+  year = {2020},
+  url = {https://arxiv.org/abs/2003.07845}
+}"""
+_CITATIONS = {
+    "powernorm": _POWERNORM,
+    "pnv": _POWERNORM,
+    "rbn": """@inproceedings{wang2022understanding,
+  title = {Understanding the Failure of Batch Normalization for Transformers in {NLP}},
+  author = {Wang, Jiaxi and Wu, Ji and Huang, Lei},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2022},
+  url = {https://arxiv.org/abs/2210.05153}
+}""",
+    "batchnorm": """@inproceedings{ioffe2015batch,
+  title = {Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift},
+  author = {Ioffe, Sergey and Szegedy, Christian},
+  booktitle = {International Conference on Machine Learning},
+  year = {2015},
+  url = {https://arxiv.org/abs/1502.03167}
+}""",
+    "layernorm": """@article{ba2016layer,
+  title = {Layer Normalization},
+  author = {Ba, Jimmy Lei and Kiros, Jamie Ryan and Hinton, Geoffrey E.},
+  journal = {arXiv preprint arXiv:1607.06450},
+  year = {2016},
+  url = {https://arxiv.org/abs/1607.06450}
+}""",
+    "rmsnorm": """@inproceedings{zhang2019root,
+  title = {Root Mean Square Layer Normalization},
+  author = {Zhang, Biao and Sennrich, Rico},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019},
+  url = {https://arxiv.org/abs/1910.07467}
+}""",
+}
+
+
+def render_card(
+    results: Iterable[dict[str, Any]],
+    *,
+    norm: str,
+    model_id: str,
+    auto_class: str = "AutoModelForSequenceClassification",
+    title: str | None = None,
+    description: str | None = None,
+    limits: str | None = None,
+    license: str | None = None,
+    language: str | None = "en",
+) -> ModelCard:
+    """
+    Renders the card of a model with swapped norms. Every figure of it comes from `results`.
+
+    Args:
+        results (`Iterable[dict]`):
+            Results on one task: the runs of the model's norm, and those of the norms that it is compared with.
+        norm (`str`):
+            The norm of the model, as in the results.
+        model_id (`str`):
+            Where the model is: its id on the Hub, or a folder.
+        auto_class (`str`, *optional*, defaults to `"AutoModelForSequenceClassification"`):
+            The class of transformers that loads it.
+        title (`str`, *optional*):
+            Title of the card. The model and its norm if not given.
+        description (`str`, *optional*):
+            What the model is, in Markdown.
+        limits (`str`, *optional*):
+            What it must not be used for, in Markdown, ahead of what holds for all models with swapped norms.
+        license (`str`, *optional*):
+            License of the weights.
+        language (`str`, *optional*, defaults to `"en"`):
+            Language of the text.
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card; `card.save("README.md")` writes it.
+
+    Example:
+
+    ```python
+    >>> from hf_normswap.card import render_card
+
+    >>> swapped = {"norm": "rbn", "options": {"momentum": 0.1}, "modules": ["bert.encoder.layer.0.output.LayerNorm"]}
+    >>> result = {
+    ...     "task": "rte",
+    ...     "model": "bert",
+    ...     "norm": "rbn",
+    ...     "norm_swap": {"format_version": 1, "norms": [swapped]},
+    ...     "seed": 0,
+    ...     "metrics": {"accuracy": 0.7},
+    ... }
+    >>> card = render_card([result], norm="rbn", model_id="me/bert-rbn")
+    >>> card.data.model_name, card.data.eval_results[0].metric_value
+    ('bert-rbn', 0.7)
+
+    ```
+    """
+    results = list(results)
+    runs = [result for result in results if result["norm"] == norm]
+    if not runs:
+        known = ", ".join(dict.fromkeys(result["norm"] for result in results))
+        raise ValueError(f"No result is of the norm {norm!r}, only of {known}: pass the runs of the model's norm.")
+    if len(tasks := {(result["task"], result["model"]) for result in results}) > 1:
+        raise ValueError(f"These results are of {len(tasks)} tasks or models: pass those of one to its card.")
+    if auto_class not in _PIPELINES:
+        raise ValueError(f"auto_class {auto_class!r} is none of {', '.join(_PIPELINES)}: choose one of them.")
+
+    run, recipe = runs[0], _recipe(runs[0])
+    scores = {
+        metric: fmean(values)
+        for metric in run["metrics"]
+        if (values := [run["metrics"][metric] for run in runs if run["metrics"].get(metric) is not None])
+    }
+    data = ModelCardData(
+        model_name=model_id.rstrip("/").split("/")[-1],
+        library_name="transformers",
+        pipeline_tag=_PIPELINES[auto_class],
+        license=license,
+        language=language,
+        base_model=run["model"] if "/" in run["model"] else None,  # else it has no id on the Hub
+        tags=["hf_normswap", norm, "custom_code"],
+        metrics=list(scores),
+        eval_results=[
+            EvalResult(
+                task_type=_PIPELINES[auto_class],
+                dataset_type=recipe.get("dataset_name", run["task"]),
+                dataset_name=run["task"],
+                metric_type=metric,
+                metric_name=f"{metric} (mean over {len(runs)} seeds)" if len(runs) > 1 else metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in scores.items()
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        title=title or f"{run['model']} with {norm}",
+        description=description,
+        limits=limits,
+        norm=norm,
+        model_id=model_id,
+        auto_class=auto_class,
+        run=run,
+        swapped=[{**entry, "places": _describe_places(entry["modules"])} for entry in run["norm_swap"]["norms"]],
+        results_table=compare_results(results).to_markdown(),
+        same_recipe=all(_recipe(result) == recipe for result in results),
+        seeds=", ".join(str(run["seed"]) for run in runs),
+        discrepancies=_final_discrepancies(runs),
+        arguments={name: value if isinstance(value, str) else json.dumps(value) for name, value in recipe.items()},
+        commands=list(dict.fromkeys(run["command"] for run in runs if "command" in run)),
+        citation=_CITATIONS.get(norm),
+    )
+
+
+def _recipe(result: dict) -> dict[str, Any]:
+    """The arguments that runs to be compared have in common: not their norm and seed, and no places on a disk."""
+    own = {"norm", "norm_options", "seed", "output_dir", "resume_from_checkpoint"}
+    return {
+        name: value
+        for name, value in result.get("arguments", {}).items()
+        if name not in own and not (isinstance(value, str) and value.startswith((".", "/", "~")))
+    }
+
+
+def _describe_places(modules: list[str]) -> str:
+    """`a.0.b, a.1.b` → "2 × `a.*.b`"."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in modules)
+    return ", ".join(f"{count} × `{place}`" for place, count in counts.items())
+
+
+def _final_discrepancies(runs: list[dict]) -> dict[str, float]:
+    """The last TID of each run, averaged. A norm without a mean logs none of it, or zeros."""
+    means = {}
+    for name in ("tid_mean_max", "tid_var_max"):
+        logged = [[entry[name] for entry in run.get("history", []) if entry.get(name)] for run in runs]
+        if all(logged):
+            means[name] = fmean(values[-1] for values in logged)
+    return means

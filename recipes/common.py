@@ -1,0 +1,137 @@
+"""What the recipes share: arguments, errors of one sentence, and the record of a run."""
+
+import dataclasses
+import difflib
+import json
+import os
+import shlex
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from safetensors import safe_open
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_normswap.results import describe_environment
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model to start from."})
+    norm: str | None = field(default=None, metadata={"help": "Norm to swap in; LayerNorm if not given."})
+    norm_options: dict | str | None = field(default=None, metadata={"help": "Options of the norm, as JSON."})
+    where: list[str] | None = field(
+        default=None, metadata={"help": "Which norms to swap; those of the blocks if not given."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.norm_options, str):
+            try:
+                self.norm_options = dict(json.loads(self.norm_options))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"norm_options is no JSON object ({error}): {self.norm_options}") from error
+        self.norm_options = self.norm_options or {}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):  # argparse would print the hundred options of the usage first
+        raise ValueError(message)
+
+
+def parse_arguments(groups, argv=None):
+    """
+    Reads the dataclasses `groups` from `[config.yaml] [--option value ...]`. An option has the same name in Python, in
+    the YAML file and in the shell, and the shell has the last word.
+
+    Returns the dataclasses, and a dictionary of the options that were given.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[:1] = _read_yaml(argv[0])
+    parser = _Parser(groups, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    names = [item.name for group in groups for item in dataclasses.fields(group)]
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(name, names, n=1)
+        raise ValueError(f"There is no option {name!r}" + (f": did you mean {close[0]!r}?" if close else "."))
+    given = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
+    return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in given}
+
+
+def _read_yaml(path):
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is no YAML file of options.")
+    argv = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return argv
+
+
+@contextmanager
+def one_sentence_errors():
+    """Ends the recipe with one sentence and exit code 2 for what its user can cure, which shows before training."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"error: {lines[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def check_processes(training_args):
+    """Several command lines of launchers start processes that do not know of each other, or one instead of many."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if training_args.world_size != launched:
+        raise ValueError(
+            f"{launched} processes were launched but {training_args.world_size} would train together: without GPUs, "
+            "set ACCELERATE_USE_CPU=true or pass --use_cpu."
+        )
+    # accelerate sets the address when it was asked for several processes, and has no CPU launcher for them.
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError("accelerate started one process of several: launch on CPUs with torchrun and --use_cpu.")
+
+
+def find_checkpoint(training_args):
+    """The checkpoint that `--resume_from_checkpoint` names; `true` is the last one of the output folder."""
+    path = training_args.resume_from_checkpoint
+    if path is None:
+        return None
+    if path.lower() == "true":
+        path = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    weights = sorted(Path(path).glob("*.safetensors")) if path else []
+    if not weights:
+        raise ValueError(f"There is no checkpoint to resume from in {path or training_args.output_dir}.")
+    for file in weights:
+        try:
+            safe_open(file, "pt")
+        except Exception as error:
+            raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint.") from error
+    return path
+
+
+def make_result(task, model_name, trainer, metrics, arguments):
+    """The record of one run (see `hf_normswap.results`)."""
+    norm_swap, processes = trainer.model.config.norm_swap, trainer.args.world_size
+    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    return {
+        "task": task,
+        "model": Path(model_name).name if os.path.isdir(model_name) else model_name,
+        "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
+        "norm_swap": norm_swap,
+        "seed": trainer.args.seed,
+        "metrics": metrics,
+        "arguments": arguments,
+        "history": trainer.state.log_history,
+        "command": f"{launcher} {shlex.join(sys.argv)}",
+        **describe_environment(),
+    }

@@ -1,0 +1,60 @@
+"""Data sets and models for the recipes, checked before anything is written."""
+
+import itertools
+import os
+from pathlib import Path
+
+from datasets import DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer
+
+from hf_normswap import NormSwapConfig, get_norm, swap_norm
+
+
+def load_splits(name, config, splits, columns):
+    """The `splits` of a data set of the Hub, or of a folder laid out like one, with at least `columns`."""
+    # The cache of `datasets` does not notice that the files of a folder have changed.
+    cache = os.path.join(HF_DATASETS_CACHE, _stamp(name)) if os.path.isdir(name) else None
+    try:
+        data = load_dataset(name, config, cache_dir=cache)
+    except ValueError as error:
+        raise ValueError(f"The data set {name!r} has no configuration {config!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"There is no data set {name!r}: give the id of one on the Hub, or a local folder."
+        ) from error
+    for split in splits:
+        if split not in data:
+            raise ValueError(f"The data set {name!r} has no split {split!r}, only {', '.join(data)}.")
+    for split, column in itertools.product(splits, columns):
+        if column not in (found := data[split].column_names):
+            raise ValueError(f"The split {split!r} of {name!r} has no column {column!r}, only {', '.join(found)}.")
+    return DatasetDict({split: data[split] for split in splits})
+
+
+def _stamp(folder):
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return Hasher.hash([(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files])
+
+
+def load_swapped(auto_class, args, **config):
+    """The tokenizer, and the model with its norms swapped as the arguments say, or as its checkpoint has them."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        model = auto_class.from_pretrained(args.model_name_or_path, **config)
+    except Exception as error:  # a damaged folder can raise anything
+        misfit = "ignore_mismatched_sizes" in str(error)
+        reason = "it has weights of other shapes, as the head of another task has" if misfit else error
+        raise ValueError(f"{args.model_name_or_path} cannot be loaded: {reason}") from error
+    recorded = getattr(model.config, "norm_swap", None)
+    if recorded is None:
+        norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
+        return tokenizer, swap_norm(model, norm, where=args.where or "blocks")
+    for entry in recorded["norms"]:
+        same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
+        if not same_norm or args.where or not args.norm_options.items() <= entry["options"].items():
+            raise ValueError(
+                f"{args.model_name_or_path} is swapped already, to {entry['norm']}: leave out norm options."
+            )
+    return tokenizer, model

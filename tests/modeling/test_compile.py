@@ -1,0 +1,119 @@
+"""Compiled norms against eager ones, each alone: in a whole model a wrong gradient looks like rounding.
+
+The running values move a lot (momentum 0.9): a backward that read them after their update would be far off.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from hf_normswap import defer_norm_statistics, sync_norm_statistics
+from tests.modeling.norms import VARIANTS, make_norm, make_tokens
+
+
+MASK = torch.tensor([[True, True, True, True, True], [False, True, True, True, False]])
+FAST = {
+    "batchnorm": {"momentum": 0.9},
+    "rbn": {"momentum": 0.9},
+    "pnv": {"momentum": 0.9},
+    "powernorm": {"alpha_fwd": 0.1, "alpha_bwd": 0.1},
+}
+
+
+def make_fast_norm(variant):
+    name, _, _ = VARIANTS[variant]
+    norm = make_norm(variant, **FAST.get(name, {}))
+    if name == "powernorm":
+        norm.warmup_steps = 2  # the steps below are of both kinds, in one graph
+    return norm
+
+
+@pytest.fixture(autouse=True)
+def no_graph_of_another_test():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def train(model, forward, deferred=False, steps=5):
+    """What each of some training steps gives: outputs, gradients, and the state after it."""
+    results = []
+    defer_norm_statistics(model, deferred)
+    for step in range(steps):
+        x = make_tokens(2, 5, seed=step).requires_grad_()
+        outputs = forward(model, x, MASK)
+        loss = sum(
+            (output * make_tokens(2, 5, seed=100 + step)).sum() if output.dim() else output for output in outputs
+        )
+        model.zero_grad()
+        loss.backward()
+        sync_norm_statistics(model)
+        values = {"dx": x.grad} | {f"output {n}": output for n, output in enumerate(outputs)}
+        values |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+        values |= dict(model.named_buffers())
+        results.append({name: value.detach().clone() for name, value in values.items() if value is not None})
+    return results
+
+
+def assert_compiled_equals_eager(make_model, forward, **options):
+    eager = train(make_model(), forward, **options)
+    compiled = train(make_model(), torch.compile(forward, fullgraph=True), **options)
+    assert counters["stats"]["unique_graphs"] == 1  # one for all steps
+    for step, (expected, results) in enumerate(zip(eager, compiled, strict=True)):
+        assert expected.keys() == results.keys()
+        for name, value in expected.items():
+            error = (results[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)
+            assert error < 1e-10, f"{name} is off by {error:.1e} in step {step}"
+
+
+def output_alone(norm, x, mask):
+    return (norm(x, mask),)
+
+
+def penalty_alone(norm, x, mask):
+    norm(x, mask)
+    return (norm.penalty(),)
+
+
+def output_and_penalty(norm, x, mask):
+    return norm(x, mask), norm.penalty()
+
+
+def outputs_of_all(norms, x, mask):
+    return [norm(x, mask) for norm in norms]
+
+
+@pytest.mark.parametrize(
+    ("variant", "forward"),
+    [
+        ("layernorm", output_alone),
+        ("rmsnorm", output_alone),
+        ("batchnorm", output_alone),
+        ("pnv", output_alone),
+        ("powernorm-groups", output_alone),
+        ("rbn", penalty_alone),
+        ("rbn", output_and_penalty),
+    ],
+)
+def test_training(variant, forward):
+    assert_compiled_equals_eager(lambda: make_fast_norm(variant), forward)
+
+
+def test_training_with_deferred_statistics():
+    def make_model():
+        return nn.ModuleList(map(make_fast_norm, ("batchnorm", "powernorm-plain")))
+
+    assert_compiled_equals_eager(make_model, outputs_of_all, deferred=True)
+
+
+def test_evaluation():
+    norms = nn.ModuleList(map(make_fast_norm, VARIANTS)).eval()
+    x = make_tokens(2, 5)
+    before = {name: value.clone() for name, value in norms.named_buffers()}
+    compiled = torch.compile(outputs_of_all, fullgraph=True)(norms, x, MASK)
+    for variant, y, expected in zip(VARIANTS, compiled, outputs_of_all(norms, x, MASK), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12, msg=variant)
+    for name, value in norms.named_buffers():
+        assert torch.equal(value, before[name])

@@ -1,0 +1,182 @@
+"""RBN: the penalty and its gradient against the published code's numbers, the formulas and finite differences."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
+from hf_normswap.modeling.discrepancy import DISTANCES, Statistics
+from tests.modeling.vectors import load_vectors
+
+
+CHANNELS = 3
+MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
+
+
+def make_norm(distance="relative", **options):
+    options = {"lambda_mean": 0.7, "lambda_var": 0.4, "eps": 1e-3, "momentum": 0.2, **options}
+    norm = RegularizedBatchNorm(CHANNELS, distance=distance, **options).double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def make_tokens(*shape):
+    return (1.5 + 2 * torch.randn(*shape, CHANNELS, dtype=torch.float64)).requires_grad_()
+
+
+@pytest.mark.parametrize(("file", "distance"), [("rbn_paper_sigma_l2", "paper"), ("rbn_code_var_l1", "reference")])
+def test_agrees_with_the_published_code(file, distance):
+    vectors = load_vectors(file)
+    channels = len(vectors["weight"])
+    momentum, lambdas = vectors["momentum"].item(), (vectors["lam_mean"].item(), vectors["lam_var"].item())
+    # eps = 0: the published code takes it as a lower bound of the variance.
+    norm = RegularizedBatchNorm(channels, eps=0.0, momentum=momentum).double()
+    norm.load_state_dict({"weight": vectors["weight"], "bias": vectors["bias"]}, strict=False)
+    for step in range(vectors["meta"][-1].item()):
+        x, g, real = vectors[f"x{step}"].requires_grad_(), vectors[f"g{step}"], ~vectors[f"pad{step}"].T
+        y = norm(x, real)
+        # The published code updates its running pair before it takes the penalty.
+        after = vectors[f"running_mean{step}"], vectors[f"running_var{step}"]
+        of_mean, of_var = DISTANCES[distance](Statistics(*norm.statistics[:2], *after), 0.0)
+        penalty = lambdas[0] * of_mean + lambdas[1] * of_var
+        dx, dw, db = torch.autograd.grad((y * g).sum() + penalty, [x, norm.weight, norm.bias])
+
+        results = {"penalty": penalty, "dw": dw, "db": db}
+        results |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        for name, value in results.items():
+            torch.testing.assert_close(value.detach(), vectors[f"{name}{step}"], rtol=1e-10, atol=1e-10)
+        for name, value in (("y", y), ("dx", dx)):
+            expected = vectors[f"{name}{step}"][real]
+            torch.testing.assert_close(value.detach()[real], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_output_and_running_pair_are_those_of_batchnorm():
+    x = make_tokens(2, 4)
+    norm, plain = make_norm(), BatchNorm(CHANNELS, eps=1e-3, momentum=0.2).double()
+    plain.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x, MASK), plain(x, MASK))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, norm.state_dict()[name])
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_penalty_uses_the_running_pair_from_before_the_batch(distance):
+    norm, x = make_norm(distance), make_tokens(2, 4)
+    mean, var = norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()
+    norm(x, MASK)
+    rows = x[MASK].detach().numpy()
+    sigma, sigma_batch = np.sqrt(var + 1e-3), np.sqrt(rows.var(0) + 1e-3)
+    of_mean, of_var = {
+        "paper": (((rows.mean(0) - mean) ** 2).sum(), ((sigma_batch - sigma) ** 2).sum()),
+        "reference": (((rows.mean(0) - mean) ** 2).sum(), np.abs(rows.var(0) - var).sum()),
+        "relative": ((((rows.mean(0) - mean) / sigma) ** 2).mean(), ((sigma_batch / sigma - 1) ** 2).mean()),
+    }[distance]
+    np.testing.assert_allclose(norm.penalty().item(), 0.7 * of_mean + 0.4 * of_var, rtol=1e-12)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padded"])
+def test_gradcheck_with_the_penalty(distance, mask):
+    norm = make_norm(distance, momentum=0.0)  # each evaluation must meet the same running pair
+
+    def penalty_alone(x):
+        norm(x, mask)
+        return norm.penalty()
+
+    def output_and_penalty(x):
+        y = norm(x, mask)
+        return y if mask is None else y[mask], norm.penalty()
+
+    x = make_tokens(2, 4)
+    assert torch.autograd.gradcheck(penalty_alone, x)
+    assert torch.autograd.gradcheck(output_and_penalty, x)
+
+
+@pytest.mark.parametrize("distance", ["paper", "reference"])
+def test_gradient_of_the_mean_term(distance):
+    norm, x = make_norm(distance, lambda_var=0.0), make_tokens(2, 4)
+    gap = x[MASK].mean(0) - norm.running_mean
+    norm(x, MASK)
+    (dx,) = torch.autograd.grad(norm.penalty(), x)
+    expected = (2 * 0.7 * gap / MASK.sum()).expand(2, 4, CHANNELS) * MASK.unsqueeze(-1)
+    torch.testing.assert_close(dx, expected.detach(), rtol=1e-12, atol=1e-15)
+
+
+def test_gradients_of_task_and_penalty_add_up():
+    norm, x = make_norm(momentum=0.0), make_tokens(2, 4)
+    upstream = torch.randn(2, 4, CHANNELS, dtype=torch.float64)
+
+    def gradient(of_task, of_penalty):
+        y = norm(x, MASK)
+        return torch.autograd.grad(of_task * (y * upstream).sum() + of_penalty * norm.penalty(), x)[0]
+
+    torch.testing.assert_close(gradient(1, 1), gradient(1, 0) + gradient(0, 1), rtol=1e-12, atol=1e-14)
+
+
+def test_penalty_is_taken_once_and_after_a_training_forward():
+    norm, x = make_norm(), make_tokens(2, 4)
+    with pytest.raises(RuntimeError, match="no penalty to take"):
+        norm.penalty()
+    norm(x)
+    norm.penalty()
+    with pytest.raises(RuntimeError, match="no penalty to take"):
+        norm.penalty()
+    norm(x)
+    norm.eval()(x)
+    with pytest.raises(RuntimeError, match="no penalty to take"):
+        norm.penalty()
+
+
+def test_a_second_forward_before_the_penalty_crashes_nothing():
+    norm, first, second = make_norm(), make_tokens(2, 4), make_tokens(2, 3)
+    norm(first)
+    of_first = norm.penalty()
+    norm(second)
+    of_second = norm.penalty()
+    gradients = torch.autograd.grad(of_first + of_second, [first, second])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_norm_penalty_sums_over_layers_and_takes_a_shared_one_once():
+    norms = make_norm(momentum=0.0), make_norm("paper", momentum=0.0)
+    model = nn.ModuleList([*norms, norms[0], BatchNorm(CHANNELS).double()])
+    x, expected = make_tokens(2, 4), 0.0
+    for norm in norms:
+        norm(x)
+        expected += norm.penalty().item()
+        norm(x)
+    assert norm_penalty(model).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_norm_penalty_without_rbn_is_zero():
+    assert norm_penalty(nn.ModuleList([BatchNorm(CHANNELS)])).item() == 0
+    rbn = RegularizedBatchNorm(CHANNELS).eval()  # frozen: it regularises nothing
+    assert norm_penalty(nn.ModuleList([rbn])).item() == 0
+
+
+def test_no_real_token_gives_no_penalty():
+    norm, x = make_norm(), make_tokens(2, 4)
+    y = norm(x, torch.zeros(2, 4, dtype=torch.bool))
+    penalty = norm.penalty()
+    assert penalty.item() == 0
+    (dx,) = torch.autograd.grad(penalty + 0 * y.sum(), x)
+    assert dx.eq(0).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_constant_channels_have_a_finite_gradient(distance):
+    norm = RegularizedBatchNorm(CHANNELS, distance=distance)
+    x = torch.full((2, 4, CHANNELS), 3.0, requires_grad=True)
+    norm(x)
+    penalty = norm.penalty()
+    (dx,) = torch.autograd.grad(penalty, x)
+    assert penalty.isfinite()
+    assert dx.isfinite().all()
+
+
+def test_unknown_distances_are_named():
+    with pytest.raises(ValueError, match="'paper', 'reference', 'relative'.*'cosine'"):
+        RegularizedBatchNorm(4, distance="cosine")

@@ -1,0 +1,157 @@
+"""What recipes share."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+import common
+from hf_normswap import NormSwapTrainingArguments, get_norm, swap_norm
+
+
+CONFIGS = sorted((Path(common.__file__).parent / "configs").rglob("*.yaml"))
+
+
+@dataclass
+class Options:
+    name: str = "a"
+    count: int = 1
+    flag: bool = False
+    sizes: list[int] = field(default_factory=lambda: [1])
+
+
+def parse(*argv):
+    return common.parse_arguments([common.ModelArguments, Options], ["--model_name_or_path=m", *argv])[:2]
+
+
+def parse_yaml(tmp_path, text, *argv):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    model, options, given = common.parse_arguments([common.ModelArguments, Options], [str(path), *argv])
+    return model, options, given
+
+
+def test_an_option_is_spelled_alike_in_yaml_and_in_the_shell(tmp_path):
+    text = "model_name_or_path: m\nnorm_options: {momentum: 0.2}\ncount: 3\nflag: true\nsizes: [4, 5]\n"
+    shell = ["--norm_options", '{"momentum": 0.2}', "--count", "3", "--flag", "true", "--sizes", "4", "5"]
+    assert parse_yaml(tmp_path, text)[:2] == parse(*shell)
+    assert parse(*shell)[0].norm_options == {"momentum": 0.2}
+    assert parse(*shell)[1] == Options(count=3, flag=True, sizes=[4, 5])
+
+
+def test_the_shell_has_the_last_word(tmp_path):
+    text = "model_name_or_path: m\ncount: 3\nsizes: [4, 5]\n"
+    _, options, given = parse_yaml(tmp_path, text, "--sizes", "6", "--name=b")
+    assert options == Options(name="b", count=3, sizes=[6])
+    assert given == {"model_name_or_path": "m", "count": 3, "sizes": [6], "name": "b"}
+
+
+@pytest.mark.parametrize("text", ["cuont: 3", "norm_option: {}"])
+def test_an_unknown_key_names_the_closest(tmp_path, text):
+    key = text.split(":")[0]
+    closest = {"cuont": "count", "norm_option": "norm_options"}[key]
+    with pytest.raises(ValueError, match=f"no option '{key}': did you mean '{closest}'"):
+        parse_yaml(tmp_path, f"model_name_or_path: m\n{text}\n")
+    with pytest.raises(ValueError, match=f"no option '{key}': did you mean '{closest}'"):
+        parse(f"--{key}", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--count", "three"], "count.*invalid int"),
+        (["--norm_options", "momentum=0.2"], "norm_options is no JSON"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_value_is_a_value_error(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*argv)
+
+
+def test_a_configuration_file_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="no YAML file of options"):
+        parse_yaml(tmp_path, "- just\n- a list\n")
+    with pytest.raises(FileNotFoundError):
+        common.parse_arguments([Options], [str(tmp_path / "absent.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_can_be_read(path):
+    import glue
+
+    groups = [common.ModelArguments, glue.DataArguments, NormSwapTrainingArguments]
+    model, data, training, _ = common.parse_arguments(groups, [str(path), "--model_name_or_path=m"])
+    norm = get_norm(model.norm)
+    assert path.stem == f"{data.task_name}-{norm.norm_name}"
+    assert set(model.norm_options) <= norm.option_names()
+    assert training.output_dir == f"outputs/{path.stem}"
+    assert path.read_text().startswith("# ")
+
+
+def test_an_error_is_one_sentence_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as exit, common.one_sentence_errors():
+        raise ValueError("What is wrong.\nAnd a page of explanation.")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: What is wrong.\n"
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    with pytest.raises(TypeError), common.one_sentence_errors():
+        len(3)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    arguments = NormSwapTrainingArguments(str(tmp_path), use_cpu=True)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    common.check_processes(arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched but 1 would train together"):
+        common.check_processes(arguments)
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_refused(tmp_path, monkeypatch):
+    # The environment that `accelerate launch --cpu --num_processes 2` gives to the one process that it starts.
+    arguments = NormSwapTrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="one process of several"):
+        common.check_processes(arguments)
+
+
+def test_the_checkpoint_to_resume_from(tmp_path, model_folder):
+    output = tmp_path / "output"
+
+    def find(path):
+        return common.find_checkpoint(
+            NormSwapTrainingArguments(str(output), use_cpu=True, resume_from_checkpoint=path)
+        )
+
+    assert find(None) is None
+    for path in ("true", str(tmp_path / "absent")):
+        with pytest.raises(ValueError, match="no checkpoint to resume from"):
+            find(path)
+    for step in (2, 10):
+        (output / f"checkpoint-{step}").mkdir(parents=True)
+        weights = Path(model_folder, "model.safetensors").read_bytes()
+        (output / f"checkpoint-{step}" / "model.safetensors").write_bytes(weights)
+    assert find("true") == str(output / "checkpoint-10")
+    (output / "checkpoint-10" / "model.safetensors").write_bytes(weights[:-1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        find("true")
+
+
+def test_a_result_names_no_folder_of_the_machine(model_folder):
+    class FakeTrainer:
+        model = swap_norm(AutoModelForSequenceClassification.from_pretrained(model_folder), "rbn")
+        args = NormSwapTrainingArguments("output", use_cpu=True, seed=7)
+        state = type("State", (), {"log_history": [{"loss": 1.0, "step": 1}]})
+
+    result = common.make_result("rte", model_folder, FakeTrainer, {"accuracy": 0.5}, {"max_steps": 1})
+    assert result["model"] == Path(model_folder).name
+    assert (result["task"], result["norm"], result["seed"]) == ("rte", "rbn", 7)
+    assert model_folder not in json.dumps(result)

@@ -1,0 +1,212 @@
+"""The recipe of GLUE, on tiny data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Value, load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+import glue
+from hf_normswap.results import load_results
+from tests.recipes.conftest import RECIPES, write_task
+
+
+ROOT = RECIPES.parent
+PAIRS = ("sentence1", "sentence2")
+# The task as https://gluebenchmark.com/tasks has it: columns, classes (0: a similarity), scores.
+TASKS = {
+    "cola": (("sentence",), 2, {"matthews_correlation"}),
+    "sst2": (("sentence",), 2, {"accuracy"}),
+    "mrpc": (PAIRS, 2, {"accuracy", "f1"}),
+    "qqp": (("question1", "question2"), 2, {"accuracy", "f1"}),
+    "stsb": (PAIRS, 0, {"pearson", "spearmanr"}),
+    "mnli": (("premise", "hypothesis"), 3, {"matched_accuracy", "mismatched_accuracy"}),
+    "qnli": (("question", "sentence"), 2, {"accuracy"}),
+    "rte": (PAIRS, 2, {"accuracy"}),
+    "wnli": (PAIRS, 2, {"accuracy"}),
+}
+
+
+@pytest.fixture
+def run(tmp_path, model_folder):
+    def run(task, data, *options, norm="batchnorm", model=model_folder):
+        glue.main(
+            [
+                f"--task_name={task}",
+                f"--dataset_name={data}",
+                f"--model_name_or_path={model}",
+                f"--norm={norm}",
+                f"--output_dir={tmp_path / 'output'}",
+                "--max_length=20",
+                "--max_steps=2",
+                "--learning_rate=0.01",
+                "--logging_steps=1",
+                "--use_cpu",
+                "--disable_tqdm=true",
+                *options,
+            ]
+        )
+        return load_results(tmp_path / "output" / "result.json")[0]
+
+    return run
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_and_is_scored_by_its_own_metrics(task, run, tmp_path, capsys):
+    columns, classes, scores = TASKS[task]
+    splits = {"train": 16, "validation": 8}
+    if task == "mnli":
+        splits = {"train": 16, "validation_matched": 8, "validation_mismatched": 7}
+    data = write_task(
+        tmp_path / "glue", task, splits, columns, classes or 1, label_type=None if classes else Value("float32")
+    )
+    result = run(task, data, "--eval_strategy=steps", "--eval_steps=2")
+    assert set(result["metrics"]) == scores
+    assert (result["task"], result["norm"], result["seed"]) == (task, "batchnorm", 42)
+    assert result["arguments"]["eval_examples"] == sum(splits.values()) - 16
+    last = result["history"][-2] if task != "mnli" else result["history"][-3] | result["history"][-2]
+    for score, value in result["metrics"].items():
+        assert last[f"eval_{score}"] == pytest.approx(value)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output")
+    assert model.config.num_labels == (classes or 1)
+    printed = capsys.readouterr().out
+    assert task in printed
+    assert "batchnorm" in printed
+
+
+def test_the_score_is_that_of_the_saved_model(run, sst2, tmp_path):
+    result = run("sst2", sst2, norm="powernorm")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    rows = load_dataset(sst2, "sst2", split="validation")
+    with torch.no_grad():
+        right = [
+            int(model(**tokenizer(row["sentence"], return_tensors="pt")).logits.argmax()) == row["label"]
+            for row in rows
+        ]
+    assert result["metrics"]["accuracy"] == np.mean(right)
+    assert any("tid_var_max" in entry for entry in result["history"])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, sst2, tmp_path):
+    weights = tmp_path / "output" / "model.safetensors"
+    run("sst2", sst2, "--max_steps=4", "--save_strategy=steps", "--save_steps=2", norm="rbn")
+    uninterrupted = weights.read_bytes()
+    weights.unlink()
+    run("sst2", sst2, "--max_steps=4", f"--resume_from_checkpoint={tmp_path}/output/checkpoint-2", norm="rbn")
+    assert weights.read_bytes() == uninterrupted
+
+
+def test_gpt2_is_padded_with_its_end_of_text(run, sst2, model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=4, n_positions=24)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    assert set(run("sst2", sst2, model=tmp_path / "gpt2")["metrics"]) == {"accuracy"}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Asserts that a run is refused in one sentence, before anything is written."""
+
+    def refused(call, message):
+        before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+        with pytest.raises(SystemExit) as exit:
+            call()
+        assert exit.value.code == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert message in error[0]
+        assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset_name=nowhere/at-all"], "There is no data set 'nowhere/at-all'"),
+        (["--dataset_config_name=sts2"], "has no configuration 'sts2'"),
+        (["--task_name=mrpc", "--dataset_config_name=sst2"], "has no column 'sentence1', only sentence, label"),
+        (["--task_name=mnli", "--dataset_config_name=sst2"], "has no split 'validation_matched', only train"),
+        (["--task_name=sst3"], "invalid choice: 'sst3'"),
+        (["--norm=powrnorm"], "There is no norm 'powrnorm': did you mean 'powernorm'"),
+        (['--norm_options={"momentun": 0.1}'], "did you mean 'momentum'?"),
+        (["--where=enkoder"], "where='enkoder' names no norms"),
+        (["--model_name_or_path=nowhere/at-all"], "nowhere/at-all cannot be loaded"),
+        (["--max_length=4000"], "the model takes 24 tokens at most"),
+        (["--max_step=3"], "did you mean 'max_steps'?"),
+        (["--resume_from_checkpoint=true"], "no checkpoint to resume from"),
+        (["--learning_rate=fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_bad_input_is_refused(run, sst2, refused, options, message):
+    refused(lambda: run("sst2", sst2, *options), message)
+
+
+def test_a_damaged_checkpoint_is_refused(run, sst2, refused, model_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in Path(model_folder).iterdir():
+        content = file.read_bytes()
+        (damaged / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
+    refused(lambda: run("sst2", sst2, model=damaged), f"{damaged} cannot be loaded")
+
+
+def test_an_unlabelled_split_is_refused_though_a_labelled_one_is_in_the_cache(run, refused, tmp_path):
+    data = write_task(tmp_path / "glue", "sst2", {"train": 8, "validation": 8})
+    rows = load_dataset(data, "sst2", split="validation").map(lambda row: {"label": -1})
+    rows.to_parquet(tmp_path / "glue" / "sst2" / "validation-00000-of-00001.parquet")
+    refused(lambda: run("sst2", data), "The split 'validation'")
+
+
+def start(*command, **environment):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def script(sst2, model_folder, tmp_path):
+    config = ROOT / "recipes" / "configs" / "glue" / "sst2-powernorm.yaml"
+    options = ["--dataset_name", sst2, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "output"]
+    options += ["--max_steps=4", "--eval_steps=2", "--logging_steps=2", "--max_length=20", "--use_cpu"]
+    return ["recipes/glue.py", config.relative_to(ROOT), *options]
+
+
+def test_the_command_of_the_readme_runs(script, tmp_path):
+    done = start(*script, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert "powernorm" in done.stdout
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    assert result["command"].startswith("python recipes/glue.py recipes/configs/glue/sst2-powernorm.yaml")
+    assert [entry["step"] for entry in result["history"] if "eval_accuracy" in entry] == [2, 4]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_score_every_example_once(script, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    done = start(*launcher, *script, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    assert result["command"].startswith("accelerate launch --num_processes 2 recipes/glue.py")
+    assert (result["metrics"]["accuracy"] * 10) == pytest.approx(round(result["metrics"]["accuracy"] * 10))
+    assert done.stdout.count("runs") == 1
+
+
+@pytest.mark.parametrize(("task", "labels"), [("cola", 2), ("sst2", 2), ("mrpc", 2), ("rte", 2), ("stsb", 1)])
+def test_the_real_data_is_read(real_glue, task, labels):
+    data, head = glue.load_task(glue.DataArguments(task_name=task, dataset_name=real_glue))
+    assert head["num_labels"] == labels
+    sizes = {"cola": 8551, "sst2": 67349, "mrpc": 3668, "rte": 2490, "stsb": 5749}
+    assert len(data["train"]) == sizes[task]
+    assert set(json.loads(json.dumps(head))) >= {"num_labels"}

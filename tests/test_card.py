@@ -1,0 +1,145 @@
+"""Model cards."""
+
+import copy
+import importlib.util
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import BertForSequenceClassification
+
+from hf_normswap import swap_norm
+from hf_normswap.card import render_card
+from tests.models import tiny_model
+from tests.persistence import ROOT
+
+
+PATHS = [f"bert.encoder.layer.{i}.{part}.LayerNorm" for part in ("attention.output", "output") for i in (0, 1)]
+
+
+def run(norm, seed, accuracy, **entries):
+    swapped = {"norm": norm, "options": {"num_groups": 4} if norm == "powernorm" else {}, "modules": PATHS}
+    return {
+        "task": "rte",
+        "model": "google-bert/bert-base-uncased",
+        "norm": norm,
+        "norm_swap": {"format_version": 1, "norms": [swapped]},
+        "seed": seed,
+        "metrics": {"accuracy": accuracy},
+        "baselines": {"majority class": 0.5271},
+        "arguments": {
+            "dataset_name": "nyu-mll/glue",
+            "eval_examples": 277,
+            "learning_rate": 3e-5,
+            "norm": norm,
+            "seed": seed,
+            "model_name_or_path": "./bert",
+        },
+        "history": [{"step": 1, "loss": 0.7, "tid_mean_max": 0.0, "tid_var_max": 0.25 + seed}, {"step": 1}],
+        "versions": {"python": "3.12.9", "torch": "2.9.1"},
+        "hardware": "one kind of CPU",
+        "command": f"python recipes/glue.py rte.yaml --seed {seed}",
+    } | entries
+
+
+RESULTS = [run("powernorm", 0, 0.61), run("powernorm", 1, 0.65), run("layernorm", 0, 0.67)]
+
+
+def render(results=RESULTS, **options):
+    return render_card(results, **{"norm": "powernorm", "model_id": "someone/bert-rte", **options})
+
+
+def test_the_card_tells_what_the_results_say():
+    text = render().text
+    for expected in (
+        "| powernorm | `num_groups=4` | 2 × `bert.encoder.layer.*.attention.output.LayerNorm`, ",
+        "| rte | google-bert/bert-base-uncased | powernorm | 2 | 0.6300 ± 0.0283 |",
+        "| rte | google-bert/bert-base-uncased | layernorm | 1 | 0.6700 |",
+        "majority class 0.5271",
+        "277 examples of rte; all norms with the same recipe. Seeds of powernorm: 0, 1.",
+        "`tid_var_max` 0.75",
+        "| `learning_rate` | `3e-05` |",
+        "python recipes/glue.py rte.yaml --seed 0\npython recipes/glue.py rte.yaml --seed 1\n",
+        "Versions: python 3.12.9, torch 2.9.1. Hardware: one kind of CPU.",
+        "arxiv.org/abs/2003.07845",
+    ):
+        assert expected in text
+    for unknown in ("tid_mean_max", "./bert", "`seed`"):
+        assert unknown not in text
+
+
+def test_the_metadata_is_what_the_hub_reads():
+    card = ModelCard(str(render(license="apache-2.0")))  # parsed again, as the Hub does
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "text-classification",
+        "apache-2.0",
+    )
+    assert data.base_model == "google-bert/bert-base-uncased"
+    assert set(data.tags) == {"hf_normswap", "powernorm", "custom_code"}
+    (score,) = data.eval_results
+    assert (score.dataset_type, score.dataset_name, score.metric_type) == ("nyu-mll/glue", "rte", "accuracy")
+    assert score.metric_value == pytest.approx(0.63)
+    assert data.model_name == "bert-rte"
+
+
+def test_every_number_comes_from_the_results():
+    """Without figures in the results there is none in the card, but for names and the bibliography."""
+    bare = run("powernorm", 0, None)
+    for entry in ("baselines", "arguments", "history", "versions", "hardware", "command"):
+        del bare[entry]
+    bare = bare | {"model": "model", "seed": 0}
+    bare["norm_swap"]["norms"][0] |= {"options": {}}
+    text = render([bare]).text.partition("## Citation")[0]
+    numbers = re.findall(r"(?<![\w-])\d+(?:\.\d+)?", text)
+    # The seed, the number of runs, and how many norms are in either place.
+    assert sorted(numbers) == ["0", "1", "2", "2"]
+
+
+def test_a_result_that_changes_changes_the_card():
+    changed = copy.deepcopy(RESULTS)
+    changed[0]["metrics"]["accuracy"] = 0.69
+    assert "0.6700 ± 0.0283" in render(changed).text
+    changed[2]["arguments"]["learning_rate"] = 1e-4
+    assert "same recipe" not in render(changed).text
+
+
+def test_a_base_model_without_an_id_on_the_hub_is_not_linked():
+    results = [result | {"model": "bert-2x96"} for result in RESULTS]
+    assert render(results).data.base_model is None
+
+
+def test_the_snippet_loads_the_model(tmp_path, monkeypatch):
+    model = swap_norm(tiny_model("bert", "BertForSequenceClassification"), "powernorm").eval()
+    assert isinstance(model, BertForSequenceClassification)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", render(model_id="model").text, re.DOTALL).group(1)
+    names = {}
+    exec("\n".join(line for line in snippet.splitlines() if not line.startswith("tokenizer")), names)
+    inputs = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(names["model"](inputs).logits, model(inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "rbn"}, "No result is of the norm 'rbn', only of powernorm, layernorm"),
+        ({"auto_class": "AutoModel"}, "auto_class 'AutoModel' is none of"),
+        ({"results": [*RESULTS, run("powernorm", 0, 0.6, task="mrpc")]}, "2 tasks or models"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        render(**options)
+
+
+def test_the_cards_of_the_project_are_those_of_their_results():
+    spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.CARDS
+    for name in script.CARDS:
+        assert (ROOT / "model_cards" / f"{name}.md").read_bytes() == script.render(name).encode(), name

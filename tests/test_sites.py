@@ -1,0 +1,241 @@
+"""Which norms a model has, and which of them a name stands for: held against lists of module names."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    MarianConfig,
+    MarianModel,
+    MarianMTModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+
+from hf_normswap import find_norms, swap_norm
+from hf_normswap.modeling.sites import where_names
+from tests.models import FAMILIES, all_heads, tiny_model
+from tests.persistence import is_one_sentence
+
+
+# The published sizes are the defaults of BERT and GPT-2; the Marian models of OPUS-MT have six layers on either side.
+PUBLISHED = [
+    (BertModel, BertConfig(), 25),
+    (BertForMaskedLM, BertConfig(), 26),
+    (RobertaModel, RobertaConfig(), 25),
+    (RobertaForSequenceClassification, RobertaConfig(), 25),
+    (RobertaForMaskedLM, RobertaConfig(), 26),
+    (MarianModel, MarianConfig(encoder_layers=6, decoder_layers=6, d_model=512), 30),
+    (MarianMTModel, MarianConfig(encoder_layers=6, decoder_layers=6, d_model=512), 30),
+    (GPT2Model, GPT2Config(), 25),
+    (GPT2LMHeadModel, GPT2Config(), 25),
+]
+
+# Model that has every norm of its family, and what each `where` stands for: a pattern of module names.
+EVERY_NORM = {
+    "bert": ("BertForPreTraining", {}),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "marian": ("MarianMTModel", {}),
+    "gpt2": ("GPT2LMHeadModel", {"add_cross_attention": True}),
+}
+_OF_AN_ENCODER = {
+    "blocks": r"encoder\.layer\.",
+    "all": r"",
+    "encoder": r"encoder\.layer\.",
+    "attention": r"attention",
+    "ffn": r"\.\d\.output\.",
+    "embedding": r"embeddings",
+    "head": r"^(cls|lm_head)\.",
+    "encoder.attention": r"attention",
+    "encoder.ffn": r"\.\d\.output\.",
+    "encoder.embedding": r"embeddings",
+    "encoder.head": r"^(cls|lm_head)\.",
+}
+STANDS_FOR = {
+    "bert": _OF_AN_ENCODER,
+    "roberta": _OF_AN_ENCODER,
+    "marian": {
+        "blocks": r"",
+        "all": r"",
+        "encoder": r"model\.encoder",
+        "decoder": r"model\.decoder",
+        "attention": r"self_attn",
+        "cross_attention": r"encoder_attn",
+        "ffn": r"final",
+        "encoder.attention": r"encoder\..*self_attn",
+        "encoder.ffn": r"encoder\..*final",
+        "decoder.attention": r"decoder\..*self_attn",
+        "decoder.cross_attention": r"encoder_attn",
+        "decoder.ffn": r"decoder\..*final",
+    },
+    "gpt2": {
+        "blocks": r"\.h\.",
+        "all": r"",
+        "decoder": r"\.h\.",
+        "attention": r"ln_1",
+        "cross_attention": r"ln_cross",
+        "ffn": r"ln_2",
+        "final": r"ln_f",
+        "decoder.attention": r"ln_1",
+        "decoder.cross_attention": r"ln_cross",
+        "decoder.ffn": r"ln_2",
+        "decoder.final": r"ln_f",
+    },
+}
+
+
+def layer_norms(model):
+    return [name for name, module in model.named_modules() if type(module) is nn.LayerNorm]
+
+
+def full_model(family):
+    head, overrides = EVERY_NORM[family]
+    return tiny_model(family, head, **overrides)
+
+
+@pytest.mark.parametrize(("model_class", "config", "number"), PUBLISHED)
+def test_published_sizes(model_class, config, number):
+    with torch.device("meta"):
+        model = model_class(config)
+    assert len(find_norms(model)) == number
+
+
+@pytest.mark.parametrize(("family", "head"), all_heads())
+def test_every_layernorm_is_found_in_order(family, head):
+    model = tiny_model(family, head)
+    sites = find_norms(model)
+    assert [site.name for site in sites] == layer_norms(model)
+    assert all(model.get_submodule(site.name) is site.module for site in sites)
+    assert {site.kind for site in sites} == {"layernorm"}
+
+
+@pytest.mark.parametrize(("family", "head"), all_heads())
+def test_a_path_is_the_same_under_every_head(family, head):
+    """The paths of any head are among those of the model that has all norms, where they name the same layers."""
+    paths = {site.path: (site.sublayer, site.layer) for site in find_norms(full_model(family))}
+    for site in find_norms(tiny_model(family, head)):
+        assert paths[site.path] == (site.sublayer, site.layer)
+
+
+@pytest.mark.parametrize("where", where_names())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_name_stands_for(family, where):
+    model = full_model(family)
+    names = layer_norms(model)
+    pattern = STANDS_FOR[family].get(where)
+    if pattern is None:
+        with pytest.raises(ValueError, match="No norm") as caught:
+            swap_norm(model, "rmsnorm", where=where)
+        assert is_one_sentence(caught.value)
+        assert layer_norms(model) == names
+        return
+    expected = [name for name in names if re.search(pattern, name)]
+    assert expected
+    swap_norm(model, "rmsnorm", where=where)
+    assert [site.name for site in find_norms(model) if site.kind == "rmsnorm"] == expected
+    assert layer_norms(model) == [name for name in names if name not in expected]
+
+
+def test_every_name_stands_for_something():
+    assert set(where_names()) >= {name for names in STANDS_FOR.values() for name in names}
+    # Those left over name a stack together with a sublayer that it has in no family.
+    left = set(where_names()) - {name for names in STANDS_FOR.values() for name in names}
+    assert all("." in name for name in left)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "overrides", "name", "fields"),
+    [
+        ("bert", "BertModel", {}, "embeddings.LayerNorm", ("encoder", "embedding", None, None)),
+        ("bert", "BertModel", {}, "encoder.layer.1.output.LayerNorm", ("encoder", "ffn", 1, "post")),
+        (
+            "bert",
+            "BertLMHeadModel",
+            {"add_cross_attention": True},
+            "bert.encoder.layer.0.crossattention.output.LayerNorm",
+            ("decoder", "cross_attention", 0, "post"),
+        ),
+        ("roberta", "RobertaForMaskedLM", {}, "lm_head.layer_norm", ("encoder", "head", None, None)),
+        (
+            "roberta",
+            "RobertaForCausalLM",
+            {},
+            "roberta.encoder.layer.1.attention.output.LayerNorm",
+            ("decoder", "attention", 1, "post"),
+        ),
+        ("marian", "MarianModel", {}, "encoder.layers.1.final_layer_norm", ("encoder", "ffn", 1, "post")),
+        (
+            "marian",
+            "MarianForCausalLM",
+            {},
+            "model.decoder.layers.0.encoder_attn_layer_norm",
+            ("decoder", "cross_attention", 0, "post"),
+        ),
+        ("gpt2", "GPT2Model", {}, "h.1.ln_1", ("decoder", "attention", 1, "pre")),
+        ("gpt2", "GPT2DoubleHeadsModel", {}, "transformer.ln_f", ("decoder", "final", None, None)),
+    ],
+)
+def test_what_is_known_of_a_norm(family, head, overrides, name, fields):
+    (site,) = [site for site in find_norms(tiny_model(family, head, **overrides)) if site.name == name]
+    assert (site.stack, site.sublayer, site.layer, site.placement) == fields
+
+
+def test_a_norm_of_the_users_own_beside_the_model_is_no_site():
+    model = tiny_model("bert")
+    model.adapter = nn.LayerNorm(16)
+    assert "adapter" not in [site.name for site in find_norms(model)]
+
+
+def test_the_table():
+    model = swap_norm(tiny_model("gpt2"), "pn", where="attention")
+    lines = str(find_norms(model)).splitlines()
+    assert [line.split() for line in lines] == [
+        ["norm", "stack", "sublayer", "layer", "placement", "name"],
+        ["powernorm", "decoder", "attention", "0", "pre", "transformer.h.0.ln_1"],
+        ["layernorm", "decoder", "ffn", "0", "pre", "transformer.h.0.ln_2"],
+        ["powernorm", "decoder", "attention", "1", "pre", "transformer.h.1.ln_1"],
+        ["layernorm", "decoder", "ffn", "1", "pre", "transformer.h.1.ln_2"],
+        ["layernorm", "decoder", "final", "-", "-", "transformer.ln_f"],
+    ]
+    starts = [[word.start() for word in re.finditer(r"\S+", line)] for line in lines]
+    assert all(start == starts[0] for start in starts[1:])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DistilBertModel(DistilBertConfig(vocab_size=8, dim=8, n_layers=1, n_heads=2, hidden_dim=8)),
+        # Its module names are much like Marian's.
+        BartModel(
+            BartConfig(
+                vocab_size=8,
+                d_model=8,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=8,
+                decoder_ffn_dim=8,
+            )
+        ),
+        nn.Linear(2, 2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_other_models_are_refused(model):
+    with pytest.raises(ValueError, match="bert, roberta, marian, gpt2") as caught:
+        find_norms(model)
+    assert is_one_sentence(caught.value)
