@@ -8,7 +8,7 @@ import sys
 
 from transformers import AutoConfig
 
-from .modeling.configuration import CONFIGS
+from .modeling.configuration import CONFIGS, family_of
 
 
 def register_configurations() -> None:
@@ -23,7 +23,7 @@ def register_models(config_class: type) -> None:
     _register_heads(config_class)
     # PEFT may be imported at any time, and importing it for its tables would cost every user a second.
     peft = sys.modules.get("peft.utils.constants")
-    family = config_class.model_type.removeprefix("normswap_")
+    family = family_of(config_class.model_type)
     for name, table in vars(peft).items() if peft else ():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and family in table:
             table.setdefault(config_class.model_type, table[family])

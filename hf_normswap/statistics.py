@@ -40,7 +40,7 @@ def norm_penalty(model: nn.Module) -> torch.Tensor:
     norms = [norm for norm in statistic_norms(model) if isinstance(norm, RegularizedBatchNorm) and norm.training]
     # Cross-attention that is given no encoder does not run. Where no norm ran, penalty() says what to do.
     ran = [norm for norm in norms if norm.statistics is not None]
-    penalties = [norm.penalty().float() for norm in ran or norms]
+    penalties = [norm.penalty() for norm in ran or norms]
     if penalties:
         return torch.stack(penalties).sum()
     return torch.zeros((), device=next(model.parameters()).device)

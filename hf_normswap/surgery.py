@@ -10,14 +10,12 @@ from transformers.utils import logging
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.norm import Norm
 from .modeling.registry import get_norm
+from .modeling.replace import new_layer_norm, new_norm, place_norms
 from .modeling.sites import NormSite, find_norms, where_names
 from .modeling.swap_config import NormSwapConfig
 from .modeling.swapped import (
     NormSwapMixin,
     check_checkpointing,
-    new_layer_norm,
-    new_norm,
-    place_norms,
     prepare_swapped,
     release_swapped,
     stock_class,

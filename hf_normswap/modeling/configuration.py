@@ -7,6 +7,11 @@ from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
 FORMAT_VERSION = 1
 
 
+def family_of(model_type: str) -> str:
+    """`"bert"` for `"bert"` and for its swapped `"normswap_bert"`."""
+    return model_type.removeprefix("normswap_")
+
+
 class NormSwapConfigMixin:
     """Makes a configuration of transformers that of a swapped model.
 

@@ -26,6 +26,7 @@ class Norm(nn.Module):
 
     norm_name: str  # set by register_norm
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
+    options: dict = {}  # those it was made with in a swap
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()
@@ -67,10 +68,10 @@ class Norm(nn.Module):
 
     @staticmethod
     def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Zeroes pads that would poison the gradient of the gain (0 · NaN), and leaves all other positions alone."""
+        """Zeroes pads of no finite sum of squares, whose gradients would be NaN; leaves all other positions alone."""
         if mask is None:
             return x
-        bound = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5
+        bound = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5 / x.shape[-1]
         return torch.where(mask.unsqueeze(-1) | (x.abs() < bound), x, 0)
 
     @classmethod
@@ -89,10 +90,14 @@ class Norm(nn.Module):
         return names - {"device", "dtype"}
 
     def initialize(self) -> None:
-        """Set parameters and statistics to their start, except those just loaded from a checkpoint."""
-        init.ones_(self.weight)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+        """Set parameters and statistics to those of a new norm, except what was just loaded from a checkpoint."""
+        new = type(self)(self.num_features, device="cpu", **self.options).state_of_its_own()
+        for name, tensor in self.state_of_its_own().items():
+            init.copy_(tensor, new[name])
+
+    def state_of_its_own(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer by name, those that are not saved too."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _apply(self, fn, recurse=True):
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -138,11 +143,6 @@ class BatchStatisticNorm(Norm):
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )
-
-    def initialize(self) -> None:
-        super().initialize()
-        for name, buffer in self.named_buffers(recurse=False):
-            init.constant_(buffer, self.running.get(name, 0))
 
     def discard_pending(self) -> None:
         """Forget what was pooled since the last update."""

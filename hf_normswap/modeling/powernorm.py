@@ -2,7 +2,6 @@
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import initialization as init
 
 from .moments import Moments, count_tokens, masked_moments, sum_tokens
 from .norm import PowerStatisticNorm
@@ -89,10 +88,6 @@ class PowerNorm(PowerStatisticNorm):
     @classmethod
     def default_options(cls, config):
         return {"num_groups": config.num_attention_heads, "group_scaling": True}
-
-    def initialize(self):
-        super().initialize()
-        init.ones_(self.loss_scale)
 
     def discard_pending(self):
         super().discard_pending()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .configuration import family_of
 from .norm import Norm
 
 
@@ -108,11 +109,6 @@ def where_names() -> list[str]:
     return ["blocks", "all", *STACKS, *BLOCK_SUBLAYERS, *OTHER_SUBLAYERS, *pairs]
 
 
-def family_of(model_type: str) -> str:
-    """`"bert"` for `"bert"` and for its swapped `"normswap_bert"`."""
-    return model_type.removeprefix("normswap_")
-
-
 def find_norms(model: nn.Module) -> NormSites:
     """Every norm of a BERT, RoBERTa, Marian or GPT-2 model of transformers, with any head, swapped or not.
 
@@ -135,7 +131,7 @@ def find_norms(model: nn.Module) -> NormSites:
     """
     family = _family_in_table(model)
     prefix = _SITES[family][0]
-    is_base = model.base_model is model and not hasattr(model, prefix)
+    is_base = not hasattr(model, prefix)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
     for name, module in model.named_modules():

@@ -7,15 +7,14 @@ import importlib
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .configuration import CONFIGS
+from .configuration import CONFIGS, family_of
 from .norm import BatchStatisticNorm, Norm
 from .rbn import RegularizedBatchNorm
 from .recompute import tape_checkpoint
-from .registry import get_norm
+from .replace import new_norm, place_norms
 from .sites import find_norms, is_site
 from .swap_config import NormSwapConfig
 from .token_mask import unwatch_masks, watch_masks
@@ -24,16 +23,6 @@ from .travel import auto_heads
 
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "marian": "Marian", "gpt2": "GPT2"}
 _READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 class NormSwapMixin:
@@ -78,7 +67,7 @@ def swapped_class(stock_class: type) -> type | None:
 
 def stock_class(swapped: type) -> type:
     """The class of transformers that `swapped` was made from."""
-    return swapped.__mro__[2]
+    return swapped.__bases__[1]
 
 
 def __getattr__(name: str):
@@ -111,7 +100,7 @@ def _make_class(name: str) -> type | None:
         {
             "__module__": __name__,
             "__doc__": f"`{stock_name}` with swapped norms.",
-            "config_class": next(config for config in CONFIGS if config.model_type == f"normswap_{family}"),
+            "config_class": next(config for config in CONFIGS if family_of(config.model_type) == family),
             # Most heads take **kwargs, ignore the number of items in the batch and return a plain mean. Trainer takes
             # them at their signature, does not divide by the accumulation steps, and the gradient comes out too large.
             "accepts_loss_kwargs": stock_name in _READS_ITEM_COUNT,
@@ -125,33 +114,6 @@ def _enter_name(family: str, stock_name: str) -> None:
     for title, table in vars(modeling_auto).items():
         if title.startswith("MODEL_") and title.endswith("_NAMES") and table.get(family) == stock_name:
             table.setdefault(f"normswap_{family}", "NormSwap" + stock_name)
-
-
-def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
-    """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag."""
-    cls = get_norm(config.norm)
-    options = dict(config.options)
-    if cls.keeps_eps:
-        options.setdefault("eps", old.eps)
-    options["bias"] = options.get("bias", True) and old.bias is not None
-    norm = cls(old.weight.shape[0], device=old.weight.device, dtype=old.weight.dtype, **options)
-    norm.replaced_eps = old.eps
-    return _take_over(old, norm)
-
-
-def new_layer_norm(old: Norm) -> nn.LayerNorm:
-    """The LayerNorm that `old` replaced."""
-    norm = nn.LayerNorm(old.num_features, eps=old.replaced_eps, device=old.weight.device, dtype=old.weight.dtype)
-    return _take_over(old, norm)
-
-
-def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    new.weight = old.weight  # the parameter itself: an optimizer built before, and ties, go on working
-    if new.bias is not None and old.bias is not None:
-        new.bias = old.bias
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))
-    return new.train(old.training)
 
 
 def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
@@ -184,13 +146,6 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
 
 def _part(path: str) -> str:
     return ".".join(path.split(".")[:2])
-
-
-def place_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
-    """Put each norm in its place."""
-    for name, norm in norms.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, norm)
 
 
 def prepare_swapped(model: PreTrainedModel) -> None:

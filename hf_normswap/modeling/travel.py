@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from .configuration import family_of
 from .registry import get_norm
 
 
@@ -21,7 +22,7 @@ _IMPORTS = re.compile(r"^from hf_normswap(\.modeling\.norms)? import", flags=re.
 
 def auto_heads(config_class: type) -> dict[str, str]:
     """Auto class name → swapped class name, for every head that transformers has for the family."""
-    family = config_class.model_type.removeprefix("normswap_")
+    family = family_of(config_class.model_type)
     heads = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)

@@ -149,6 +149,17 @@ def test_two_forwards_before_one_backward(norm, use_reentrant):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
+def test_two_backwards_of_one_forward(norm):
+    results = []
+    for model in (swapped_model(norm, "gpt2"), checkpointing(swapped_model(norm, "gpt2"), use_reentrant=False)):
+        loss = model(**tiny_batch(model)).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        results.append([{name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())])
+    assert_same(*results)
+
+
 @MODES
 @pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
 def test_enabled_before_the_swap(norm, use_reentrant, blocks_run_twice):

@@ -1,6 +1,7 @@
 """A swapped model is saved and loaded like any other model of transformers."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -123,6 +124,21 @@ def test_a_saved_model_loads_as_it_was(family, head, norm, tmp_path):
         kind = name.rpartition(".")[2]
         if kind in FRESH and kind not in SAVED:
             assert (buffer == FRESH[kind]).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_folder_is_opened_swapped_and_saved(family, tmp_path):
+    """The usual way in: a configuration read from a file has its model type as a value of its own."""
+    tiny_model(family).save_pretrained(tmp_path / "stock")
+    model = train(swap_norm(load(family, tmp_path / "stock"), "powernorm"))
+    assert model.config.model_type == f"normswap_{family}"
+    model.save_pretrained(tmp_path / "swapped")
+    loaded = load(family, tmp_path / "swapped")
+    assert type(loaded) is type(model)
+    assert same(outputs(loaded), outputs(model))
+    restore_norm(loaded).save_pretrained(tmp_path / "restored")
+    assert loaded.config.model_type == family
+    assert type(load(family, tmp_path / "restored")) is getattr(transformers, USUAL_HEAD[family])
 
 
 def test_a_loaded_model_trains_as_the_saved_one_does(saved):
@@ -379,6 +395,12 @@ def test_a_restored_model_is_saved_as_stock(saved, tmp_path):
     family, model, _, _ = saved
     restored = restore_norm(copy.deepcopy(model))
     restored.save_pretrained(tmp_path)
+    stock = json.loads(tiny_model(family).config.to_json_string(use_diff=False))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["architectures"] == [USUAL_HEAD[family]]
+    assert content["model_type"] == family
+    assert content.keys() <= stock.keys()
+    assert not list(tmp_path.glob("*.py"))
     loaded, info = load(family, tmp_path, output_loading_info=True)
     assert type(loaded) is getattr(transformers, USUAL_HEAD[family])
     assert {type(site.module) for site in find_norms(loaded)} == {nn.LayerNorm}

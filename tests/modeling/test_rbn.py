@@ -148,7 +148,7 @@ def test_norm_penalty_sums_over_layers_and_takes_a_shared_one_once():
         norm(x)
         expected += norm.penalty().item()
         norm(x)
-    assert norm_penalty(model).item() == pytest.approx(expected, rel=1e-6)
+    assert norm_penalty(model).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_norm_penalty_without_rbn_is_zero():

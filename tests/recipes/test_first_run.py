@@ -8,18 +8,19 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import first_run
+import topics
 from hf_normswap import find_norms
 from hf_normswap.results import load_results
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return dict(zip(("train", "dev"), first_run.load_data()))
+    return dict(zip(("train", "dev"), topics.load_data()))
 
 
 def test_every_topic_is_in_both_splits_and_none_prevails(splits):
     for split in splits.values():
-        counts = np.bincount(split["label"], minlength=len(first_run.TOPICS))
+        counts = np.bincount(split["label"], minlength=len(topics.TOPICS))
         assert counts.min() >= 3
         assert counts.max() < 0.3 * len(split)
     assert len(splits["train"]) > 1000
@@ -58,13 +59,13 @@ as a placeholder [1] in a function without a body.
 
 New in version 3.0: The statement that is described in this very sentence.
 """
-    assert [sentence for paragraph in first_run.paragraphs(page) for sentence in paragraph] == [
+    assert [sentence for paragraph in topics.paragraphs(page) for sentence in paragraph] == [
         "It is useful as a placeholder  in a function without a body."
     ]
 
 
 def test_data_and_vocabulary_are_the_same_each_time(splits):
-    again = dict(zip(("train", "dev"), first_run.load_data()))
+    again = dict(zip(("train", "dev"), topics.load_data()))
     assert all(again[name].to_dict() == split.to_dict() for name, split in splits.items())
     texts = splits["train"]["text"][:]
     vocabularies = [first_run.train_tokenizer(texts).get_vocab() for _ in range(2)]

@@ -1,0 +1,53 @@
+"""One norm in place of another: the same parameters, hooks, device, dtype and training flag."""
+
+from torch import nn
+
+from .norm import Norm
+from .registry import get_norm
+from .swap_config import NormSwapConfig
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
+    """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag."""
+    cls = get_norm(config.norm)
+    options = dict(config.options)
+    if cls.keeps_eps:
+        options.setdefault("eps", old.eps)
+    options["bias"] = options.get("bias", True) and old.bias is not None
+    norm = cls(old.weight.shape[0], device=old.weight.device, dtype=old.weight.dtype, **options)
+    norm.options, norm.replaced_eps = options, old.eps
+    return _take_over(old, norm)
+
+
+def new_layer_norm(old: Norm) -> nn.LayerNorm:
+    """The LayerNorm that `old` replaced."""
+    norm = nn.LayerNorm(old.num_features, eps=old.replaced_eps, device=old.weight.device, dtype=old.weight.dtype)
+    return _take_over(old, norm)
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    new.weight = old.weight  # the parameter itself: an optimizer built before, and ties, go on working
+    if new.bias is not None and old.bias is not None:
+        new.bias = old.bias
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    return new.train(old.training)
+
+
+def place_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
+    """Put each norm in its place."""
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, norm)
