@@ -214,6 +214,15 @@ def test_marian_decoder_norms_count_the_targets(call):
     assert_counts(model, batch, lambda site: masks[site.stack], call)
 
 
+def test_marian_labels_decide_over_what_the_decoder_is_fed():
+    """Targets of two sentences: the first one's end is fed to the decoder, and predicts the second one's start."""
+    model = swapped_model(EXACT, "marian")
+    batch = tiny_batch(model, (5, 3), 8)
+    batch["labels"][1, 2] = model.config.eos_token_id
+    real = batch["labels"].ne(-100)
+    assert_counts(model, batch, lambda site: real if site.stack == "decoder" else batch["attention_mask"].bool())
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("call", MARIAN_CALLS[1:])
 def test_marian_trains_alike_however_its_targets_are_given(call, norm):

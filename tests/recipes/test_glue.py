@@ -178,7 +178,14 @@ def start(*command, **environment):
 def script(sst2, model_folder, tmp_path):
     config = ROOT / "recipes" / "configs" / "glue" / "sst2-powernorm.yaml"
     options = ["--dataset_name", sst2, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "output"]
-    options += ["--max_steps=4", "--eval_steps=2", "--logging_steps=2", "--max_length=20", "--use_cpu"]
+    options += [
+        "--max_steps=4",
+        "--eval_strategy=steps",
+        "--eval_steps=2",
+        "--logging_steps=2",
+        "--max_length=20",
+        "--use_cpu",
+    ]
     return ["recipes/glue.py", config.relative_to(ROOT), *options]
 
 
