@@ -16,7 +16,8 @@ class Norm(nn.Module):
     """Base of every norm of the registry: `y = weight · normalize(x) + bias` over the last dimension.
 
     A subclass implements [`Norm.normalize`]; its keyword arguments are the options of
-    [`NormSwapConfig`](hf_normswap.NormSwapConfig). Computation is at least float32, the output has the input's dtype.
+    [`NormSwapConfig`](hf_normswap.NormSwapConfig). Computation is at least float32, the output has the input's dtype
+    (only [`LayerNorm`] does as PyTorch's does under autocast, and returns float32).
 
     Args:
         num_features (`int`): number of channels C.

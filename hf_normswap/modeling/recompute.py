@@ -19,7 +19,8 @@ def tape_checkpoint(function: Callable, refuse_compile: bool = True) -> Callable
     checkpointing; `model.activation_checkpointing_enable()` of a swapped model does so by itself.
 
     Raises:
-        RuntimeError: on a call inside `torch.compile`, which cannot keep the two runs apart.
+        RuntimeError: on a call inside `torch.compile(fullgraph=True)`, which cannot keep the two runs apart; where
+            the graph may break, it does so here, and the result is exact.
     """
 
     @functools.wraps(function)
