@@ -54,11 +54,13 @@ class Norm(nn.Module):
                 y = y + self.bias
         return y.to(x.dtype)
 
-    @staticmethod
-    def token_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call."""
+    def token_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call.
+
+        In evaluation norms have no use for the latter, and exported models no trace of it.
+        """
         if mask is None:
-            return current_mask(x)
+            return current_mask(x) if self.training else None
         if mask.shape != x.shape[:-1]:
             # One that broadcasts would be counted wrongly.
             raise ValueError(

@@ -78,8 +78,6 @@ def _as_token_mask(mask) -> torch.Tensor | None:
 
 
 def _push(names: tuple, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if not module.training:
-        return
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     mask = _as_token_mask(given.get("attention_mask"))
     outer = SCOPE.masks[-1][1] if SCOPE.masks else None
@@ -91,7 +89,7 @@ def _push(names: tuple, module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _pop(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    if module.training and SCOPE.masks:
+    if SCOPE.masks:
         SCOPE.masks.pop()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_normswap import NormSwapConfig, find_norms, norm_penalty, swap_norm
+from hf_normswap import BatchNorm, NormSwapConfig, find_norms, norm_penalty, swap_norm
 from hf_normswap.modeling.token_mask import SCOPE
 from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
 
@@ -427,15 +427,6 @@ def test_an_interrupted_call_leaves_no_mask_for_the_next():
         SCOPE.masks.clear()
 
 
-def test_evaluation_leaves_no_trace():
-    model = swapped_model("batchnorm", "bert").eval()
-    seen = []
-    site = find_norms(model)[1].module
-    site.register_forward_pre_hook(lambda module, args: seen.append(list(SCOPE.masks)))
-    model(**tiny_batch(model))
-    assert seen == [[]]
-
-
 def test_two_threads_that_train_at_once_keep_their_masks_apart():
     """Every norm of one thread waits for the same norm of the other: the two forwards are as entangled as can be."""
     batches = [
@@ -470,3 +461,27 @@ def test_two_threads_that_train_at_once_keep_their_masks_apart():
         thread.join()
     for index in range(2):
         assert_same(expected[index], results[index])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_that_train_in_a_model_that_does_not_still_leave_padding_out(family):
+    """As where statistics are estimated anew while everything else is frozen."""
+    models = [swapped_model("batchnorm", family) for _ in range(2)]
+    for model, columns in zip(models, (None, 11)):
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.train()
+        with torch.no_grad():
+            model(**tiny_batch(model, columns=columns))
+    padded = dict(models[1].named_buffers())
+    for name, buffer in models[0].named_buffers():
+        torch.testing.assert_close(padded[name], buffer, msg=name)
+
+
+def test_an_exported_model_has_no_trace_of_the_mask_in_its_norms():
+    model = swapped_model("powernorm", "bert").eval()
+    batch = tiny_batch(model, labels=False)
+    exported = torch.export.export(model, (), batch)
+    torch.testing.assert_close(exported.module()(**batch).logits, model(**batch).logits)
+    assert not SCOPE.masks
