@@ -54,20 +54,22 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     together: a handful of operations, whatever the depth, and no host synchronisation.
     """
     groups: dict[tuple, list[int]] = {}
+    of_layers: dict[int, torch.Tensor] = {}
     for index, norm in enumerate(norms):
-        if norm.statistics is not None:
+        if norm.statistics is None:
+            of_layers[index] = torch.full((2,), torch.nan, device=norm.weight.device)
+        else:
             has_mean = norm.statistics.batch_mean is not None
             groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
     if not groups:
         return None
-    of_layers = [torch.full((2,), torch.nan, device=norm.weight.device) for norm in norms]
     for (_, eps, _), members in groups.items():
         fields = zip(*(norms[index].statistics for index in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
         values = torch.stack(training_inference_discrepancy(stacked, eps)).float()
         for index, value in zip(members, values.unbind(1), strict=True):
             of_layers[index] = value
-    return torch.stack(of_layers, dim=1)
+    return torch.stack([of_layers[index] for index in range(len(norms))], dim=1)
 
 
 def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:
