@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use: importing the package costs no more than importing transformers.
 _HOMES = {
+    "batches": ["make_batches"],
+    "calibration": ["calibrate", "reestimate_statistics"],
+    "conversion": ["CalibrationReport", "NormFit"],
     "modeling.norms": [
         "BatchNorm",
         "BatchStatisticNorm",
@@ -28,6 +31,7 @@ _HOMES = {
     "modeling.recompute": ["tape_checkpoint"],
     "modeling.sites": ["NormSite", "find_norms"],
     "modeling.swap_config": ["NormSwapConfig"],
+    "progressive": ["ProgressiveSwapCallback"],
     "statistics": ["defer_norm_statistics", "norm_penalty", "sync_norm_statistics"],
     "surgery": ["restore_norm", "swap_norm"],
     "trainer": ["NormSwapSeq2SeqTrainer", "NormSwapTrainer"],

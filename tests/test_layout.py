@@ -23,9 +23,10 @@ PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
 # From the bottom to the top: a file imports from its own layer and from those below.
 LAYERS = [
     {"modeling"},
-    {"auto", "statistics", "comparison", "metrics"},
-    {"surgery", "results"},
-    {"calibrate", "progressive", "fold", "placement", "tid", "gradients", "plots"},
+    {"auto", "statistics", "comparison", "metrics", "batches"},
+    {"surgery", "results", "walk", "least_squares"},
+    {"conversion"},
+    {"calibration", "distillation", "progressive", "fold", "placement", "tid", "gradients", "plots"},
     {"training_args", "trainer"},
     {"hub", "card"},
     {"cli", "__main__"},

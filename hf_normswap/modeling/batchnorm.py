@@ -49,6 +49,11 @@ class BatchNorm(BatchStatisticNorm):
         self.observe(Moments(*moments), running, is_first_run)
         return x_hat
 
+    def affine_map(self):
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = -self.running_mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
     def compare(self, moments, running):
         before = running["running_mean"], running["running_var"]
         pairs = zip((moments.mean, moments.var), before, strict=True)

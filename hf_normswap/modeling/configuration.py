@@ -1,5 +1,7 @@
 """Configurations of swapped models: those of transformers and one field, `norm_swap`, that says what was swapped."""
 
+from collections.abc import Collection, Mapping
+
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
 
@@ -12,11 +14,23 @@ def family_of(model_type: str) -> str:
     return model_type.removeprefix("normswap_")
 
 
+def check_layer_norm_shares(shares: Mapping, swapped: Collection[str]) -> None:
+    """Raises `ValueError` unless each of `shares` is a number between 0 and 1 for a path of `swapped`."""
+    for path, share in shares.items():
+        if path not in swapped or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(
+                f"layer_norm_share cannot be {share!r} for {path!r}: it takes paths of swapped norms and numbers "
+                "between 0 and 1."
+            )
+
+
 class NormSwapConfigMixin:
     """Makes a configuration of transformers that of a swapped model.
 
     `norm_swap` is a JSON object: `format_version`, and `norms`, a list of objects `norm` (registered name), `options`
-    and `modules` (paths of the modules in a model with a head).
+    and `modules` (paths of the modules in a model with a head). In the middle of a progressive swap there is also
+    `layer_norm_share`, the share that LayerNorm still has in a norm, by path; after a calibration there is
+    `calibration`, the R² of each norm's fit, by path.
     """
 
     def __post_init__(self, **kwargs):
@@ -43,12 +57,14 @@ class NormSwapConfigMixin:
                 f"This model was saved in format {version!r} of norm_swap and this hf_normswap reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_normswap."
             )
-        wrong = set(record) ^ {"format_version", "norms"}
+        wrong = (set(record) - {"calibration", "layer_norm_share"}) ^ {"format_version", "norms"}
         wrong |= {key for entry in record.get("norms", []) for key in set(entry) ^ {"norm", "options", "modules"}}
         if wrong:
             raise ValueError(
                 f"norm_swap in the model's configuration has unknown or missing entries {sorted(wrong)}: correct them."
             )
+        swapped = {path for entry in record["norms"] for path in entry["modules"]}
+        check_layer_norm_shares(record.get("layer_norm_share", {}), swapped)
 
     @staticmethod
     def register_models():

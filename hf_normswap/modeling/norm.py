@@ -28,6 +28,7 @@ class Norm(nn.Module):
     norm_name: str  # set by register_norm
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
     options: dict = {}  # those it was made with in a swap
+    calibrated_options: dict = {}  # defaults in a swap that is calibrated
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()
@@ -68,6 +69,10 @@ class Norm(nn.Module):
                 "give one entry for each token."
             )
         return mask.bool()
+
+    def affine_map(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(a, b)` of shape `(C,)` if in evaluation the norm is `y = a ⊙ x + b`, else `None`."""
+        return None
 
     @staticmethod
     def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -186,9 +191,14 @@ class BatchStatisticNorm(Norm):
         return self.momentum
 
     @torch.no_grad()
-    def update_statistics(self, moments: Moments) -> None:
-        """One update of the running values; none where there are no tokens or a value is not finite."""
-        values, weight = self.batch_values(moments), self.update_weight()
+    def update_statistics(self, moments: Moments, weight: float | torch.Tensor | None = None) -> None:
+        """One update of the running values; none where there are no tokens or a value is not finite.
+
+        `weight` is that of the batch, [`BatchStatisticNorm.update_weight`] by default; 1 forgets what was before.
+        """
+        values = self.batch_values(moments)
+        if weight is None:
+            weight = self.update_weight()
         valid = moments.count > 0
         for value in values.values():
             valid = valid & value.isfinite().all()
@@ -209,6 +219,10 @@ class PowerStatisticNorm(BatchStatisticNorm):
 
     def batch_values(self, moments):
         return {"running_power": moments.power}
+
+    def affine_map(self):
+        scale = self.weight * torch.rsqrt(self.running_power + self.eps)
+        return scale, torch.zeros_like(scale) if self.bias is None else self.bias
 
     def compare(self, moments, running):
         power = torch.where(moments.count > 0, moments.power, running["running_power"])

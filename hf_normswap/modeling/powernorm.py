@@ -53,6 +53,7 @@ class PowerNorm(PowerStatisticNorm):
     """
 
     running = {"running_power": 1.0, "nu": 0.0}
+    calibrated_options = {"group_scaling": False}
 
     def __init__(
         self,
@@ -88,6 +89,9 @@ class PowerNorm(PowerStatisticNorm):
     @classmethod
     def default_options(cls, config):
         return {"num_groups": config.num_attention_heads, "group_scaling": True}
+
+    def affine_map(self):
+        return None if self.group_scaling else super().affine_map()
 
     def discard_pending(self):
         super().discard_pending()

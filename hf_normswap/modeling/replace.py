@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .blend import unblend_norm
 from .norm import Norm
 from .registry import get_norm
 from .swap_config import NormSwapConfig
@@ -33,6 +34,7 @@ def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
 
 def new_layer_norm(old: Norm) -> nn.LayerNorm:
     """The LayerNorm that `old` replaced."""
+    unblend_norm(old)  # its hooks go over to the new one
     norm = nn.LayerNorm(old.num_features, eps=old.replaced_eps, device=old.weight.device, dtype=old.weight.dtype)
     return _take_over(old, norm)
 

@@ -76,6 +76,11 @@ class NormSite:
         """Registered name of the norm; `"layernorm"` for that of PyTorch."""
         return getattr(self.module, "norm_name", "layernorm")
 
+    @property
+    def block(self) -> str | None:
+        """Name of the transformer block that the norm is in; `None` outside the blocks."""
+        return None if self.layer is None else re.match(rf".*?\.{self.layer}(?=\.)", self.name)[0]
+
     def is_in(self, where: str) -> bool:
         """Whether the site belongs to `where`, one of [`where_names`]."""
         stack, _, sublayer = where.rpartition(".")
@@ -96,11 +101,16 @@ class NormSites(list):
     def __str__(self):
         rows = [("norm", "stack", "sublayer", "layer", "placement", "name")]
         rows += [(s.kind, s.stack, s.sublayer, s.layer, s.placement, s.name) for s in self]
-        cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        )
+        return format_table(rows)
+
+
+def format_table(rows: list[tuple]) -> str:
+    """Rows of cells as aligned text, the first one the heading; `None` is a dash."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
 
 
 def where_names() -> list[str]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from .blend import blend_norm
 from .configuration import CONFIGS, family_of
 from .norm import BatchStatisticNorm, Norm
 from .rbn import RegularizedBatchNorm
@@ -31,7 +32,12 @@ class NormSwapMixin:
     def __init__(self, config, *args, **kwargs):
         config.validate_norm_swap()  # an override given to from_pretrained is set after the configuration's own check
         super().__init__(config, *args, **kwargs)
-        place_norms(self, norms_of_record(self, config.norm_swap or {}))
+        record = config.norm_swap or {}
+        place_norms(self, norms_of_record(self, record))
+        shares = record.get("layer_norm_share", {})
+        for site in find_norms(self):
+            if site.path in shares:
+                blend_norm(site.module, shares[site.path])
         prepare_swapped(self)
 
     @classmethod

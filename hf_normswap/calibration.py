@@ -1,0 +1,300 @@
+"""Swap the norms of a pretrained model without losing its function: calibration, and statistics estimated afresh."""
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .batches import make_batches
+from .conversion import CalibrationReport, Conversion, estimate_statistics
+from .least_squares import out_features
+from .modeling.layernorm import LayerNorm
+from .modeling.norm import BatchStatisticNorm, Norm
+from .modeling.replace import new_layer_norm, place_norms
+from .modeling.sites import NormSite, find_norms
+from .statistics import has_ranks, sum_over_ranks
+from .surgery import refuse_wrapped
+from .walk import ActivationStore, Walk, call_order, run_model
+
+
+logger = logging.get_logger(__name__)
+
+# Activations that stay in memory; more of them are memory-mapped.
+MEMORY_BUDGET = 2**30
+# Below this share of explained variance a fit is worth a warning.
+LOW_R2 = 0.8
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    data: Iterable,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: PreTrainedModel | None = None,
+    batch_size: int = 32,
+    memory_budget: int = MEMORY_BUDGET,
+) -> CalibrationReport:
+    """Fit the swapped norms of `model` to the LayerNorms that they replaced, in place and without labels.
+
+    Norm by norm in the order of the forward, on the activations of the part that is converted already: running
+    statistics become those of the norm's inputs, gain and shift the least-squares fit of the LayerNorm's output for
+    the same tokens.
+
+    On several ranks each passes its own share of the data; all end with the same model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
+        data: texts, a data set or batches, as [`make_batches`](hf_normswap.batches.make_batches) takes them. A few
+            hundred sentences like those that the model will see are enough.
+        tokenizer (*optional*): for texts, and to pad a data set.
+        teacher ([`~transformers.PreTrainedModel`], *optional*):
+            the model with its LayerNorms. By default `model` itself with its present gains and shifts, which are those
+            of the LayerNorms until it is trained or calibrated.
+        batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches.
+        memory_budget (`int`, *optional*, defaults to 1 GiB):
+            bytes of activations to keep in memory; what is beyond is memory-mapped.
+
+    Returns:
+        [`CalibrationReport`]: a [`NormFit`] for each norm; print it for a table. Norms that no batch reaches are not
+        in it and stay as they are.
+
+    Raises:
+        ValueError: when the data is empty or has no real tokens, the model has no swapped norms, is in training mode
+            or was calibrated before and no teacher is given, or activations are not finite. The model is untouched
+            then.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_normswap import calibrate, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertModel(config).eval(), "batchnorm")
+    >>> report = calibrate(model, [{"input_ids": torch.randint(9, (4, 6))}])
+    >>> [fit.name for fit in report]
+    ['encoder.layer.0.attention.output.LayerNorm', 'encoder.layer.0.output.LayerNorm']
+
+    ```
+    """
+    done = _check_model(model).get("calibration", {}) if teacher is None else {}
+    sites = {site.name: site for site in find_norms(model) if _has_fit(site.module) and site.path not in done}
+    if not sites:
+        raise ValueError(
+            "The norms are calibrated already, or have no statistics to fit: pass the original model as teacher."
+            if done
+            else f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first."
+        )
+    batches = make_batches(model, data, tokenizer, batch_size)
+    _check_tokens(model, batches)
+    if teacher is None:
+        teacher = _with_layer_norms(model, sites)
+    batches = [_with_targets(teacher, batch) for batch in batches]
+    linears = _linears_of_blocks(model) if LINEARS else {}
+    modules = {**linears, **{name: site.module for name, site in sites.items()}}
+    report = CalibrationReport()
+    with _conversion(model, teacher, modules, memory_budget) as store:
+        order = _agree_on_order(model, batches, modules)
+        walks = Walk(model, batches, order, store), Walk(teacher, batches, order, store, changes=False)
+        names = list(itertools.chain(*order))
+        conversion = Conversion(*walks, weights=_weights(teacher, batches, names) if WEIGHTS else None)
+        before = None
+        for name, after, _ in zip(_progress(walks[0], names), [*names[1:], None], walks[1], strict=True):
+            if name in sites:
+                report.append(
+                    conversion.fit_norm(sites[name], feeding=before if _feeds(linears, before, sites[name]) else None)
+                )
+            elif not _feeds(linears, name, sites.get(after)):
+                conversion.correct(name)
+            before = name
+    r2 = {sites[fit.name].path: round(fit.r2, 6) for fit in report}
+    model.config.norm_swap = {**model.config.norm_swap, "calibration": {**done, **r2}}
+    _warn(report)
+    return report
+
+
+@torch.no_grad()
+def reestimate_statistics(
+    model: PreTrainedModel,
+    data: Iterable,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 32,
+    memory_budget: int = MEMORY_BUDGET,
+) -> None:
+    """Set the running statistics of `model` to those of `data`, with all parameters as they are, in place.
+
+    Norm by norm in the order of the forward, each over all its inputs as they are in evaluation. The result depends
+    neither on the order of the data nor on its division into batches and over ranks ("precise" statistics, as Wu and
+    Johnson, 2021, arXiv 2105.07576, call them).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
+        data, tokenizer, batch_size, memory_budget: as in [`calibrate`].
+
+    Raises:
+        ValueError: when the data is empty or has no real tokens, the model has no norms with running statistics or is
+            in training mode, or activations are not finite. The model is untouched then.
+    """
+    _check_model(model)
+    sites = {site.name: site for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
+    if not sites:
+        raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there are none to estimate.")
+    batches = make_batches(model, data, tokenizer, batch_size)
+    _check_tokens(model, batches)
+    batches = [_with_targets(model, batch) for batch in batches]
+    modules = {name: site.module for name, site in sites.items()}
+    with _conversion(model, None, modules, memory_budget) as store:
+        order = _agree_on_order(model, batches, modules)
+        walk = Walk(model, batches, order, store)
+        for name in _progress(walk, list(itertools.chain(*order))):
+            estimate_statistics(sites[name], walk.inputs(name))
+
+
+LINEARS, WEIGHTS = True, 0
+
+
+def _weights(teacher, batches, names):
+    kept = {name: [] for name in names}
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for batch in batches:
+            outs = {}
+            handles = [
+                teacher.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: outs.__setitem__(n, o))
+                for n in names
+            ]
+            out = run_model(teacher, batch)
+            [h.remove() for h in handles]
+            out = out.logits if hasattr(out, "logits") else out[0]
+            r = torch.randn(out.shape, generator=generator).to(out)
+            r = r - r.mean(-1, keepdim=True)
+            grads = torch.autograd.grad((out * r).sum(), list(outs.values()))
+            for n, g in zip(outs, grads):
+                kept[n].append(g.square().sum(-1, keepdim=True))
+    mask = [b.get("attention_mask") for b in batches]
+    for n, per in kept.items():
+        mean = sum(w.sum() for w in per) / sum(m.sum() for m in mask)
+        kept[n] = [w / mean + WEIGHTS for w in per]
+    return kept
+
+
+def _check_model(model) -> dict:
+    """The record of its swap, once it is clear that the model can be converted."""
+    refuse_wrapped(model)
+    if any(module.training for module in model.modules()):
+        raise ValueError("The model is in training mode: call model.eval() first.")
+    record = getattr(model.config, "norm_swap", None)
+    if record is None:
+        raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
+    return record
+
+
+def _has_fit(norm: nn.Module) -> bool:
+    return isinstance(norm, Norm) and not isinstance(norm, LayerNorm)
+
+
+def _check_tokens(model, batches: list) -> None:
+    """On all ranks together: a rank may have none."""
+    counts = torch.tensor([len(batches), sum(_count_tokens(batch) for batch in batches)], device=model.device)
+    rows, tokens = sum_over_ranks(counts).tolist()
+    if not rows:
+        raise ValueError("The data is empty: pass a few hundred texts.")
+    if not tokens:
+        raise ValueError("The data has no real tokens, its attention_mask is 0 everywhere: pass some text.")
+
+
+def _count_tokens(batch: dict) -> int:
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    mask = batch.get("attention_mask")
+    return inputs.shape[:2].numel() if mask is None else int(mask.sum())
+
+
+def _with_layer_norms(model, sites: dict) -> PreTrainedModel:
+    teacher = copy.deepcopy(model)
+    place_norms(teacher, {name: new_layer_norm(teacher.get_submodule(name)) for name in sites})
+    return teacher
+
+
+def _with_targets(teacher, batch: dict) -> dict:
+    """What the decoder of a translation model reads: the labels, else the model's own greedy output."""
+    if not teacher.config.is_encoder_decoder or "labels" in batch or "decoder_input_ids" in batch:
+        return batch
+    if not teacher.can_generate():
+        raise ValueError("A decoder without a head writes nothing: pass batches with decoder_input_ids.")
+    length = min(2 * batch["input_ids"].shape[1] + 10, teacher.config.max_position_embeddings - 1)
+    written = teacher.generate(
+        **send_to_device(batch, teacher.device), num_beams=1, do_sample=False, max_new_tokens=length
+    )[:, 1:]
+    return {**batch, "labels": written.masked_fill(written == teacher.config.pad_token_id, -100).cpu()}
+
+
+def _linears_of_blocks(model) -> dict[str, nn.Module]:
+    blocks = dict.fromkeys(site.block for site in find_norms(model) if site.block)
+    return {
+        f"{block}.{name}": module
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
+    """Whether a linear layer, called right before a norm, adds to the residual stream that the norm reads."""
+    return name in linears and site is not None and out_features(linears[name]) == site.module.num_features
+
+
+def _progress(walk: Walk, names: list[str]) -> Iterator[str]:
+    silent = has_ranks() and torch.distributed.get_rank() > 0
+    return iter(tqdm(walk, "Converting", total=len(names), disable=silent))
+
+
+def _agree_on_order(model, batches: list, modules: dict) -> list[tuple]:
+    """The order of the calls, from the first rank that has data."""
+    order = call_order(model, batches[0], modules) if batches else []
+    if has_ranks():
+        orders = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(orders, order)
+        order = next(filter(None, orders))
+    return order
+
+
+@contextmanager
+def _conversion(model, teacher, modules: dict[str, nn.Module], memory_budget: int) -> Iterator[ActivationStore]:
+    """A store for the walks; on an error `modules` are put back as they were."""
+    states = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+    parts = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
+    configs = {id(part.config): part.config for part in parts if isinstance(part, PreTrainedModel)}.values()
+    use_cache = [getattr(config, "use_cache", None) for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = False  # blocks run more than once: their keys and values would pile up
+        with ActivationStore(memory_budget) as store:
+            yield store
+    except BaseException:
+        for name, module in modules.items():
+            module.load_state_dict(states[name])
+        raise
+    finally:
+        for config, value in zip(configs, use_cache, strict=True):
+            config.use_cache = value
+
+
+def _warn(report: CalibrationReport) -> None:
+    poor = [fit for fit in report if fit.r2 < LOW_R2]
+    if poor:
+        worst = min(poor, key=lambda fit: fit.r2)
+        sinks = f", {worst.sinks} of its {worst.tokens} tokens are attention sinks" if worst.sinks else ""
+        logger.warning(
+            f"{len(poor)} of {len(report)} norms follow their LayerNorm badly, worst of all {worst.name} (R² "
+            f"{worst.r2:.2f}{sinks}): fine-tune the model, or leave these norms out with filter_fn."
+        )

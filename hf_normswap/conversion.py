@@ -1,0 +1,170 @@
+"""One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .modeling.moments import Moments, merge_moments
+from .modeling.norm import BatchStatisticNorm
+from .modeling.sites import NormSite, format_table
+from .statistics import gather_over_ranks, sum_over_ranks
+from .walk import Walk
+
+
+# A token whose root mean square is so many times the (geometric) mean over all tokens is an attention sink, such as
+# the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
+# out, it leaves the norm so much too large that what attends to it suffers more.
+SINK_RATIO = 10.0
+
+
+@dataclass(frozen=True)
+class NormFit:
+    """How well a calibrated norm reproduces the LayerNorm that it replaced.
+
+    Attributes:
+        name (`str`): path of the norm in the model.
+        r2 (`float`): share of the variance of the LayerNorm's output that is explained.
+        error (`float`): `‖y − LN‖₂ / ‖LN‖₂` over all tokens and channels of the fit.
+        tokens (`int`): real tokens in the fit.
+        sinks (`int`): attention sinks among them, tokens of ten times the usual size.
+    """
+
+    name: str
+    r2: float
+    error: float
+    tokens: int
+    sinks: int
+
+
+class CalibrationReport(list):
+    """A list of [`NormFit`], in the order of the forward, that prints as a table."""
+
+    def __str__(self):
+        rows = [("R²", "error", "tokens", "sinks", "name")]
+        rows += [(f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, fit.name) for fit in self]
+        return format_table(rows)
+
+
+class Conversion:
+    """Converts the model of `student` step by step, beside the original one of `teacher`.
+
+    Args:
+        student ([`Walk`]): through the model that is converted.
+        teacher ([`Walk`]): through the model with its LayerNorms, at the same step.
+    """
+
+    def __init__(self, student: Walk, teacher: Walk, weights: dict | None = None):
+        self.student, self.teacher, self.weights = student, teacher, weights
+        self.device = student.model.device
+
+    def fit_norm(self, site: NormSite, feeding: str | None = None) -> NormFit:
+        """Statistics, gain and shift of a norm; `feeding` is the linear layer whose output it reads."""
+        sinks = self._count_sinks(site.name)
+        fit = self._fit(site)
+        if feeding is not None:
+            self._correct_feeding(site, feeding)
+            self.student.repeat(site.name)
+            fit = self._fit(site)
+        residual, target = fit.residual.sum(), fit.target
+        return NormFit(
+            site.name,
+            r2=(1 - residual / target.var.sum()).item(),
+            error=(residual / target.power.sum()).sqrt().item(),
+            tokens=int(target.count),
+            sinks=sinks,
+        )
+
+    def correct(self, name: str) -> None:
+        """Bring the outputs of a linear layer nearer to the original ones, for the inputs that it now gets."""
+        linear, original = (walk.model.get_submodule(name) for walk in (self.student, self.teacher))
+        self._change(name, ((x, original(t) - linear(x), mask) for x, t, mask in self._pairs(name)))
+
+    def _correct_feeding(self, site: NormSite, name: str) -> None:
+        layer_norm = self.teacher.model.get_submodule(site.name)
+        affine = site.module.affine_map() if site.placement == "post" else None
+
+        def wanted(t):
+            if affine is None:
+                return t
+            # Behind the norm, not before it: so the linear layer makes up for the scale of the token, too.
+            gain, shift = affine
+            usable = gain.abs() > 1e-3 * gain.abs().mean()
+            return torch.where(usable, (layer_norm(t) - shift) / torch.where(usable, gain, 1), t)
+
+        pairs = zip(self.student.inputs(name), self._pairs(site.name))
+        self._change(name, ((inputs, wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs))
+
+    def _change(self, name: str, tokens: Iterable) -> None:
+        linear = self.student.model.get_submodule(name)
+        weights = itertools.repeat(None) if self.weights is None else self.weights[name]
+        selected = (
+            (_select(x, mask), _select(residual, mask), _select(_ones(x) if weight is None else weight, mask))
+            for (x, residual, mask), weight in zip(tokens, weights)
+        )
+        weight, bias = fit_correction(linear, selected)
+        linear.weight.add_(weight if isinstance(linear, Conv1D) else weight.T)
+        if linear.bias is not None:
+            linear.bias.add_(bias)
+
+    def _fit(self, site: NormSite) -> AffineFit:
+        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
+        estimate_statistics(site, self.student.inputs(site.name))
+        normalized = (
+            (norm.normalize(_promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name)
+        )
+        fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
+        _check_finite(site.name, fit.gain, fit.shift)
+        norm.weight.copy_(fit.gain)
+        if norm.bias is not None:
+            norm.bias.copy_(fit.shift)
+        return fit
+
+    def _count_sinks(self, name: str) -> int:
+        sizes = [(_promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
+        logarithms = pooled_moments(((size.clamp(min=1e-30).log(), mask) for size, mask in sizes), 1, self.device)
+        limit = SINK_RATIO * logarithms.mean.exp().item()
+        count = sum((_select(size, mask) > limit).sum() for size, mask in sizes)
+        return int(sum_over_ranks(torch.as_tensor(count, device=self.device)))
+
+    def _pairs(self, name: str) -> Iterator[tuple]:
+        for (x, mask), (t, _) in zip(self.student.inputs(name), self.teacher.inputs(name)):
+            yield x, t, mask
+
+
+def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
+    """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
+    norm = site.module
+    if not isinstance(norm, BatchStatisticNorm):
+        return
+    deferred, norm.deferred = norm.deferred, True
+    norm.discard_pending()
+    norm.train()
+    for x, mask in inputs:
+        norm.forward(x, mask)
+    norm.eval()
+    norm.deferred, norm.statistics = deferred, None
+    moments = merge_moments(Moments.unpack(gather_over_ranks(norm.pending)))
+    norm.discard_pending()
+    _check_finite(site.name, *moments)
+    norm.update_statistics(moments, weight=1)
+
+
+def _check_finite(name: str, *values: torch.Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError(f"The activations that reach {name} are not finite: check the data, and the model's dtype.")
+
+
+def _promote(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _ones(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(x[..., :1], dtype=torch.float32)
+
+
+def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values.flatten(0, -2) if mask is None else values[mask]

@@ -1,0 +1,137 @@
+"""The progressive swap: LayerNorm gives way to the new norms during training instead of before it."""
+
+import itertools
+import math
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .modeling.blend import layer_norm_shares, set_layer_norm_share
+from .modeling.norm import Norm
+from .modeling.sites import BLOCK_SUBLAYERS, STACKS, NormSite, find_norms
+from .modeling.swapped import NormSwapMixin
+from .statistics import statistic_norms
+
+
+logger = logging.get_logger(__name__)
+
+ORDERS = ("together", "forward", "backward")
+
+
+class ProgressiveSwapCallback(TrainerCallback):
+    """Lets LayerNorm give way to the swapped norms in the course of training.
+
+    A swapped norm computes `λ · LayerNorm(x) + (1 − λ) · norm(x)`, with one gain and shift for both, and λ falls
+    linearly from 1, the model from before the swap, to 0 (as in SLAB, Guo et al., 2024, arXiv 2405.11582). After the
+    last step the running statistics are estimated afresh, with frozen weights.
+
+    λ follows from the step alone: a resumed run goes on as the one that was interrupted. Checkpoints from before λ = 0
+    load as the mixture that they are, and so does a model whose training was stopped before that. Evaluate and save
+    after `train()`: only then are the statistics those of the final weights. The mean λ of the norms is in the logs,
+    as `layer_norm_share`.
+
+    Args:
+        ratio (`float`, *optional*, defaults to 0.8): share of the run in which λ falls, above 0 and at most 1.
+        order (`str`, *optional*, defaults to `"together"`):
+            `"together"`: one λ for all norms; `"forward"`, `"backward"`: one norm after the other from the first or
+            from the last of the model, each in an equal part of the time.
+        statistics_batches (`int`, *optional*, defaults to 64):
+            training batches, on each process, for the statistics at the end.
+
+    Raises:
+        ValueError: when an argument is out of range; on the start of training, when the model has no swapped norms,
+            they were calibrated, or `load_best_model_at_end` is set.
+
+    Example:
+
+    ```python
+    >>> from hf_normswap import ProgressiveSwapCallback
+    >>> callback = ProgressiveSwapCallback(ratio=0.5, order="forward")
+    >>> callback.shares(step=15, max_steps=100, norms=3)  # three tenths of the way
+    [0.1, 1.0, 1.0]
+
+    ```
+    """
+
+    def __init__(self, ratio: float = 0.8, order: str = "together", statistics_batches: int = 64):
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio is a share of the run, above 0 and at most 1, and cannot be {ratio}.")
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}.")
+        if statistics_batches < 1:
+            raise ValueError(
+                f"The statistics at the end need batches: statistics_batches cannot be {statistics_batches}."
+            )
+        self.ratio, self.order, self.statistics_batches = ratio, order, statistics_batches
+
+    def shares(self, step: int, max_steps: int, norms: int) -> list[float]:
+        """λ of each of so many norms, in the order of the forward, after `step` optimizer steps of `max_steps`."""
+        progress = step / (self.ratio * max_steps)
+        turns = [0] * norms if self.order == "together" else range(norms)
+        speed = 1 if self.order == "together" else norms
+        # Rounded: a last 1e-17 of LayerNorm would cost as much as half of it.
+        shares = [round(min(max(1 + turn - speed * progress, 0.0), 1.0), 6) for turn in turns]
+        return shares[::-1] if self.order == "backward" else shares
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would end with weights that were trained with another share of LayerNorm: "
+                "turn it off."
+            )
+        record = getattr(_swapped_model(model).config, "norm_swap", None) or {}
+        if "calibration" in record:
+            raise ValueError(
+                "Calibration has fitted gains and shifts to the new norms, and LayerNorm cannot use them: leave out "
+                "one of the two."
+            )
+        self._set_shares(model, state)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._set_shares(model, state)
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if "loss" in logs:
+            model = _swapped_model(model)
+            share = sum(layer_norm_shares(model).values()) / len(_swapped_sites(model))
+            # The history has a copy of the logs that was made before.
+            logs["layer_norm_share"] = state.log_history[-1]["layer_norm_share"] = share
+
+    def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self._set_shares(model, state)
+        model = _swapped_model(model)
+        if layer_norm_shares(model):
+            logger.warning(
+                f"Training stopped at step {state.global_step} of {state.max_steps}, before LayerNorm had given way: "
+                "the model stays a mixture of old norms and new."
+            )
+        elif statistic_norms(model):
+            from .calibration import reestimate_statistics
+
+            training = model.training
+            reestimate_statistics(model.eval(), itertools.islice(train_dataloader, self.statistics_batches))
+            model.train(training)
+
+    def _set_shares(self, model, state) -> None:
+        model = _swapped_model(model)
+        sites = _swapped_sites(model)
+        shares = self.shares(state.global_step, state.max_steps, len(sites))
+        set_layer_norm_share(model, {site.path: share for site, share in zip(sites, shares, strict=True)})
+
+
+def _swapped_model(model: nn.Module) -> nn.Module:
+    """The model whose norms were swapped, inside of what wraps it."""
+    return next((module for module in model.modules() if isinstance(module, NormSwapMixin)), model)
+
+
+def _swapped_sites(model: nn.Module) -> list[NormSite]:
+    """The swapped norms in the order of the forward."""
+    return sorted((site for site in find_norms(model) if isinstance(site.module, Norm)), key=_turn)
+
+
+def _turn(site: NormSite) -> tuple:
+    if site.layer is None:
+        return STACKS.index(site.stack), -1 if site.sublayer == "embedding" else math.inf, 0
+    # Cross-attention stands last in the blocks of GPT-2, and runs second.
+    return STACKS.index(site.stack), site.layer, BLOCK_SUBLAYERS.index(site.sublayer)

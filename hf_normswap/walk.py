@@ -1,0 +1,251 @@
+"""The forward of a model, one module at a time, over a whole set of data.
+
+Calibration changes a norm once it has seen all its inputs, and what follows has to see the outputs of the changed
+norm. So every block runs over all batches before the next one does. Block inputs are kept, which makes the cost linear
+in the depth: in memory up to a budget, in memory-mapped files beyond it.
+"""
+
+import functools
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .modeling.sites import find_norms
+from .modeling.token_mask import current_mask
+
+
+class ActivationStore:
+    """Trees of tensors by key: in memory while they fit into `budget` bytes, in memory-mapped files beyond.
+
+    Args:
+        budget (`int`): bytes of activations that may stay in memory.
+    """
+
+    def __init__(self, budget: int):
+        self.budget, self.used = budget, 0
+        self._trees: dict = {}
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._files = itertools.count()
+
+    def __setitem__(self, key, tree):
+        self.pop(key)
+        leaves, spec = pytree.tree_flatten(tree)
+        self._trees[key] = [self._put(leaf) for leaf in leaves], spec
+
+    def __getitem__(self, key):
+        leaves, spec = self._trees[key]
+        return pytree.tree_unflatten([self._get(leaf) for leaf in leaves], spec)
+
+    def pop(self, key) -> None:
+        """Forget a tree, if there is one of this key."""
+        for leaf in self._trees.pop(key, ([], None))[0]:
+            if isinstance(leaf, torch.Tensor):
+                self.used -= leaf.nbytes
+            elif isinstance(leaf, _OnDisk):
+                leaf.path.unlink()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._trees.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _put(self, leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        # A copy: a view would keep all that it is a view of.
+        leaf = leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        if self.used + leaf.nbytes <= self.budget:
+            self.used += leaf.nbytes
+            return leaf
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="hf_normswap-")
+        on_disk = _OnDisk(Path(self._folder.name, str(next(self._files))), leaf.shape, leaf.dtype)
+        on_disk.load().copy_(leaf)
+        return on_disk
+
+    @staticmethod
+    def _get(leaf):
+        return leaf.load() if isinstance(leaf, _OnDisk) else leaf
+
+
+class _OnDisk:
+    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype):
+        self.path, self.shape, self.dtype = path, shape, dtype
+
+    def load(self) -> torch.Tensor:
+        if not self.shape.numel():
+            return torch.empty(self.shape, dtype=self.dtype)
+        values = torch.from_file(str(self.path), shared=True, size=self.shape.numel(), dtype=self.dtype)
+        return values.view(self.shape)
+
+
+class _Reached(Exception):
+    """Ends a forward at the last module that is visited in it."""
+
+
+class Walk:
+    """Visits modules of a model in the order of its forward, each with all its inputs.
+
+    Iterating yields names of modules; [`Walk.inputs`] then has what came to this one, and to the one before it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): in evaluation mode, with its masks watched.
+        batches (list of dict): inputs of the model.
+        order (list of tuples of `str`): names of the modules to visit, as [`call_order`] returns them.
+        store ([`ActivationStore`]): keeps the activations.
+        changes (`bool`, *optional*, defaults to `True`):
+            whether the visitor may change a module, or those before it in the same block, so that what comes later has
+            to be computed after the visit; else a block runs once.
+    """
+
+    def __init__(self, model, batches: list, order: list[tuple], store: ActivationStore, changes: bool = True):
+        self.model, self.batches, self.order, self.store, self.changes = model, batches, order, store, changes
+        self._blocks = {site.block for site in find_norms(model) if site.block}
+        self._group = {name: group for group in order for name in group}
+        self._mask, self._others = None, []  # of the block call that is running
+
+    def __iter__(self) -> Iterator[str]:
+        stack, visited = None, []
+        for block, groups in itertools.groupby(self.order, key=lambda group: self._block_of(group[0])):
+            groups = list(groups)
+            if block and stack != _stack_of(block):
+                self._keep_block_inputs(block)
+            stack = block and _stack_of(block)
+            if block and not self.changes:
+                self._keep_inputs(groups, block)
+            for group in groups:
+                if self.changes or not block:
+                    self._keep_inputs([group], block)
+                visited.append(group)
+                if len(visited) > 2:
+                    self._forget(visited.pop(0))
+                yield from group
+            if block:
+                self._keep_block_outputs(block)
+        for group in visited:
+            self._forget(group)
+
+    def inputs(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What came to a module, batch by batch: `(B, T, C)`, and its token mask `(B, T)` or `None`."""
+        for index in range(len(self.batches)):
+            yield send_to_device(self.store[id(self), self._group[name], index], self.model.device)
+
+    def repeat(self, name: str) -> None:
+        """Take the inputs of a visited module again, after a change before it."""
+        self._keep_inputs([self._group[name]], self._block_of(name))
+
+    def _forget(self, group: tuple) -> None:
+        for index in range(len(self.batches)):
+            self.store.pop((id(self), group, index))
+
+    def _block_of(self, name: str) -> str | None:
+        return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
+
+    def _keep_inputs(self, groups: list[tuple], block: str | None) -> None:
+        def keep(name, index, args, kwargs):
+            mask = self._mask if block else current_mask(args[0])
+            if block and any(args[0] is other for other in self._others):
+                mask = _source_mask(self.model, self.batches[index])
+            self.store[id(self), self._group[name], index] = args[0], mask
+
+        run = self._run_model if block is None else lambda index: self._run_block(block, index)
+        self._reach([group[0] for group in groups], run, keep)
+
+    def _keep_block_inputs(self, block: str) -> None:
+        def keep(name, index, args, kwargs):
+            hidden, *args = args or (kwargs.pop("hidden_states"),)
+            self.store[id(self), "hidden", index] = hidden
+            self.store[id(self), "call", index] = args, kwargs, current_mask(hidden)
+
+        self._reach([block], self._run_model, keep)
+
+    def _keep_block_outputs(self, block: str) -> None:
+        for index in range(len(self.batches)):
+            output = self._run_block(block, index)
+            self.store[id(self), "hidden", index] = output[0] if isinstance(output, tuple) else output
+
+    def _reach(self, names: list[str], run: Callable, keep: Callable) -> None:
+        """Let `keep` have the arguments of these modules for every batch, and compute nothing after the last one."""
+        for index in range(len(self.batches)):
+            missing = list(names)
+
+            def stop(module, args, kwargs, name, index=index, missing=missing):
+                if name in missing:
+                    keep(name, index, args, dict(kwargs))
+                    missing.remove(name)
+                if not missing:
+                    raise _Reached
+
+            handles = [
+                self.model.get_submodule(name).register_forward_pre_hook(
+                    # Before hooks of the user, which it must not call.
+                    functools.partial(stop, name=name),
+                    prepend=True,
+                    with_kwargs=True,
+                )
+                for name in names
+            ]
+            try:
+                run(index)
+            except _Reached:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if missing:
+                raise ValueError(f"A batch does not reach {missing[0]}, as others do: pass batches of one kind.")
+
+    def _run_model(self, index: int) -> None:
+        run_model(self.model, self.batches[index])
+
+    def _run_block(self, block: str, index: int):
+        kept = self.store[id(self), "hidden", index], *self.store[id(self), "call", index]
+        hidden, args, kwargs, self._mask = send_to_device(kept, self.model.device)
+        self._others = pytree.tree_leaves((args, kwargs))  # such as the encoder's output
+        return self.model.get_submodule(block)(hidden, *args, **kwargs)
+
+
+def run_model(model, batch: dict):
+    """The output of a model for one batch."""
+    return model(**send_to_device(batch, model.device))
+
+
+def call_order(model, batch: dict, modules: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Names of the `modules` that a forward reaches, in the order of their first calls.
+
+    Modules that are called one right after the other with the same input, as the query, key and value of an attention
+    are, stand in one tuple.
+    """
+    inputs = {}
+
+    def note(module, args, name):
+        inputs.setdefault(name, args[0])
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, name=name)) for name, module in modules.items()
+    ]
+    try:
+        run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tuple(names) for _, names in itertools.groupby(inputs, key=lambda name: id(inputs[name]))]
+
+
+def _source_mask(model, batch: dict) -> torch.Tensor | None:
+    """Token mask of what cross-attention attends to."""
+    name = "attention_mask" if model.config.is_encoder_decoder else "encoder_attention_mask"
+    return batch[name].bool() if name in batch else None
+
+
+def _stack_of(block: str) -> str:
+    return block.rpartition(".")[0]
