@@ -47,6 +47,8 @@ def make_batches(
         batches = list(data)
     else:
         rows = list(data)
+        if not rows:
+            return []
         is_text = all(isinstance(row, str | tuple | list) or _is_translation(row) for row in rows)
         batches = _of_texts(model, rows, tokenizer, batch_size) if is_text else rows
     return [_inputs(model, batch) for batch in batches]

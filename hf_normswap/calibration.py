@@ -40,6 +40,7 @@ def calibrate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher: PreTrainedModel | None = None,
+    linears: bool = True,
     batch_size: int = 32,
     memory_budget: int = MEMORY_BUDGET,
 ) -> CalibrationReport:
@@ -47,7 +48,9 @@ def calibrate(
 
     Norm by norm in the order of the forward, on the activations of the part that is converted already: running
     statistics become those of the norm's inputs, gain and shift the least-squares fit of the LayerNorm's output for
-    the same tokens.
+    the same tokens. One affine map cannot follow the scale of each token as LayerNorm does. So the linear layers of the
+    blocks are corrected on the way, by ridge regression: each to its original outputs for the inputs that it now gets,
+    and the last one before a norm to what the norm has to get for the LayerNorm's output.
 
     On several ranks each passes its own share of the data; all end with the same model.
 
@@ -59,6 +62,8 @@ def calibrate(
         teacher ([`~transformers.PreTrainedModel`], *optional*):
             the model with its LayerNorms. By default `model` itself with its present gains and shifts, which are those
             of the LayerNorms until it is trained or calibrated.
+        linears (`bool`, *optional*, defaults to `True`):
+            whether to correct linear layers; else nothing changes but the norms, which keeps much less of the function.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches.
         memory_budget (`int`, *optional*, defaults to 1 GiB):
             bytes of activations to keep in memory; what is beyond is memory-mapped.
@@ -99,8 +104,8 @@ def calibrate(
     if teacher is None:
         teacher = _with_layer_norms(model, sites)
     batches = [_with_targets(teacher, batch) for batch in batches]
-    linears = _linears_of_blocks(model) if LINEARS else {}
-    modules = {**linears, **{name: site.module for name, site in sites.items()}}
+    corrected = _linears_of_blocks(model) if linears and LINEARS else {}
+    modules = {**corrected, **{name: site.module for name, site in sites.items()}}
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
         order = _agree_on_order(model, batches, modules)
@@ -111,9 +116,11 @@ def calibrate(
         for name, after, _ in zip(_progress(walks[0], names), [*names[1:], None], walks[1], strict=True):
             if name in sites:
                 report.append(
-                    conversion.fit_norm(sites[name], feeding=before if _feeds(linears, before, sites[name]) else None)
+                    conversion.fit_norm(
+                        sites[name], feeding=before if _feeds(corrected, before, sites[name]) else None
+                    )
                 )
-            elif not _feeds(linears, name, sites.get(after)):
+            elif not _feeds(corrected, name, sites.get(after)):
                 conversion.correct(name)
             before = name
     r2 = {sites[fit.name].path: round(fit.r2, 6) for fit in report}
@@ -249,8 +256,10 @@ def _linears_of_blocks(model) -> dict[str, nn.Module]:
 
 
 def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
-    """Whether a linear layer, called right before a norm, adds to the residual stream that the norm reads."""
-    return name in linears and site is not None and out_features(linears[name]) == site.module.num_features
+    """Whether a linear layer, called right before a norm of its block, adds to the residual stream that it reads."""
+    if name not in linears or site is None or not name.startswith(f"{site.block}."):
+        return False
+    return out_features(linears[name]) == site.module.num_features
 
 
 def _progress(walk: Walk, names: list[str]) -> Iterator[str]:

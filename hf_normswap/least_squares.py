@@ -65,10 +65,9 @@ def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.
     size, out = linear.weight.shape[:: 1 if isinstance(linear, Conv1D) else -1]
     sums = torch.zeros(size + 1, size + 1 + out, dtype=torch.float64, device=linear.weight.device)
     for x, residual, weight in tokens:
-        x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1).float()
-        # Within a batch float32 is exact enough for a correction.
-        batch = x.T @ (weight * torch.cat([x, residual.float()], dim=1))
-        sums += batch
+        x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+        x, residual = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (x, residual))
+        sums += x.T @ (weight * torch.cat([x, residual], dim=1))
     sums = sum_over_ranks(sums)
     count = sums[0, 0].clamp(min=1e-30)
     mean = sums[0, 1:] / count

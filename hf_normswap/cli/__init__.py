@@ -1,0 +1,55 @@
+"""Swap the LayerNorms of models of transformers from the command line.
+
+normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
+normswap calibrate --help
+"""
+
+import argparse
+import sys
+
+from . import calibrate
+
+
+# A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
+# It imports torch and what needs it in `run` alone: help must not wait for them.
+VERBS = (calibrate,)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `normswap`.
+
+    Args:
+        argv (list of `str`, *optional*): the arguments, by default those of the process.
+
+    Returns:
+        `int`: 0; 2 after one sentence on stderr about what the user can cure; 130 when interrupted.
+    """
+    try:
+        args = _make_parser().parse_args(argv)
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ImportError, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"error: {lines[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):  # argparse would print the whole usage first
+        raise ValueError(message)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="normswap", description=__doc__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        summary = (verb.__doc__ or "").partition("\n")[0]
+        of_verb = verbs.add_parser(verb.__name__.rpartition(".")[2], help=summary, description=verb.__doc__)
+        verb.add_arguments(of_verb)
+        of_verb.set_defaults(run=verb.run)
+    return parser

@@ -1,0 +1,229 @@
+"""Swap the norms of a pretrained model, fitted to its LayerNorms on texts without labels.
+
+The model keeps the head that its checkpoint names. One that is swapped already, and neither calibrated nor trained
+since, is calibrated as it is, without --norm.
+
+    normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
+    zcat reviews.gz | normswap calibrate my-model my-model-pn --norm powernorm --where all --texts - --json
+    normswap calibrate my-swapped-model my-calibrated-model --dataset_name stanfordnlp/imdb --columns text
+    normswap calibrate Helsinki-NLP/opus-mt-en-de en-de-rbn --norm rbn --dataset_name wmt/wmt14 \\
+        --dataset_config_name de-en --split validation --columns en de
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    # Positionals first: behind an option of several values they would be further ones.
+    parser.usage = "%(prog)s MODEL OUTPUT [--norm NORM] (--texts FILE | --dataset_name NAME) [--option VALUE ...]"
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to save the calibrated model in, new or empty")
+    parser.add_argument("--norm", help="norm to swap in, for example rbn, batchnorm or powernorm")
+    parser.add_argument(
+        "--norm_options",
+        type=_json_object,
+        metavar="JSON",
+        help="options of the norm, for example '{\"momentum\": 0.2}'",
+    )
+    parser.add_argument("--where", nargs="+", help="which norms to swap; as in Python (default: blocks)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--texts", metavar="FILE", help="text file, one text a line; - is the standard input")
+    source.add_argument("--dataset_name", metavar="NAME", help="Hub id or folder of a data set")
+    parser.add_argument("--dataset_config_name", metavar="NAME", help="its configuration, if it has several")
+    parser.add_argument("--split", help="its split (default: train)")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN",
+        help="its one or two columns of text, or, of a column `translation`, the source and the target language",
+    )
+    parser.add_argument(
+        "--examples",
+        type=_count,
+        default=512,
+        help="texts to calibrate on, a seeded sample of them (default: %(default)s)",
+    )
+    parser.add_argument("--batch_size", type=_count, default=32, help="texts of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--memory_budget",
+        type=_count,
+        default=2**30,
+        metavar="BYTES",
+        help="activations to keep in memory, more are memory-mapped (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrate, save, and print the report."""
+    if args.texts is not None and (args.dataset_config_name or args.split or args.columns):
+        raise ValueError("dataset_config_name, split and columns are of a data set: leave them out with texts.")
+    with _new_folder(Path(args.output).resolve()) as folder:
+        model, tokenizer, report = _calibrated(args)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if args.json:
+        fits = [{name: _finite(value) for name, value in asdict(fit).items()} for fit in report]
+        print(json.dumps({"output": args.output, "fits": fits}, indent=2))
+    else:
+        _show(report)
+
+
+def _calibrated(args):
+    from hf_normswap import NormSwapConfig, calibrate, get_norm, swap_norm
+
+    if args.norm:
+        # swap_norm(calibrate_on=...) takes these options by itself, but keeps the report.
+        norm = NormSwapConfig(args.norm, **{**get_norm(args.norm).calibrated_options, **(args.norm_options or {})})
+    data = _read_data(args)
+    model, tokenizer = _load(args.model)
+    record = getattr(model.config, "norm_swap", None)
+    if record is None and not args.norm:
+        raise ValueError(f"{args.model} has LayerNorms: say what they become, for example with --norm rbn.")
+    if record is None:
+        with _without_warning():
+            swap_norm(model, norm, where=args.where or "blocks")
+    elif args.norm or args.norm_options or args.where:
+        norms = " and ".join(dict.fromkeys(entry["norm"] for entry in record["norms"]))
+        raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
+    if model.config.is_encoder_decoder and len(args.columns or ()) == 2:
+        data = list(data)  # sources with their targets: two columns are else read as one text
+    reader = copy.deepcopy(tokenizer)  # saved is what came
+    if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
+        reader.pad_token = reader.eos_token
+    report = calibrate(model, data, tokenizer=reader, batch_size=args.batch_size, memory_budget=args.memory_budget)
+    return model, tokenizer, report
+
+
+def _read_data(args):
+    """The sample of texts, as a data set with nothing but them where the columns are known."""
+    from datasets import Dataset, load_dataset
+
+    if args.texts is not None:
+        with _reading(args.texts):
+            text = sys.stdin.read() if args.texts == "-" else Path(args.texts).read_text(encoding="utf-8")
+        texts = [line.strip() for line in text.split("\n") if line.strip()]
+        if not texts:
+            raise ValueError(f"{args.texts} has no text in it: give a file with a text on each line.")
+        return _sample(Dataset.from_dict({"text": texts}), args.examples)
+    # The cache of `datasets` does not notice that the files of a folder have changed.
+    mode = "reuse_cache_if_exists" if os.path.isdir(args.dataset_name) else None
+    with _reading(args.dataset_name):
+        data = load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.split or "train", download_mode=mode
+        )
+    data = _sample(data, args.examples)
+    if "translation" in data.column_names:
+        data = Dataset.from_list(data["translation"])
+        if not args.columns:
+            languages = " ".join(data.column_names)
+            raise ValueError(
+                f"{args.dataset_name} has translations: say from and to what, as in --columns {languages}."
+            )
+    return data.select_columns(args.columns) if args.columns else data
+
+
+def _sample(data, count):
+    return data.shuffle(seed=0).take(min(count, len(data)))
+
+
+def _load(name):
+    """Model and tokenizer of a checkpoint, the model of the class that its configuration names."""
+    import transformers
+
+    from hf_normswap.modeling import swapped
+
+    with _reading(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        class_name = (config.architectures or [""])[0]
+        home = swapped if hasattr(config, "norm_swap") else transformers
+        model_class = getattr(home, class_name, None)
+        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+            raise ValueError(
+                f"its configuration names no model of transformers, but architectures {config.architectures}."
+            )
+        return model_class.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Says what cannot be read. A damaged checkpoint or data set can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """`swap_norm` warns of a swap without calibration, which here follows at once."""
+    logger = logging.getLogger("hf_normswap.surgery")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `output` in the end: whole, or not at all on an error."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} exists and is no empty folder: name another one.")
+    parent = next(folder for folder in output.parents if folder.exists())
+    # Inside of a temporary folder, which is its owner's alone: what is made in it has the usual permissions.
+    with tempfile.TemporaryDirectory(prefix=".normswap-", dir=parent) as temporary:
+        folder = Path(temporary, output.name)
+        folder.mkdir()
+        yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            output.rmdir()  # a rename onto an empty folder is not for every system
+        folder.rename(output)
+
+
+def _show(report) -> None:
+    """Print the table: through rich in a terminal, as plain text in a pipe or where rich is missing."""
+    if sys.stdout.isatty():  # rich would fold the columns of a pipe into 80 characters
+        try:
+            import rich
+            from rich.table import Column, Table
+        except ImportError:
+            pass
+        else:
+            heading, *rows = (line.split() for line in str(report).splitlines())  # no cell has a space
+            table = Table(*(Column(name, overflow="fold") for name in heading))
+            for row in rows:
+                table.add_row(*row)
+            return rich.print(table)
+    print(report)
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_object(text: str) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object.") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0.")
+    return int(text)

@@ -1,0 +1,386 @@
+"""The command line, end to end on tiny checkpoints."""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+import hf_normswap.cli.calibrate as verb
+from hf_normswap import calibrate, swap_norm
+from hf_normswap.cli import main
+from tests.models import VOCABULARY, tiny_model
+from tests.persistence import ROOT, outputs, run_fresh, same
+
+
+AUTO_CLASSES = {
+    "bert": AutoModelForSequenceClassification,
+    "roberta": AutoModelForMaskedLM,
+    "marian": AutoModelForSeq2SeqLM,
+    "gpt2": AutoModelForCausalLM,
+}
+WORDS = [f"w{number}" for number in range(VOCABULARY)]
+TEXTS = [" ".join(WORDS[5 + (7 * i + j * (1 + i % 5)) % 30] for j in range(3 + i % 9)) for i in range(60)]
+
+
+def save_stock(folder, family="bert", change=lambda model: None):
+    """A tiny stock checkpoint with its tokenizer."""
+    model = tiny_model(family).eval()
+    change(model)
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": WORDS[-1]} if family == "gpt2" else {"pad_token": WORDS[model.config.pad_token_id]}
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=WORDS[2], **special).save_pretrained(folder)
+    return str(folder)
+
+
+def save_dataset(folder, columns):
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(columns).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(TEXTS) + "\n  \n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def refusal(capsys, *arguments):
+    """The one sentence that a command ends with."""
+    assert main([*map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    last = said.err.splitlines()[-1]  # progress bars may stand before it
+    assert last.startswith("error: ")
+    assert "Traceback" not in said.err
+    return last
+
+
+def distance(model, stock):
+    """Relative distance of what two models return for other inputs than they were calibrated on."""
+    ours, theirs = outputs(model)["logits"], outputs(stock)["logits"]
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [("bert", "rbn"), ("roberta", "batchnorm"), ("marian", "rbn"), ("gpt2", "powernorm")]
+)
+def test_the_saved_model_is_that_of_python(family, norm, tmp_path, texts, capsys):
+    stock = save_stock(tmp_path / "stock", family)
+    assert main(["calibrate", stock, str(tmp_path / "made" / "rbn"), "--norm", norm, "--texts", texts]) == 0
+
+    auto = AUTO_CLASSES[family]
+    model = auto.from_pretrained(tmp_path / "made" / "rbn")
+    assert type(model).__name__ == f"NormSwap{type(tiny_model(family)).__name__}"
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    sample = Dataset.from_dict({"text": TEXTS}).shuffle(seed=0)
+    python = swap_norm(auto.from_pretrained(stock), norm, calibrate_on=sample, tokenizer=tokenizer)
+    assert model.config.norm_swap == python.config.norm_swap
+    assert same(outputs(model), outputs(python))
+
+    untouched = auto.from_pretrained(stock)
+    assert distance(model, untouched) < 0.7 * distance(swap_norm(auto.from_pretrained(stock), norm), untouched)
+
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["R²", "error", "tokens", "sinks", "name"]
+    assert len(table) == 1 + sum(len(entry["modules"]) for entry in model.config.norm_swap["norms"])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["made", "stock", "texts.txt"]
+
+
+def test_a_fresh_process_with_json(tmp_path, texts):
+    """What is loaded in this process has the logits of the one that calibrated it, and stdout is JSON alone."""
+    stock = save_stock(tmp_path / "stock")
+    script = f"""
+import sys
+import torch
+from hf_normswap.cli import calibrate, main
+
+def spy(args, inner=calibrate._calibrated):
+    result = inner(args)
+    torch.save(result[0](input_ids=torch.arange(5, 15)[None]).logits.detach(), "logits.pt")
+    return result
+
+calibrate._calibrated = spy
+sys.exit(main(["calibrate", {stock!r}, "rbn", "--norm", "RBN", "--texts", {texts!r}, "--json"]))
+"""
+    done = run_fresh(script, tmp_path)
+    report = json.loads(done.stdout)
+    assert report["output"] == "rbn"
+    assert [fit["name"] for fit in report["fits"]] == [
+        f"bert.encoder.layer.{layer}.{norm}.LayerNorm" for layer in (0, 1) for norm in ("attention.output", "output")
+    ]
+    for fit in report["fits"]:
+        assert fit.keys() == {"name", "r2", "error", "tokens", "sinks"}
+        assert fit["tokens"] == sum(len(text.split()) for text in TEXTS)
+        assert 0.5 < fit["r2"] <= 1
+    assert "without calibration" not in done.stderr
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rbn")
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(5, 15)[None]).logits, torch.load(tmp_path / "logits.pt"))
+
+
+def test_where_and_norm_options(tmp_path, texts):
+    stock = save_stock(tmp_path / "stock", "gpt2")
+    options = '{"momentum": 0.2, "group_scaling": true}'
+    command = ["calibrate", stock, str(tmp_path / "pn"), "--texts", texts, "--norm", "pn", "--norm_options", options]
+    assert main([*command, "--where", "final", "ffn"]) == 0
+    (entry,) = AutoConfig.from_pretrained(tmp_path / "pn").norm_swap["norms"]
+    assert entry["norm"] == "powernorm"
+    assert entry["options"]["momentum"] == 0.2
+    assert entry["options"]["group_scaling"] is True
+    assert entry["modules"] == ["transformer.h.0.ln_2", "transformer.h.1.ln_2", "transformer.ln_f"]
+
+
+def test_the_tokenizer_is_saved_as_it_came(tmp_path, texts):
+    stock = save_stock(tmp_path / "stock", "gpt2")
+    assert main(["calibrate", stock, str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert tokenizer.pad_token is None
+    assert tokenizer(TEXTS).input_ids == AutoTokenizer.from_pretrained(stock)(TEXTS).input_ids
+
+
+def test_a_swapped_checkpoint_is_calibrated_as_it_is(tmp_path, texts, capsys):
+    stock = save_stock(tmp_path / "stock", "roberta")
+    model = swap_norm(AutoModelForMaskedLM.from_pretrained(stock), "batchnorm", where="ffn")
+    model.save_pretrained(tmp_path / "swapped")
+    AutoTokenizer.from_pretrained(stock).save_pretrained(tmp_path / "swapped")
+
+    command = ["calibrate", str(tmp_path / "swapped"), str(tmp_path / "new"), "--texts", texts]
+    assert main(command) == 0
+    calibrated = AutoModelForMaskedLM.from_pretrained(tmp_path / "new")
+    assert set(calibrated.config.norm_swap["calibration"]) == set(model.config.norm_swap["norms"][0]["modules"])
+    untouched = AutoModelForMaskedLM.from_pretrained(stock)
+    assert distance(calibrated, untouched) < 0.7 * distance(model, untouched)
+
+    capsys.readouterr()
+    command[2] = str(tmp_path / "other")
+    assert "swapped already, to batchnorm" in refusal(capsys, *command, "--norm", "rbn")
+    command[1] = str(tmp_path / "new")
+    assert "calibrated already" in refusal(capsys, *command)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_data_set_is_sampled_by_a_seed(tmp_path, capsys):
+    stock = save_stock(tmp_path / "stock")
+    data = save_dataset(tmp_path / "data", {"text": TEXTS, "source": ["a"] * 60, "label": [0, 1] * 30, "note": TEXTS})
+
+    def run(name, *more):
+        command = ["calibrate", stock, str(tmp_path / name), "--norm", "rbn", "--dataset_name", data, "--json"]
+        assert main([*command, *more]) == 0
+        return json.loads(capsys.readouterr().out)["fits"]
+
+    first = run("first", "--columns", "text", "--examples", "9")
+    assert run("second", "--columns", "text", "--examples", "9") == first
+    sizes = [len(text.split()) for text in TEXTS]
+    assert 9 * min(sizes) <= first[0]["tokens"] <= 9 * max(sizes)
+    assert first[0]["tokens"] != sum(sizes[:9])  # not the first ones
+    assert run("pairs", "--columns", "text", "note", "--split", "train[:20]")[0]["tokens"] == 2 * sum(sizes[:20])
+
+    refused = ["calibrate", stock, tmp_path / "no", "--norm", "rbn", "--dataset_name", data]
+    assert "'txt'" in refusal(capsys, *refused, "--columns", "txt")
+    assert "test" in refusal(capsys, *refused, "--split", "test")
+    assert "columns" in refusal(capsys, *refused)
+
+    # The same folder, but other files: not what an earlier run left in a cache.
+    save_dataset(tmp_path / "data", {"text": ["w5 w6"] * 4})
+    assert run("third")[0]["tokens"] == 8
+
+
+def test_translations(tmp_path, capsys):
+    """`datasets` sorts languages, so that only the columns tell which one is the source."""
+    stock = save_stock(tmp_path / "stock", "marian")
+    pairs = [{"de": " ".join(reversed(text.split())) + " w7", "en": text} for text in TEXTS]
+    nested = save_dataset(tmp_path / "nested", {"translation": pairs})
+    flat = save_dataset(tmp_path / "flat", {"de": [p["de"] for p in pairs], "en": [p["en"] for p in pairs]})
+
+    def run(name, data, *columns):
+        command = ["calibrate", stock, str(tmp_path / name), "--norm", "rbn", "--dataset_name", data, "--json"]
+        assert main([*command, "--columns", *columns]) == 0
+        fits = json.loads(capsys.readouterr().out)["fits"]
+        return {fit["name"].split(".")[1]: fit["tokens"] for fit in fits}
+
+    words = sum(len(text.split()) for text in TEXTS)
+    assert run("forth", nested, "en", "de") == {"encoder": words, "decoder": words + 60}
+    assert run("back", nested, "de", "en") == {"encoder": words + 60, "decoder": words}
+    assert run("flat_forth", flat, "en", "de") == {"encoder": words, "decoder": words + 60}
+
+    said = refusal(capsys, "calibrate", stock, tmp_path / "no", "--norm", "rbn", "--dataset_name", nested)
+    assert "--columns de en" in said
+
+
+def test_standard_input_and_an_empty_folder(tmp_path, capsys):
+    stock = save_stock(tmp_path / "stock")
+    (tmp_path / "new").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_normswap", "calibrate", stock, "new", "--norm", "rbn", "--texts", "-"],
+        input="\n".join(TEXTS),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+    assert AutoConfig.from_pretrained(tmp_path / "new").norm_swap["calibration"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def full_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    return tmp_path / "full"
+
+
+def text_file(tmp_path, content):
+    (tmp_path / "given.txt").write_bytes(content)
+    return tmp_path / "given.txt"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: {"--texts": p / "missing.txt"}, "missing.txt"),
+        (lambda p: {"--texts": text_file(p, b"\n  \n")}, "given.txt has no text"),
+        (lambda p: {"--texts": text_file(p, b"\xff\xfe\x00")}, "given.txt cannot be read"),
+        (lambda p: {"OUTPUT": full_folder(p)}, "full exists and is no empty folder"),
+        (lambda p: {"OUTPUT": text_file(p, b"a")}, "given.txt exists and is no empty folder"),
+        (lambda p: {"MODEL": p / "nothing"}, "nothing cannot be read"),
+        (lambda p: {"--norm": "bachnorm"}, "did you mean 'batchnorm'"),
+        (lambda p: {"--norm": "layernorm"}, "no norms to calibrate"),
+        (lambda p: {"--norm": None}, "--norm rbn"),
+        (lambda p: {"--norm_options": '{"momentun": 1}'}, "did you mean 'momentum'"),
+        (lambda p: {"--norm_options": "momentum"}, "is no JSON object"),
+        (lambda p: {"--where": "blokcs"}, "where='blokcs' names no norms"),
+        (lambda p: {"--where": "decoder"}, "No norm of this BertForSequenceClassification matches"),
+        (lambda p: {"--examples": "0"}, "is no number above 0"),
+        (lambda p: {"--split": "test"}, "leave them out with texts"),
+        (lambda p: {"--dataset_name": "x"}, "not allowed with argument"),
+        (lambda p: {"--texts": None}, "--texts --dataset_name is required"),
+        (lambda p: {"--texts": None, "--dataset_name": p / "nothing"}, "nothing cannot be read"),
+        (lambda p: {"--nrom": "rbn"}, "--nrom"),
+    ],
+)
+def test_what_the_user_can_cure(change, said, tmp_path, texts, capsys):
+    stock = save_stock(tmp_path / "stock")
+    given = {"MODEL": stock, "OUTPUT": tmp_path / "new", "--norm": "rbn", "--texts": texts, **change(tmp_path)}
+    before = sorted(tmp_path.rglob("*"))
+    model, output = given.pop("MODEL"), given.pop("OUTPUT")
+    options = [str(part) for item in given.items() if item[1] is not None for part in item]
+    assert said in refusal(capsys, "calibrate", model, output, *options)
+    assert [path for path in sorted(tmp_path.rglob("*")) if ".cache" not in path.parts] == before
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path, texts, capsys):
+    folder = Path(save_stock(tmp_path / "stock"))
+    command = ["calibrate", folder, tmp_path / "new", "--norm", "rbn", "--texts", texts]
+    config = json.loads((folder / "config.json").read_text())
+    for architectures in (None, ["pipeline"], ["BertForEverything"]):
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+        assert f"no model of transformers, but architectures {architectures}" in refusal(capsys, *command)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    assert "stock cannot be read" in refusal(capsys, *command)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_calibration_that_fails_writes_nothing(tmp_path, texts, capsys):
+    def spoil(model):
+        torch.nn.init.constant_(model.bert.encoder.layer[1].output.dense.weight, math.nan)
+
+    stock = save_stock(tmp_path / "stock", change=spoil)
+    said = refusal(capsys, "calibrate", stock, tmp_path / "deep" / "new", "--norm", "rbn", "--texts", texts)
+    assert "not finite" in said
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["stock", "texts.txt"]
+
+
+def test_an_interruption(tmp_path, texts, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "_load", interrupt)
+    assert main(["calibrate", "stock", str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 130
+    assert not capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["texts.txt"]
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_the_table_of_a_terminal(has_rich, tmp_path, texts, capsys, monkeypatch):
+    stock = save_stock(tmp_path / "stock")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    if has_rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["calibrate", stock, str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 0
+    shown = capsys.readouterr().out
+    assert ("┃" in shown) is has_rich
+    assert "R²" in shown
+
+
+def test_help_costs_no_more_than_importing_the_package(tmp_path):
+    script = """
+import sys
+import hf_normswap
+before = set(sys.modules)
+from hf_normswap.cli import main
+for arguments in (["--help"], ["calibrate", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+loaded = {name.split(".")[0] for name in set(sys.modules) - before if not name.startswith("hf_normswap.cli")}
+print("LOADED", *sorted(loaded - set(sys.stdlib_module_names)))
+"""
+    shown = run_fresh(script, tmp_path).stdout
+    assert shown.splitlines()[-1].split() == ["LOADED"]
+    assert "usage: normswap calibrate MODEL OUTPUT" in shown
+    assert "normswap calibrate textattack/bert-base-uncased-SST-2" in shown
+
+
+def test_the_console_script(capsys):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, function = scripts["normswap"].partition(":")
+    with pytest.raises(SystemExit, match="0"):
+        getattr(importlib.import_module(module), function)(["--help"])
+    assert "calibrate" in capsys.readouterr().out
+    assert "VERB" in refusal(capsys)
+    assert "invalid choice: 'calibrat'" in refusal(capsys, "calibrat")
+
+
+def test_defaults_are_those_of_python(tmp_path):
+    parameters = inspect.signature(calibrate).parameters
+    parser = verb.argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    args = vars(parser.parse_args(["model", "output", "--texts", "-"]))
+    for name in ("batch_size", "memory_budget"):
+        assert args[name] == parameters[name].default
