@@ -48,16 +48,16 @@ def calibrate(
 
     Norm by norm in the order of the forward, on the activations of the part that is converted already: running
     statistics become those of the norm's inputs, gain and shift the least-squares fit of the LayerNorm's output for
-    the same tokens. One affine map cannot follow the scale of each token as LayerNorm does. So the linear layers of the
-    blocks are corrected on the way, by ridge regression: each to its original outputs for the inputs that it now gets,
-    and the last one before a norm to what the norm has to get for the LayerNorm's output.
+    the same tokens. One affine map cannot follow the scale of each token as LayerNorm does, so the linear layers of
+    the blocks are corrected on the way, by ridge regression: to their original outputs for the inputs that they now
+    get; the one in front of a norm to what makes the norm return the LayerNorm's output.
 
     On several ranks each passes its own share of the data; all end with the same model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
-        data: texts, a data set or batches, as [`make_batches`](hf_normswap.batches.make_batches) takes them. A few
-            hundred sentences like those that the model will see are enough.
+        data: texts, a data set or batches, as [`make_batches`] takes them. A few hundred sentences like those that
+            the model will see are enough.
         tokenizer (*optional*): for texts, and to pad a data set.
         teacher ([`~transformers.PreTrainedModel`], *optional*):
             the model with its LayerNorms. By default `model` itself with its present gains and shifts, which are those
@@ -103,26 +103,26 @@ def calibrate(
     _check_tokens(model, batches)
     if teacher is None:
         teacher = _with_layer_norms(model, sites)
+    _check_teacher(model, teacher)
     batches = [_with_targets(teacher, batch) for batch in batches]
     corrected = _linears_of_blocks(model) if linears and LINEARS else {}
     modules = {**corrected, **{name: site.module for name, site in sites.items()}}
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
         order = _agree_on_order(model, batches, modules)
-        walks = Walk(model, batches, order, store), Walk(teacher, batches, order, store, changes=False)
+        student, example = Walk(model, batches, order, store), Walk(teacher, batches, order, store, changes=False)
+        conversion = Conversion(
+            student, example, weights=_weights(teacher, batches, list(itertools.chain(*order))) if WEIGHTS else None
+        )
         names = list(itertools.chain(*order))
-        conversion = Conversion(*walks, weights=_weights(teacher, batches, names) if WEIGHTS else None)
-        before = None
-        for name, after, _ in zip(_progress(walks[0], names), [*names[1:], None], walks[1], strict=True):
+        feeding = {
+            after: name for name, after in itertools.pairwise(names) if _feeds(corrected, name, sites.get(after))
+        }
+        for name, _ in zip(_progress(student), example, strict=True):
             if name in sites:
-                report.append(
-                    conversion.fit_norm(
-                        sites[name], feeding=before if _feeds(corrected, before, sites[name]) else None
-                    )
-                )
-            elif not _feeds(corrected, name, sites.get(after)):
+                report.append(conversion.fit_norm(sites[name], feeding.get(name)))
+            elif name not in feeding.values():
                 conversion.correct(name)
-            before = name
     r2 = {sites[fit.name].path: round(fit.r2, 6) for fit in report}
     model.config.norm_swap = {**model.config.norm_swap, "calibration": {**done, **r2}}
     _warn(report)
@@ -163,7 +163,7 @@ def reestimate_statistics(
     with _conversion(model, None, modules, memory_budget) as store:
         order = _agree_on_order(model, batches, modules)
         walk = Walk(model, batches, order, store)
-        for name in _progress(walk, list(itertools.chain(*order))):
+        for name in _progress(walk):
             estimate_statistics(sites[name], walk.inputs(name))
 
 
@@ -204,6 +204,16 @@ def _check_model(model) -> dict:
     if record is None:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
     return record
+
+
+def _check_teacher(model, teacher) -> None:
+    if any(module.training for module in teacher.modules()):
+        raise ValueError("The teacher is in training mode: call teacher.eval() first.")
+    missing = {site.path for site in find_norms(model)} - {site.path for site in find_norms(teacher)}
+    if missing:
+        raise ValueError(
+            f"The teacher has no {min(missing)}: pass what this {type(model).__name__} was before its norms were swapped."
+        )
 
 
 def _has_fit(norm: nn.Module) -> bool:
@@ -262,11 +272,6 @@ def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
     return out_features(linears[name]) == site.module.num_features
 
 
-def _progress(walk: Walk, names: list[str]) -> Iterator[str]:
-    silent = has_ranks() and torch.distributed.get_rank() > 0
-    return iter(tqdm(walk, "Converting", total=len(names), disable=silent))
-
-
 def _agree_on_order(model, batches: list, modules: dict) -> list[tuple]:
     """The order of the calls, from the first rank that has data."""
     order = call_order(model, batches[0], modules) if batches else []
@@ -275,6 +280,11 @@ def _agree_on_order(model, batches: list, modules: dict) -> list[tuple]:
         torch.distributed.all_gather_object(orders, order)
         order = next(filter(None, orders))
     return order
+
+
+def _progress(walk: Walk) -> Iterator[str]:
+    silent = has_ranks() and torch.distributed.get_rank() > 0
+    return iter(tqdm(walk, "Converting", total=sum(map(len, walk.order)), disable=silent))
 
 
 @contextmanager

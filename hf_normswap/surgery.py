@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .modeling.configuration import FORMAT_VERSION
+from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
 from .modeling.registry import get_norm
 from .modeling.replace import new_layer_norm, new_norm, place_norms
@@ -108,7 +109,7 @@ def swap_norm(
     logger.info(
         f"Swapped {len(sites)} of {len(find_norms(model))} norms of {swapped.__name__} to {config.norm}{said}."
     )
-    if calibrate_on is not None:
+    if calibrate_on is not None and norm_class is not LayerNorm:
         from .calibration import calibrate  # is made of what stands here
 
         try:

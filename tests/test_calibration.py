@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 from hf_normswap import NormSwapConfig, calibrate, find_norms, reestimate_statistics, restore_norm, swap_norm
+from hf_normswap.conversion import estimate_statistics
 from hf_normswap.modeling.norm import BatchStatisticNorm
+from hf_normswap.modeling.token_mask import current_mask, watch_masks
 from hf_normswap.walk import ActivationStore
 from tests.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
 
@@ -32,8 +34,6 @@ def stock(family, head=None, **overrides):
 @torch.no_grad()
 def inputs_and_outputs(model, data, names):
     """What goes into and comes out of modules at real tokens, `(N, C)` each, by name."""
-    from hf_normswap.modeling.token_mask import current_mask, unwatch_masks, watch_masks
-
     seen = {name: ([], []) for name in names}
 
     def keep(module, args, output, name):
@@ -144,8 +144,6 @@ def test_pads_may_hold_anything():
         mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0], [1] * 6])
         embeddings[mask == 0] = filler
         walk_norm = find_norms(model)[0].module
-        from hf_normswap.conversion import estimate_statistics
-
         estimate_statistics(find_norms(model)[0], [(embeddings, mask.bool())])
         results.append(states(walk_norm))
     assert_close(*results, 0)

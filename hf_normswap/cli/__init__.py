@@ -1,7 +1,9 @@
 """Swap the LayerNorms of models of transformers from the command line.
 
-normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
-normswap calibrate --help
+Examples:
+
+    normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
+    normswap calibrate --help
 """
 
 import argparse

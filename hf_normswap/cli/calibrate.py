@@ -3,6 +3,8 @@
 The model keeps the head that its checkpoint names. One that is swapped already, and neither calibrated nor trained
 since, is calibrated as it is, without --norm.
 
+Examples:
+
     normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
     zcat reviews.gz | normswap calibrate my-model my-model-pn --norm powernorm --where all --texts - --json
     normswap calibrate my-swapped-model my-calibrated-model --dataset_name stanfordnlp/imdb --columns text
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="options of the norm, for example '{\"momentum\": 0.2}'",
     )
-    parser.add_argument("--where", nargs="+", help="which norms to swap; as in Python (default: blocks)")
+    parser.add_argument("--where", nargs="+", help="which norms to swap, one or several names (default: blocks)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", metavar="FILE", help="text file, one text a line; - is the standard input")
     source.add_argument("--dataset_name", metavar="NAME", help="Hub id or folder of a data set")
@@ -163,7 +165,7 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+        raise ValueError(f"{name} cannot be read: {str(error).strip() or type(error).__name__}") from error
 
 
 @contextmanager

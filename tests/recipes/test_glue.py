@@ -217,3 +217,10 @@ def test_the_real_data_is_read(real_glue, task, labels):
     sizes = {"cola": 8551, "sst2": 67349, "mrpc": 3668, "rte": 2490, "stsb": 5749}
     assert len(data["train"]) == sizes[task]
     assert set(json.loads(json.dumps(head))) >= {"num_labels"}
+
+
+def test_the_progressive_swap_ends_as_the_norm(run, tmp_path, model_folder):
+    result = run("sst2", write_task(tmp_path / "data", "sst2", {"train": 8, "validation": 4}), "--progressive=1.0")
+    assert "layer_norm_share" not in result["norm_swap"]
+    shares = [entry["layer_norm_share"] for entry in result["history"] if "layer_norm_share" in entry]
+    assert shares == [1.0, 0.5]

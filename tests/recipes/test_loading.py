@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from common import ModelArguments
@@ -23,7 +24,8 @@ def test_only_the_splits_asked_for_are_returned(tmp_path):
 
 
 def load(path, **options):
-    return load_swapped(AutoModelForSequenceClassification, ModelArguments(path, **options))[1]
+    texts = Dataset.from_dict({"sentence": ["the plot was good", "a dull film", "very bright", "the film is not bad"]})
+    return load_swapped(AutoModelForSequenceClassification, ModelArguments(path, **options), texts)[1]
 
 
 def test_norms_are_swapped_as_the_arguments_say(model_folder):
@@ -31,6 +33,25 @@ def test_norms_are_swapped_as_the_arguments_say(model_folder):
     kinds = {site.sublayer: site.kind for site in find_norms(model)}
     assert kinds == {"embedding": "layernorm", "attention": "rbn", "ffn": "layernorm"}
     assert {site.module.lambda_mean for site in find_norms(model) if site.kind == "rbn"} == {0.3}
+
+
+def test_norms_are_calibrated_on_training_texts(model_folder):
+    model = load(model_folder, norm="rbn", where=["all"], calibrate=3)
+    assert len(model.config.norm_swap["calibration"]) == len(find_norms(model))
+    assert "calibration" not in load(model_folder, calibrate=3).config.norm_swap  # the LayerNorm baseline
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibrate": -1}, "calibrate"),
+        ({"progressive": 1.5}, "progressive"),
+        ({"calibrate": 4, "progressive": 0.5}, "choose one"),
+    ],
+)
+def test_ways_to_swap_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments("some model", **options)
 
 
 def test_without_a_norm_the_model_is_the_layernorm_baseline(model_folder):

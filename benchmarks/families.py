@@ -1,0 +1,171 @@
+"""The families of models that the benchmarks train: real text, model, and the scores of each."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    GPT2LMHeadModel,
+    MarianMTModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaForMaskedLM,
+)
+
+from hf_normswap.metrics import SacrebleuMetric
+
+
+MAX_LENGTH = 128
+MASKED = 0.15
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+
+
+@dataclass
+class Task:
+    """What a family is trained on, converted with and scored by."""
+
+    model_class: type[PreTrainedModel]
+    config: dict
+    tokenizer: PreTrainedTokenizerFast
+    collator: Callable
+    train: Dataset
+    inputs: dict[str, Dataset]  # to calibrate on: such as are scored, then a kind that is easier to come by
+    score: Callable[[PreTrainedModel], dict[str, float]]
+
+
+def gpt2(data, args):
+    """Language model: perplexity per token of the test split, packed into blocks."""
+    tokenizer, lines = tokenize(data, "$A </s>", args)
+
+    def pack(rows):
+        tokens = list(chain(*rows["input_ids"]))
+        blocks = [tokens[end - MAX_LENGTH : end] for end in range(MAX_LENGTH, len(tokens) + 1, MAX_LENGTH)]
+        return {"input_ids": blocks, "labels": [[-100, *block[1:]] for block in blocks]}  # nothing predicts the first
+
+    columns = lines["train"].column_names
+    blocks = lines.map(pack, batched=True, batch_size=None, remove_columns=columns, desc="Packing")
+    inputs = {"blocks": draw(blocks, args), "lines": draw(lines, args)}
+    collator = DataCollatorForSeq2Seq(tokenizer)
+
+    def score(model):
+        return perplexity(model, blocks["test"], tokenizer)
+
+    return Task(GPT2LMHeadModel, {}, tokenizer, collator, blocks["train"], inputs, score)
+
+
+def roberta(data, args):
+    """Masked language model: perplexity per masked token of the test split, with the same masks for every model."""
+    tokenizer, lines = tokenize(data, "<s> $A </s>", args)
+
+    def mask(rows):
+        fixed = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=args.seed)
+        return rows.map(lambda row: {name: value[0] for name, value in fixed([row]).items()}, desc="Masking")
+
+    config = {"intermediate_size": 4 * args.hidden_size, "type_vocab_size": 1}
+    sample = draw(lines, args)
+    inputs = {"masked lines": mask(sample), "lines": sample}
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
+    test = mask(lines["test"])
+
+    def score(model):
+        return perplexity(model, test, tokenizer)
+
+    return Task(RobertaForMaskedLM, config, tokenizer, collator, lines["train"], inputs, score)
+
+
+def marian(data, args):
+    """Translation from German to English: BLEU of greedy decoding on the test split, loss on the validation split."""
+    if "translation" in data["train"].column_names:
+        data = data.map(lambda row: row["translation"], remove_columns="translation")
+    tokenizer, pairs = tokenize(data, "$A </s>", args, "de", "en")
+    config = {
+        "scale_embedding": True,
+        "decoder_layers": args.layers,
+        "decoder_attention_heads": args.heads,
+        "encoder_ffn_dim": 4 * args.hidden_size,
+        "decoder_ffn_dim": 4 * args.hidden_size,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }
+    sample = draw(pairs, args)
+    inputs = {"pairs": sample, "sources": sample.remove_columns("labels")}
+    test = pairs["test"].add_column("reference", data["test"]["en"][:])
+
+    def score(model):
+        loss = perplexity(model, pairs["validation"], tokenizer)["loss"]
+        return {"bleu": bleu(model, test, tokenizer), "validation_loss": loss}
+
+    return Task(MarianMTModel, config, tokenizer, DataCollatorForSeq2Seq(tokenizer), pairs["train"], inputs, score)
+
+
+# The function of each family and, where no option says otherwise, data set, layers and training.
+PTB, MULTI30K = "ptb-text-only/ptb_text_only", "bentrevett/multi30k"
+FAMILIES = {
+    "gpt2": (gpt2, {"dataset_name": PTB, "layers": 4, "batch_size": 16, "max_steps": 1500}),
+    "roberta": (roberta, {"dataset_name": PTB, "layers": 4, "batch_size": 64, "max_steps": 1500}),
+    "marian": (marian, {"dataset_name": MULTI30K, "layers": 3, "batch_size": 64, "max_steps": 1500}),
+}
+
+
+def tokenize(data, template, args, source=None, target=None):
+    """The tokenizer, that of the trained model if there is one, and the data in it, `template` around each text."""
+    source = source or data["train"].column_names[0]
+    if args.record.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.folder)
+    else:
+        pieces = Tokenizer(models.BPE())
+        pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        special = [AddedToken(token, lstrip=True) for token in SPECIAL.values()]
+        options = {"special_tokens": special, "initial_alphabet": pieces.pre_tokenizer.alphabet()}
+        texts = chain(*(data["train"][column][:] for column in (source, target) if column))
+        pieces.train_from_iterator(texts, BpeTrainer(vocab_size=args.vocab_size, show_progress=False, **options))
+        ids = [(token, pieces.token_to_id(token)) for token in ("<s>", "</s>")]
+        pieces.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+        options = {"model_max_length": MAX_LENGTH, "model_input_names": ["input_ids", "attention_mask"], **SPECIAL}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, **options)
+
+    def encode(rows):
+        return tokenizer(rows[source], text_target=rows[target] if target else None, truncation=True)
+
+    return tokenizer, data.map(encode, batched=True, remove_columns=data["train"].column_names, desc="Tokenizing")
+
+
+def draw(data, args):
+    """The examples to calibrate on; fewer of them are the first of these."""
+    rows = data["train"].shuffle(seed=args.seed)
+    return rows.select(range(min(max(args.examples), len(rows))))
+
+
+def grouped(rows, size=32):
+    """Rows of similar length together, for little padding."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    return tqdm([rows[start : start + size] for start in range(0, len(rows), size)], "Scoring")
+
+
+@torch.inference_mode()
+def perplexity(model, rows, tokenizer):
+    """Mean loss over all tokens of `rows` that are predicted, and the perplexity that it makes."""
+    total = count = 0
+    for batch in map(DataCollatorForSeq2Seq(tokenizer), grouped(rows)):
+        tokens = (batch["labels"] != -100).sum().item()
+        total, count = total + tokens * model(**batch).loss.item(), count + tokens
+    return {"perplexity": math.exp(total / count), "loss": total / count}
+
+
+def bleu(model, rows, tokenizer):
+    """BLEU of greedy decoding."""
+    predictions, references = [], []
+    for group in grouped(rows):
+        batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in group], return_tensors="pt")
+        written = model.generate(**batch, num_beams=1, do_sample=False, max_length=MAX_LENGTH)
+        predictions += [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+        references += [row["reference"] for row in group]
+    return SacrebleuMetric().compute(predictions=predictions, references=references)["score"]
