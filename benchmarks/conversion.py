@@ -36,7 +36,7 @@ class Arguments:
     dataset_name: str | None = HfArg(help="Data set of the Hub, or a local folder laid out like one.", default=None)
     output_dir: str = HfArg(help="Folder for models and results.", default="outputs/conversion")
     norms: list[str] = HfArg(help="Norms to swap in.", default_factory=lambda: ["batchnorm", "powernorm"])
-    examples: list[int] = HfArg(help="Examples to calibrate on.", default_factory=lambda: [256, 1024, 4096])
+    examples: list[int] | None = HfArg(help="Training examples to calibrate on, several numbers.", default=None)
     seed: int = HfArg(help="Seed of the training, the masks and the examples.", default=0)
     vocab_size: int = HfArg(help="Size of the vocabulary.", default=6000)
     hidden_size: int = HfArg(help="Width of the model.", default=192)

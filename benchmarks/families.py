@@ -106,12 +106,13 @@ def marian(data, args):
     return Task(MarianMTModel, config, tokenizer, DataCollatorForSeq2Seq(tokenizer), pairs["train"], inputs, score)
 
 
-# The function of each family and, where no option says otherwise, data set, layers and training.
-PTB, MULTI30K = "ptb-text-only/ptb_text_only", "bentrevett/multi30k"
+PTB = {"dataset_name": "ptb-text-only/ptb_text_only", "layers": 4}
+MULTI30K = {"dataset_name": "bentrevett/multi30k", "layers": 3}
+# The function of each family, and its options where none are given. A block is worth four lines.
 FAMILIES = {
-    "gpt2": (gpt2, {"dataset_name": PTB, "layers": 4, "batch_size": 16, "max_steps": 1500}),
-    "roberta": (roberta, {"dataset_name": PTB, "layers": 4, "batch_size": 64, "max_steps": 1500}),
-    "marian": (marian, {"dataset_name": MULTI30K, "layers": 3, "batch_size": 64, "max_steps": 1500}),
+    "gpt2": (gpt2, {**PTB, "batch_size": 8, "max_steps": 2000, "examples": [64, 256, 1024]}),
+    "roberta": (roberta, {**PTB, "batch_size": 32, "max_steps": 3000, "examples": [256, 1024, 4096]}),
+    "marian": (marian, {**MULTI30K, "batch_size": 32, "max_steps": 2800, "examples": [256, 1024, 4096]}),
 }
 
 

@@ -12,6 +12,7 @@ _HOMES = {
     "batches": ["make_batches"],
     "calibration": ["calibrate", "reestimate_statistics"],
     "conversion": ["CalibrationReport", "NormFit"],
+    "distillation": ["distill_norms"],
     "modeling.norms": [
         "BatchNorm",
         "BatchStatisticNorm",

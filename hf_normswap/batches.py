@@ -4,9 +4,12 @@ import inspect
 from collections.abc import Iterable, Mapping
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .statistics import sum_over_ranks
 
 
 _LABELS = ("labels", "label", "label_ids")
@@ -52,6 +55,41 @@ def make_batches(
         is_text = all(isinstance(row, str | tuple | list) or _is_translation(row) for row in rows)
         batches = _of_texts(model, rows, tokenizer, batch_size) if is_text else rows
     return [_inputs(model, batch) for batch in batches]
+
+
+def complete_batches(model: PreTrainedModel, batches: list[dict]) -> list[dict]:
+    """The batches with what the decoder of a translation model reads: labels, or else the model's own greedy output.
+
+    Raises:
+        ValueError: when there is not one real token, on all ranks together.
+    """
+    tokens = torch.tensor([len(batches), sum(map(_count_tokens, batches))], device=model.device)
+    count, tokens = sum_over_ranks(tokens).tolist()
+    if not count:
+        raise ValueError("The data is empty: pass a few hundred texts.")
+    if not tokens:
+        raise ValueError("The data has no real tokens, its attention_mask is 0 everywhere: pass some text.")
+    if not model.config.is_encoder_decoder:
+        return batches
+    return [batch if {"labels", "decoder_input_ids"} & set(batch) else _translated(model, batch) for batch in batches]
+
+
+def _count_tokens(batch: dict) -> int:
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    mask = batch.get("attention_mask")
+    return inputs.shape[:2].numel() if mask is None else int(mask.sum())
+
+
+def _translated(model, batch: dict) -> dict:
+    if not model.can_generate():
+        raise ValueError("A decoder without a head writes nothing: pass batches with decoder_input_ids.")
+    length = min(2 * batch["input_ids"].shape[1] + 10, model.config.max_position_embeddings - 1)
+    inputs = send_to_device(batch, model.device)
+    written = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=length)[:, 1:]
+    return {
+        **batch,
+        "labels": written.masked_fill(written == model.config.pad_token_id, -100).to(batch["input_ids"].device),
+    }
 
 
 def _is_translation(row) -> bool:

@@ -6,23 +6,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .batches import make_batches
-from .conversion import CalibrationReport, Conversion, estimate_statistics
+from .batches import complete_batches, make_batches
+from .conversion import CalibrationReport, Conversion, check_model, check_teacher, estimate_statistics
 from .least_squares import out_features
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
 from .modeling.replace import new_layer_norm, place_norms
 from .modeling.sites import NormSite, find_norms
-from .statistics import has_ranks, sum_over_ranks
-from .surgery import refuse_wrapped
-from .walk import ActivationStore, Walk, call_order, run_model
+from .statistics import has_ranks
+from .walk import ActivationStore, Walk, call_order
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +61,7 @@ def calibrate(
             the model with its LayerNorms. By default `model` itself with its present gains and shifts, which are those
             of the LayerNorms until it is trained or calibrated.
         linears (`bool`, *optional*, defaults to `True`):
-            whether to correct linear layers; else nothing changes but the norms, which keeps much less of the function.
+            whether to correct linear layers; else nothing changes but the norms, and less of the function is kept.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches.
         memory_budget (`int`, *optional*, defaults to 1 GiB):
             bytes of activations to keep in memory; what is beyond is memory-mapped.
@@ -91,7 +89,7 @@ def calibrate(
 
     ```
     """
-    done = _check_model(model).get("calibration", {}) if teacher is None else {}
+    done = check_model(model).get("calibration", {}) if teacher is None else {}
     sites = {site.name: site for site in find_norms(model) if _has_fit(site.module) and site.path not in done}
     if not sites:
         raise ValueError(
@@ -100,20 +98,17 @@ def calibrate(
             else f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first."
         )
     batches = make_batches(model, data, tokenizer, batch_size)
-    _check_tokens(model, batches)
     if teacher is None:
         teacher = _with_layer_norms(model, sites)
-    _check_teacher(model, teacher)
-    batches = [_with_targets(teacher, batch) for batch in batches]
-    corrected = _linears_of_blocks(model) if linears and LINEARS else {}
+    check_teacher(model, teacher)
+    batches = complete_batches(teacher, batches)
+    corrected = _linears_of_blocks(model) if linears else {}
     modules = {**corrected, **{name: site.module for name, site in sites.items()}}
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
-        order = _agree_on_order(model, batches, modules)
+        order = call_order(model, batches, modules)
         student, example = Walk(model, batches, order, store), Walk(teacher, batches, order, store, changes=False)
-        conversion = Conversion(
-            student, example, weights=_weights(teacher, batches, list(itertools.chain(*order))) if WEIGHTS else None
-        )
+        conversion = Conversion(student, example)
         names = list(itertools.chain(*order))
         feeding = {
             after: name for name, after in itertools.pairwise(names) if _feeds(corrected, name, sites.get(after))
@@ -152,107 +147,27 @@ def reestimate_statistics(
         ValueError: when the data is empty or has no real tokens, the model has no norms with running statistics or is
             in training mode, or activations are not finite. The model is untouched then.
     """
-    _check_model(model)
+    check_model(model)
     sites = {site.name: site for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
     if not sites:
         raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there are none to estimate.")
-    batches = make_batches(model, data, tokenizer, batch_size)
-    _check_tokens(model, batches)
-    batches = [_with_targets(model, batch) for batch in batches]
+    batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
     modules = {name: site.module for name, site in sites.items()}
     with _conversion(model, None, modules, memory_budget) as store:
-        order = _agree_on_order(model, batches, modules)
+        order = call_order(model, batches, modules)
         walk = Walk(model, batches, order, store)
         for name in _progress(walk):
             estimate_statistics(sites[name], walk.inputs(name))
-
-
-LINEARS, WEIGHTS = True, 0
-
-
-def _weights(teacher, batches, names):
-    kept = {name: [] for name in names}
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        for batch in batches:
-            outs = {}
-            handles = [
-                teacher.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: outs.__setitem__(n, o))
-                for n in names
-            ]
-            out = run_model(teacher, batch)
-            [h.remove() for h in handles]
-            out = out.logits if hasattr(out, "logits") else out[0]
-            r = torch.randn(out.shape, generator=generator).to(out)
-            r = r - r.mean(-1, keepdim=True)
-            grads = torch.autograd.grad((out * r).sum(), list(outs.values()))
-            for n, g in zip(outs, grads):
-                kept[n].append(g.square().sum(-1, keepdim=True))
-    mask = [b.get("attention_mask") for b in batches]
-    for n, per in kept.items():
-        mean = sum(w.sum() for w in per) / sum(m.sum() for m in mask)
-        kept[n] = [w / mean + WEIGHTS for w in per]
-    return kept
-
-
-def _check_model(model) -> dict:
-    """The record of its swap, once it is clear that the model can be converted."""
-    refuse_wrapped(model)
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
-    record = getattr(model.config, "norm_swap", None)
-    if record is None:
-        raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
-    return record
-
-
-def _check_teacher(model, teacher) -> None:
-    if any(module.training for module in teacher.modules()):
-        raise ValueError("The teacher is in training mode: call teacher.eval() first.")
-    missing = {site.path for site in find_norms(model)} - {site.path for site in find_norms(teacher)}
-    if missing:
-        raise ValueError(
-            f"The teacher has no {min(missing)}: pass what this {type(model).__name__} was before its norms were swapped."
-        )
 
 
 def _has_fit(norm: nn.Module) -> bool:
     return isinstance(norm, Norm) and not isinstance(norm, LayerNorm)
 
 
-def _check_tokens(model, batches: list) -> None:
-    """On all ranks together: a rank may have none."""
-    counts = torch.tensor([len(batches), sum(_count_tokens(batch) for batch in batches)], device=model.device)
-    rows, tokens = sum_over_ranks(counts).tolist()
-    if not rows:
-        raise ValueError("The data is empty: pass a few hundred texts.")
-    if not tokens:
-        raise ValueError("The data has no real tokens, its attention_mask is 0 everywhere: pass some text.")
-
-
-def _count_tokens(batch: dict) -> int:
-    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    mask = batch.get("attention_mask")
-    return inputs.shape[:2].numel() if mask is None else int(mask.sum())
-
-
 def _with_layer_norms(model, sites: dict) -> PreTrainedModel:
     teacher = copy.deepcopy(model)
     place_norms(teacher, {name: new_layer_norm(teacher.get_submodule(name)) for name in sites})
     return teacher
-
-
-def _with_targets(teacher, batch: dict) -> dict:
-    """What the decoder of a translation model reads: the labels, else the model's own greedy output."""
-    if not teacher.config.is_encoder_decoder or "labels" in batch or "decoder_input_ids" in batch:
-        return batch
-    if not teacher.can_generate():
-        raise ValueError("A decoder without a head writes nothing: pass batches with decoder_input_ids.")
-    length = min(2 * batch["input_ids"].shape[1] + 10, teacher.config.max_position_embeddings - 1)
-    written = teacher.generate(
-        **send_to_device(batch, teacher.device), num_beams=1, do_sample=False, max_new_tokens=length
-    )[:, 1:]
-    return {**batch, "labels": written.masked_fill(written == teacher.config.pad_token_id, -100).cpu()}
 
 
 def _linears_of_blocks(model) -> dict[str, nn.Module]:
@@ -270,16 +185,6 @@ def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
     if name not in linears or site is None or not name.startswith(f"{site.block}."):
         return False
     return out_features(linears[name]) == site.module.num_features
-
-
-def _agree_on_order(model, batches: list, modules: dict) -> list[tuple]:
-    """The order of the calls, from the first rank that has data."""
-    order = call_order(model, batches[0], modules) if batches else []
-    if has_ranks():
-        orders = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(orders, order)
-        order = next(filter(None, orders))
-    return order
 
 
 def _progress(walk: Walk) -> Iterator[str]:

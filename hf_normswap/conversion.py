@@ -1,6 +1,5 @@
 """One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ from transformers.pytorch_utils import Conv1D
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
-from .modeling.sites import NormSite, format_table
+from .modeling.sites import NormSite, find_norms, format_table
 from .statistics import gather_over_ranks, sum_over_ranks
+from .surgery import refuse_wrapped
 from .walk import Walk
 
 
@@ -57,8 +57,8 @@ class Conversion:
         teacher ([`Walk`]): through the model with its LayerNorms, at the same step.
     """
 
-    def __init__(self, student: Walk, teacher: Walk, weights: dict | None = None):
-        self.student, self.teacher, self.weights = student, teacher, weights
+    def __init__(self, student: Walk, teacher: Walk):
+        self.student, self.teacher = student, teacher
         self.device = student.model.device
 
     def fit_norm(self, site: NormSite, feeding: str | None = None) -> NormFit:
@@ -100,11 +100,7 @@ class Conversion:
 
     def _change(self, name: str, tokens: Iterable) -> None:
         linear = self.student.model.get_submodule(name)
-        weights = itertools.repeat(None) if self.weights is None else self.weights[name]
-        selected = (
-            (_select(x, mask), _select(residual, mask), _select(_ones(x) if weight is None else weight, mask))
-            for (x, residual, mask), weight in zip(tokens, weights)
-        )
+        selected = ((_select(x, mask), _select(residual, mask)) for x, residual, mask in tokens)
         weight, bias = fit_correction(linear, selected)
         linear.weight.add_(weight if isinstance(linear, Conv1D) else weight.T)
         if linear.bias is not None:
@@ -135,6 +131,28 @@ class Conversion:
             yield x, t, mask
 
 
+def check_model(model) -> dict:
+    """The record of its swap, once it is clear that the model can be converted."""
+    refuse_wrapped(model)
+    if any(module.training for module in model.modules()):
+        raise ValueError("The model is in training mode: call model.eval() first.")
+    record = getattr(model.config, "norm_swap", None)
+    if record is None:
+        raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
+    return record
+
+
+def check_teacher(model, teacher) -> None:
+    """Raises `ValueError` where `teacher` is not what `model` was before the swap, in evaluation mode."""
+    if any(module.training for module in teacher.modules()):
+        raise ValueError("The teacher is in training mode: call teacher.eval() first.")
+    missing = {site.path for site in find_norms(model)} - {site.path for site in find_norms(teacher)}
+    if missing:
+        raise ValueError(
+            f"The teacher has no {min(missing)}: pass the model from before the swap of this {type(model).__name__}."
+        )
+
+
 def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
     norm = site.module
@@ -160,10 +178,6 @@ def _check_finite(name: str, *values: torch.Tensor) -> None:
 
 def _promote(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _ones(x: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(x[..., :1], dtype=torch.float32)
 
 
 def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -57,17 +57,17 @@ def fit_affine(tokens: Iterable, width: int, device, intercept: bool = True) -> 
 def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     """The change of weight and bias of `linear` that takes a residual away from its outputs.
 
-    Ridge regression over `(x, residual, weight)` of all batches and ranks, `(N, in)`, `(N, out)` and `(N, 1)`.
+    Ridge regression over `(x, residual)` of all batches and ranks, `(N, in)` and `(N, out)`.
 
     Returns:
         The changes of the weight, `(in, out)`, and of the bias, `(out,)`; 0 where there are no tokens.
     """
     size, out = linear.weight.shape[:: 1 if isinstance(linear, Conv1D) else -1]
     sums = torch.zeros(size + 1, size + 1 + out, dtype=torch.float64, device=linear.weight.device)
-    for x, residual, weight in tokens:
+    for x, residual in tokens:
         x = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
         x, residual = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (x, residual))
-        sums += x.T @ (weight * torch.cat([x, residual], dim=1))
+        sums += x.T @ torch.cat([x, residual], dim=1)
     sums = sum_over_ranks(sums)
     count = sums[0, 0].clamp(min=1e-30)
     mean = sums[0, 1:] / count

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
+from .statistics import has_ranks
 
 
 class ActivationStore:
@@ -219,8 +220,8 @@ def run_model(model, batch: dict):
     return model(**send_to_device(batch, model.device))
 
 
-def call_order(model, batch: dict, modules: dict[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Names of the `modules` that a forward reaches, in the order of their first calls.
+def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Names of the `modules` that the first batch reaches, in the order of their first calls; the same on all ranks.
 
     Modules that are called one right after the other with the same input, as the query, key and value of an attention
     are, stand in one tuple.
@@ -234,11 +235,17 @@ def call_order(model, batch: dict, modules: dict[str, nn.Module]) -> list[tuple[
         module.register_forward_pre_hook(functools.partial(note, name=name)) for name, module in modules.items()
     ]
     try:
-        run_model(model, batch)
+        if batches:
+            run_model(model, batches[0])
     finally:
         for handle in handles:
             handle.remove()
-    return [tuple(names) for _, names in itertools.groupby(inputs, key=lambda name: id(inputs[name]))]
+    order = [tuple(names) for _, names in itertools.groupby(inputs, key=lambda name: id(inputs[name]))]
+    if has_ranks():
+        orders = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(orders, order)
+        order = next(filter(None, orders))
+    return order
 
 
 def _source_mask(model, batch: dict) -> torch.Tensor | None:

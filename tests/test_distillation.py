@@ -1,0 +1,92 @@
+"""Distillation of norms: nearer to the original model, and nothing but gains and shifts has moved."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hf_normswap import distill_norms, find_norms, swap_norm
+from tests.models import FAMILIES
+from tests.test_calibration import batches, states, stock
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_distilled_model_is_nearer_to_the_original(family):
+    original = stock(family)
+    data = batches(original, rows=24, size=24)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=data)
+    before = states(model)
+    losses = distill_norms(model, original, data, steps=60, learning_rate=2e-3)
+    assert len(losses) == 60
+    assert losses[-1] < 0.9 * losses[0]
+    norms = {f"{site.name}.{part}" for site in find_norms(model) for part in ("weight", "bias")}
+    after = states(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= norms
+    for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert ours.requires_grad is theirs.requires_grad
+        assert ours.grad is None
+    assert not any(site.module._forward_hooks for site in find_norms(model))
+
+
+def test_the_first_loss_is_that_of_numpy():
+    """Mean over norms of the relative squared distance at real tokens, and the divergence of the predictions."""
+    original = stock("bert")
+    (batch,) = batches(original, rows=6)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=[batch])
+    outputs = {}
+
+    def keep(module, args, output, key):
+        outputs[key] = output[batch["attention_mask"].bool()]
+
+    names = [site.name for site in find_norms(model)]
+    with torch.no_grad():
+        for each in (model, original):
+            for name in names:
+                each.get_submodule(name).register_forward_hook(
+                    lambda m, a, o, each=each, name=name: keep(m, a, o, (each is model, name))
+                )
+        ours, theirs = (torch.softmax(each(**batch).logits, -1).numpy() for each in (model, original))
+    relative = [
+        ((outputs[True, name] - outputs[False, name]) ** 2).sum() / (outputs[False, name] ** 2).sum() for name in names
+    ]
+    divergence = (theirs * np.log(theirs / ours)).sum(-1).mean()
+    expected = torch.stack(relative).mean().item() + divergence
+    (loss,) = distill_norms(model, original, [batch], steps=1)
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "data", "message"),
+    [
+        (lambda model, teacher: model.train(), None, "model is in training mode"),
+        (lambda model, teacher: teacher.train(), None, "teacher is in training mode"),
+        (lambda model, teacher: None, [], "data is empty"),
+    ],
+)
+def test_bad_input_is_refused(prepare, data, message):
+    original = stock("bert")
+    model = swap_norm(copy.deepcopy(original), "batchnorm")
+    before = states(model)
+    prepare(model, original)
+    with pytest.raises(ValueError, match=message):
+        distill_norms(model, original, batches(original) if data is None else data)
+    assert all(torch.equal(value, before[name]) for name, value in states(model).items())
+
+
+def test_an_interrupted_distillation_leaves_the_model_as_it_was(monkeypatch):
+    original = stock("bert")
+    model = swap_norm(copy.deepcopy(original), "batchnorm", calibrate_on=batches(original))
+    before, steps = states(model), []
+
+    def interrupt(optimizer, *args, step=torch.optim.AdamW.step):
+        step(optimizer)
+        steps.append(None)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill_norms(model, original, batches(original))
+    assert all(torch.equal(value, before[name]) for name, value in states(model).items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
