@@ -36,14 +36,20 @@ class Arguments:
     dataset_name: str | None = HfArg(help="Data set of the Hub, or a local folder laid out like one.", default=None)
     output_dir: str = HfArg(help="Folder for models and results.", default="outputs/conversion")
     norms: list[str] = HfArg(help="Norms to swap in.", default_factory=lambda: ["batchnorm", "powernorm"])
-    examples: list[int] | None = HfArg(help="Training examples to calibrate on, several numbers.", default=None)
+    examples: list[int] | None = HfArg(
+        help="How many examples to calibrate on, one run for each number.", default=None
+    )
     seed: int = HfArg(help="Seed of the training, the masks and the examples.", default=0)
     vocab_size: int = HfArg(help="Size of the vocabulary.", default=6000)
     hidden_size: int = HfArg(help="Width of the model.", default=192)
     heads: int = HfArg(help="Attention heads.", default=4)
-    layers: int | None = HfArg(help="Layers, of encoder and decoder each.", default=None)
-    batch_size: int | None = HfArg(help="Sequences in a training step.", default=None)
-    max_steps: int | None = HfArg(help="Training steps.", default=None)
+    layers: int | None = HfArg(
+        help="Layers, of encoder and decoder each; those of the family if not given.", default=None
+    )
+    batch_size: int | None = HfArg(
+        help="Sequences in a training step; those of the family if not given.", default=None
+    )
+    max_steps: int | None = HfArg(help="Training steps; those of the family if not given.", default=None)
     learning_rate: float = HfArg(help="Largest learning rate.", default=1e-3)
     bf16: bool = HfArg(help="Train under bf16 autocast; scores are in float32 always.", default=True)
 
@@ -84,7 +90,7 @@ def train(task, args):
             hidden_size=args.hidden_size,
             num_hidden_layers=args.layers,
             num_attention_heads=args.heads,
-            max_position_embeddings=MAX_LENGTH + 2,  # RoBERTa counts from there
+            max_position_embeddings=MAX_LENGTH + 2,  # RoBERTa counts positions from 2
             **{f"{name}_token_id": getattr(task.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             attn_implementation="eager",  # on short sequences the fastest on a CPU
             **task.config,

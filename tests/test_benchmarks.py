@@ -1,0 +1,118 @@
+"""The benchmarks, on a few generated sentences."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import MarianMTModel, PreTrainedTokenizerFast
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Python finds what the scripts share
+
+import conversion  # noqa: E402
+
+
+# GPT-2: two in the block and the final one. RoBERTa: embedding, two, head. Marian: two and three.
+NORMS = {"gpt2": 3, "roberta": 4, "marian": 5}
+KINDS = {"gpt2": ("blocks", "lines"), "roberta": ("masked lines", "lines"), "marian": ("pairs", "sources")}
+WORDS = "ein the hund dog läuft runs über over rote red wiese meadow . , <unk> N".split()
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder laid out like each data set, and a cache that has not seen another one of its name."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = random.Random(0)
+
+    def sentence():
+        return " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))
+
+    for split, count in {"train": 150, "validation": 20, "test": 40}.items():
+        texts = [sentence() for _ in range(count)]
+        pairs = [{"de": text, "en": sentence()} for text in texts]
+        for name, rows in {"lines": {"text": texts}, "pairs": {"translation": pairs}}.items():
+            path = tmp_path / name / "data" / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict(rows).to_parquet(path)
+    return tmp_path
+
+
+def run(family, data, *options):
+    conversion.main(
+        [
+            f"--family={family}",
+            f"--dataset_name={data / ('pairs' if family == 'marian' else 'lines')}",
+            f"--output_dir={data / 'output'}",
+            *"--norms BatchNorm --examples 4 8 --vocab_size 300 --hidden_size 16 --layers 1 --heads 2".split(),
+            *"--batch_size 4 --max_steps 3 --learning_rate 0.01 --no_bf16".split(),
+            *options,
+        ]
+    )
+    files = sorted((data / "output" / family / "results").glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_a_conversion_is_on_record(family, data, capsys, monkeypatch):
+    results = run(family, data)
+    usual, other = (kind.replace(" ", "-") for kind in KINDS[family])
+    assert set(results) == {f"batchnorm-{usual}-4", f"batchnorm-{usual}-8", f"batchnorm-{other}-8"}
+    for result in results.values():
+        before, after = result["before"], result["metrics"]
+        assert set(before) == ({"bleu", "validation_loss"} if family == "marian" else {"perplexity", "loss"})
+        for name, percent in result["relative_loss_percent"].items():
+            worse = before[name] - after[name] if name == "bleu" else after[name] - before[name]
+            if before[name]:
+                assert percent == pytest.approx(100 * worse / before[name])
+            else:
+                assert percent is None
+        if family != "marian":
+            assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
+        (swapped,) = result["norm_swap"]["norms"]
+        assert (swapped["norm"], len(swapped["modules"])) == ("batchnorm", NORMS[family])
+        assert result["worst_r2"] == min(result["norm_swap"]["calibration"].values()) <= 1
+        assert result["calibration"]["inputs"] in KINDS[family]
+        assert result["calibration"]["seconds"] > 0
+        assert {"versions", "hardware"} < set(result)
+    first = next(iter(results.values()))
+    assert all(result["before"] == first["before"] for result in results.values())
+    assert (
+        len({result["metrics"]["validation_loss" if family == "marian" else "loss"] for result in results.values()})
+        == 3
+    )
+    printed = capsys.readouterr().out
+    assert "| layernorm | – |" in printed
+    for result in results.values():
+        calibration = result["calibration"]
+        assert f"| batchnorm | {calibration['examples']} {calibration['inputs']} |" in printed
+
+    monkeypatch.setattr(conversion, "Trainer", None)  # what is trained stays
+    again = run(family, data, "--examples", "4")
+    assert again[f"batchnorm-{usual}-4"]["metrics"] == results[f"batchnorm-{usual}-4"]["metrics"]
+    with pytest.raises(SystemExit, match="other options"):
+        run(family, data, "--max_steps", "4")
+
+
+def test_the_loss_is_that_of_every_token_alike(data):
+    """As without batches and padding."""
+    before = run("marian", data)["batchnorm-pairs-4"]["before"]["validation_loss"]
+    model = MarianMTModel.from_pretrained(data / "output" / "marian")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "output" / "marian")
+    losses = []
+    for row in Dataset.from_parquet(str(data / "pairs/data/validation-00000-of-00001.parquet"))["translation"]:
+        source, target = (tokenizer(row[language], return_tensors="pt")["input_ids"] for language in ("de", "en"))
+        read = torch.cat([torch.full((1, 1), tokenizer.pad_token_id), target[:, :-1]], dim=1)
+        with torch.no_grad():
+            chances = model(input_ids=source, decoder_input_ids=read).logits.log_softmax(-1)
+        losses += (-chances[0].gather(-1, target[0][:, None])[:, 0]).tolist()
+    assert before == pytest.approx(sum(losses) / len(losses), rel=1e-5)  # float32, summed in another order
+
+
+def test_worse_is_up_for_losses_and_down_for_bleu():
+    loss = conversion.relative_loss({"bleu": 20.0, "loss": 2.0}, {"bleu": 19.0, "loss": 2.2})
+    assert loss == pytest.approx({"bleu": 5.0, "loss": 10.0})
