@@ -33,7 +33,7 @@ _HOMES = {
     "modeling.sites": ["NormSite", "find_norms"],
     "modeling.swap_config": ["NormSwapConfig"],
     "progressive": ["ProgressiveSwapCallback"],
-    "statistics": ["defer_norm_statistics", "norm_penalty", "sync_norm_statistics"],
+    "statistics": ["defer_norm_statistics", "freeze_norm_statistics", "norm_penalty", "sync_norm_statistics"],
     "surgery": ["restore_norm", "swap_norm"],
     "trainer": ["NormSwapSeq2SeqTrainer", "NormSwapTrainer"],
     "training_args": ["NormSwapSeq2SeqTrainingArguments", "NormSwapTrainingArguments"],

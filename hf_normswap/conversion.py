@@ -158,13 +158,14 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     norm = site.module
     if not isinstance(norm, BatchStatisticNorm):
         return
-    deferred, norm.deferred = norm.deferred, True
+    before = norm.deferred, norm.frozen
+    norm.deferred, norm.frozen = True, False
     norm.discard_pending()
     norm.train()
     for x, mask in inputs:
         norm.forward(x, mask)
     norm.eval()
-    norm.deferred, norm.statistics = deferred, None
+    (norm.deferred, norm.frozen), norm.statistics = before, None
     moments = merge_moments(Moments.unpack(gather_over_ranks(norm.pending)))
     norm.discard_pending()
     _check_finite(site.name, *moments)

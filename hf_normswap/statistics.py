@@ -83,6 +83,36 @@ def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:
         norm.discard_pending()
 
 
+def freeze_norm_statistics(model: nn.Module, frozen: bool = True) -> None:
+    """Keep running statistics as they are, and normalise with them in training too.
+
+    Norms with batch statistics then are one affine map per channel, with a gain and a shift to train: what a
+    calibrated model computes does not depend on the batch, and training goes on from its function.
+
+    Raises:
+        ValueError: when a norm has no running statistics yet, only those of a new one.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_normswap import BatchNorm, freeze_norm_statistics
+    >>> norm = BatchNorm(4)
+    >>> output = norm(torch.randn(8, 4))
+    >>> freeze_norm_statistics(norm)
+    >>> norm.train().training
+    False
+
+    ```
+    """
+    norms = statistic_norms(model)
+    if frozen and any(norm.num_batches_tracked == 0 for norm in norms):
+        raise ValueError("The norms have no statistics to keep yet: calibrate the model, or train it, first.")
+    for norm in norms:
+        norm.frozen = frozen
+        norm.train(model.training)
+
+
 @torch.no_grad()
 def sync_norm_statistics(model: nn.Module) -> None:
     """Update the running statistics of all layers with what was pooled since the last call, over all ranks.

@@ -8,6 +8,7 @@ from .modeling.powernorm import PowerNorm
 from .modeling.rbn import RegularizedBatchNorm
 from .statistics import (
     defer_norm_statistics,
+    freeze_norm_statistics,
     last_discrepancy,
     norm_penalty,
     statistic_norms,
@@ -19,6 +20,7 @@ class NormStatisticsCallback(TrainerCallback):
     """Updates running statistics once per optimizer step, from all its micro-batches and ranks."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        freeze_norm_statistics(model, args.freeze_norm_statistics)
         defer_norm_statistics(model)
         for module in model.modules():
             if isinstance(module, PowerNorm):
@@ -47,6 +49,7 @@ class _NormSwapTrainerMixin:
             return super().train(*args, **kwargs)
         finally:
             defer_norm_statistics(self.model, False)
+            freeze_norm_statistics(self.model, False)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device

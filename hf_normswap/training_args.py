@@ -11,6 +11,10 @@ class _NormSwapArguments:
         default=0.1,
         metadata={"help": "Share of the training steps in which PowerNorm uses the statistics of the batch."},
     )
+    freeze_norm_statistics: bool = field(
+        default=False,
+        metadata={"help": "Train with the running statistics as they are, as those of a calibrated model."},
+    )
 
     def __post_init__(self):
         if not 0 <= self.norm_warmup_ratio <= 1:
@@ -27,6 +31,9 @@ class NormSwapTrainingArguments(_NormSwapArguments, TrainingArguments):
     Args:
         norm_warmup_ratio (`float`, *optional*, defaults to 0.1):
             share of the training steps in which PowerNorm is PN-V, while its running statistics settle.
+        freeze_norm_statistics (`bool`, *optional*, defaults to `False`):
+            whether norms normalise with their running statistics in training too, and keep them as they are: for a
+            calibrated model.
     """
 
 

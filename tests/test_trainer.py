@@ -17,6 +17,7 @@ from hf_normswap import (
     swap_norm,
     sync_norm_statistics,
 )
+from hf_normswap.statistics import statistic_norms
 from tests.invariant.test_accumulation import HEADS, rows, train
 from tests.models import tiny_model
 
@@ -113,6 +114,34 @@ def test_logged_loss_is_task_plus_penalty(tmp_path):
     logs, plain = with_term.state.log_history[0], without.state.log_history[0]
     assert logs["rbn_penalty"] > 0
     assert logs["loss"] - plain["loss"] == pytest.approx(logs["rbn_penalty"], rel=1e-4)
+
+
+@pytest.mark.parametrize("norms", [("batchnorm", "rbn"), ("powernorm", "pnv")])
+def test_frozen_statistics_make_an_affine_map_of_a_norm(norms, tmp_path):
+    """What differs in the use of the batch's statistics then trains alike, and the running ones stay."""
+    examples = rows("bert", 12)
+    states = []
+    for norm in norms:
+        model = tiny_model("bert", HEADS["bert"]).double().eval()
+        swap_norm(model, norm, calibrate_on=[batch_of(examples)])
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args = arguments(tmp_path, max_steps=3, freeze_norm_statistics=True, learning_rate=1e-2)
+        trainer = NormSwapTrainer(model=model, args=args, train_dataset=examples)
+        trainer.train()
+        after = dict(model.named_buffers())
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert not any("tid_var_max" in entry for entry in trainer.state.log_history)
+        assert any(norm.training for norm in statistic_norms(model.train()))
+        states.append((model.bert.encoder.layer[1].output.dense.weight, model.eval()(**batch_of(examples)).logits))
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_statistics_that_were_never_estimated_cannot_be_frozen(tmp_path):
+    args = arguments(tmp_path, freeze_norm_statistics=True)
+    trainer = NormSwapTrainer(model=swapped("bert", "batchnorm"), args=args, train_dataset=rows("bert", 4))
+    with pytest.raises(ValueError, match="no statistics to keep"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "rbn", "powernorm", "pnv"])

@@ -128,6 +128,7 @@ class BatchStatisticNorm(Norm):
 
     In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
+    While `frozen` is set the norm stays in evaluation mode, whatever its model is in.
 
     Args:
         momentum (`float`, *optional*, defaults to 0.1): weight m of the batch in `r ← (1 − m) r + m · batch`.
@@ -144,13 +145,16 @@ class BatchStatisticNorm(Norm):
             self.register_buffer(name, torch.full((num_features,), value, dtype=dtype, device=device))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
         self._register_pending("pending", dtype, device)
-        self.deferred = False
+        self.deferred = self.frozen = False
         self.statistics: Statistics | None = None
 
     def _register_pending(self, name, dtype, device):
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)
 
     def discard_pending(self) -> None:
         """Forget what was pooled since the last update."""
