@@ -20,11 +20,17 @@ class NormStatisticsCallback(TrainerCallback):
     """Updates running statistics once per optimizer step, from all its micro-batches and ranks."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        freeze_norm_statistics(model, args.freeze_norm_statistics)
+        self._is_frozen = False
         defer_norm_statistics(model)
         for module in model.modules():
             if isinstance(module, PowerNorm):
                 module.warmup_steps = round(args.norm_warmup_ratio * state.max_steps)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        freeze = args.norm_freeze_ratio < 1 and state.global_step >= round(args.norm_freeze_ratio * state.max_steps)
+        if freeze and not self._is_frozen:
+            freeze_norm_statistics(model)
+            self._is_frozen = True
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         sync_norm_statistics(model)

@@ -11,14 +11,15 @@ class _NormSwapArguments:
         default=0.1,
         metadata={"help": "Share of the training steps in which PowerNorm uses the statistics of the batch."},
     )
-    freeze_norm_statistics: bool = field(
-        default=False,
-        metadata={"help": "Train with the running statistics as they are, as those of a calibrated model."},
+    norm_freeze_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training steps after which norms keep their running statistics and use them."},
     )
 
     def __post_init__(self):
-        if not 0 <= self.norm_warmup_ratio <= 1:
-            raise ValueError(f"norm_warmup_ratio is a share between 0 and 1, not {self.norm_warmup_ratio}.")
+        for name in ("norm_warmup_ratio", "norm_freeze_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, not {getattr(self, name)}.")
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # rank 0's would overwrite the statistics of all ranks
         super().__post_init__()
@@ -31,9 +32,9 @@ class NormSwapTrainingArguments(_NormSwapArguments, TrainingArguments):
     Args:
         norm_warmup_ratio (`float`, *optional*, defaults to 0.1):
             share of the training steps in which PowerNorm is PN-V, while its running statistics settle.
-        freeze_norm_statistics (`bool`, *optional*, defaults to `False`):
-            whether norms normalise with their running statistics in training too, and keep them as they are: for a
-            calibrated model.
+        norm_freeze_ratio (`float`, *optional*, defaults to 1.0):
+            share of the training steps after which norms normalise with their running statistics and keep them as they
+            are: the rest of the training is with what counts at inference. With 0, for calibrated models, all of it.
     """
 
 

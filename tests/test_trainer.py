@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 
 from hf_normswap import (
     NormSwapConfig,
@@ -125,7 +125,7 @@ def test_frozen_statistics_make_an_affine_map_of_a_norm(norms, tmp_path):
         model = tiny_model("bert", HEADS["bert"]).double().eval()
         swap_norm(model, norm, calibrate_on=[batch_of(examples)])
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        args = arguments(tmp_path, max_steps=3, freeze_norm_statistics=True, learning_rate=1e-2)
+        args = arguments(tmp_path, max_steps=3, norm_freeze_ratio=0.0, learning_rate=1e-2)
         trainer = NormSwapTrainer(model=model, args=args, train_dataset=examples)
         trainer.train()
         after = dict(model.named_buffers())
@@ -137,8 +137,32 @@ def test_frozen_statistics_make_an_affine_map_of_a_norm(norms, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_statistics_stay_as_they_are_after_their_share_of_the_run(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append([norm.running_mean.clone() for norm in statistic_norms(model)])
+
+    def trainer(folder, **options):
+        torch.manual_seed(0)
+        args = arguments(folder, max_steps=4, norm_freeze_ratio=0.5, save_strategy="steps", save_steps=3, **options)
+        model = swapped("bert", "batchnorm")
+        return NormSwapTrainer(model=model, args=args, train_dataset=rows("bert", 16), callbacks=[Watch()])
+
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    moved = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in zip(seen, seen[1:])]
+    assert moved == [True, False, False]
+    assert not any(norm.frozen for norm in statistic_norms(straight.model))
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_statistics_that_were_never_estimated_cannot_be_frozen(tmp_path):
-    args = arguments(tmp_path, freeze_norm_statistics=True)
+    args = arguments(tmp_path, norm_freeze_ratio=0.0)
     trainer = NormSwapTrainer(model=swapped("bert", "batchnorm"), args=args, train_dataset=rows("bert", 4))
     with pytest.raises(ValueError, match="no statistics to keep"):
         trainer.train()
