@@ -23,7 +23,7 @@ from families import FAMILIES, MAX_LENGTH
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
-from hf_normswap import swap_norm
+from hf_normswap import distill_norms, swap_norm
 from hf_normswap.results import describe_environment, write_result
 
 
@@ -39,6 +39,7 @@ class Arguments:
     examples: list[int] | None = HfArg(
         help="How many examples to calibrate on, one run for each number.", default=None
     )
+    distillation_steps: int = HfArg(help="Steps of distillation of one more conversion; 0 is none.", default=200)
     seed: int = HfArg(help="Seed of the training, the masks and the examples.", default=0)
     vocab_size: int = HfArg(help="Size of the vocabulary.", default=6000)
     hidden_size: int = HfArg(help="Width of the model.", default=192)
@@ -62,7 +63,11 @@ class Arguments:
     def of_training(self):
         """The options that decide what the trained model is."""
         options = dataclasses.asdict(self) | {"dataset_name": Path(self.dataset_name).name}
-        return {name: options[name] for name in options if name not in ("output_dir", "norms", "examples")}
+        return {
+            name: options[name]
+            for name in options
+            if name not in ("output_dir", "norms", "examples", "distillation_steps")
+        }
 
 
 def train(task, args):
@@ -112,12 +117,15 @@ def relative_loss(before, after):
     return {name: -percent if name in HIGHER_IS_BETTER else percent for name, percent in rise.items()}
 
 
-def convert(task, args, norm, kind, count, before):
+def convert(task, args, norm, kind, count, steps, before):
     """Converts a copy of the trained model, scores it, and returns the record."""
     model = task.model_class.from_pretrained(args.folder)
     rows = task.inputs[kind].select(range(min(count, len(task.inputs[kind]))))
     start = time.perf_counter()
     swap_norm(model, norm, where="all", calibrate_on=rows, tokenizer=task.tokenizer)
+    if steps:
+        teacher, texts = task.model_class.from_pretrained(args.folder), task.inputs[kind]
+        distill_norms(model, teacher, texts, tokenizer=task.tokenizer, steps=steps, batch_size=args.batch_size)
     seconds = time.perf_counter() - start
     after, swapped = task.score(model), model.config.norm_swap
     return {
@@ -129,7 +137,13 @@ def convert(task, args, norm, kind, count, before):
         "before": before,
         "relative_loss_percent": relative_loss(before, after),
         "worst_r2": min(swapped["calibration"].values()),
-        "calibration": {"examples": len(rows), "inputs": kind, "seconds": seconds, "threads": torch.get_num_threads()},
+        "calibration": {
+            "examples": len(rows),
+            "inputs": kind,
+            "distillation_steps": steps,
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+        },
         "norm_swap": swapped,
         "arguments": args.of_training(),
         **describe_environment(),
@@ -146,6 +160,8 @@ def table(results):
     for result in results:
         calibration = result["calibration"]
         inputs = f"{calibration['examples']} {calibration['inputs']}"
+        if calibration["distillation_steps"]:
+            inputs += f", {calibration['distillation_steps']} steps of distillation"
         lines.append([result["norm"], inputs, f"{result['worst_r2']:.3f}", f"{calibration['seconds']:.0f}"])
         for name, percent in result["relative_loss_percent"].items():
             lines[-1] += [f"{result['metrics'][name]:.3f}", f"{percent:.2f} %"]
@@ -159,11 +175,14 @@ def main(argv=None):
     train(task, args)
     before = task.score(task.model_class.from_pretrained(args.folder))
     usual, other = task.inputs
-    samples = [*product([usual], args.examples), (other, sorted(args.examples)[len(args.examples) // 2])]
+    middle = sorted(args.examples)[len(args.examples) // 2]
+    ways = [*product([usual], args.examples, [0]), (other, middle, 0), (usual, middle, args.distillation_steps)]
     results = []
-    for norm, (kind, count) in product(args.norms, samples):
-        results.append(convert(task, args, norm, kind, count, before))
-        name = f"{results[-1]['norm']}-{kind.replace(' ', '-')}-{results[-1]['calibration']['examples']}.json"
+    for norm, (kind, count, steps) in product(args.norms, dict.fromkeys(ways)):
+        results.append(convert(task, args, norm, kind, count, steps, before))
+        distilled = "-distilled" if steps else ""
+        count = results[-1]["calibration"]["examples"]
+        name = f"{results[-1]['norm']}-{kind.replace(' ', '-')}-{count}{distilled}.json"
         write_result(results[-1], args.folder / "results" / name)
     print(table(results))
 

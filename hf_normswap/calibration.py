@@ -181,10 +181,10 @@ def _linears_of_blocks(model) -> dict[str, nn.Module]:
 
 
 def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
-    """Whether a linear layer, called right before a norm of its block, adds to the residual stream that it reads."""
-    if name not in linears or site is None or not name.startswith(f"{site.block}."):
+    """Whether a linear layer, called right before a norm, adds to the residual stream that the norm reads."""
+    if name not in linears or site is None or out_features(linears[name]) != site.module.num_features:
         return False
-    return out_features(linears[name]) == site.module.num_features
+    return name.startswith(f"{site.block}.") or site.placement == "pre" or site.sublayer == "final"
 
 
 def _progress(walk: Walk) -> Iterator[str]:

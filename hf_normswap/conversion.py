@@ -1,6 +1,6 @@
 """One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,6 @@ class Conversion:
         fit = self._fit(site)
         if feeding is not None:
             self._correct_feeding(site, feeding)
-            self.student.repeat(site.name)
             fit = self._fit(site)
         residual, target = fit.residual.sum(), fit.target
         return NormFit(
@@ -85,26 +84,31 @@ class Conversion:
 
     def _correct_feeding(self, site: NormSite, name: str) -> None:
         layer_norm = self.teacher.model.get_submodule(site.name)
-        affine = site.module.affine_map() if site.placement == "post" else None
+        # Behind the norm, where nothing else reads the stream: so the scale of the token is made up for, too.
+        is_end = site.placement == "post" or site.sublayer == "final"
+        affine = site.module.affine_map() if is_end else None
 
         def wanted(t):
             if affine is None:
                 return t
-            # Behind the norm, not before it: so the linear layer makes up for the scale of the token, too.
             gain, shift = affine
             usable = gain.abs() > 1e-3 * gain.abs().mean()
             return torch.where(usable, (layer_norm(t) - shift) / torch.where(usable, gain, 1), t)
 
         pairs = zip(self.student.inputs(name), self._pairs(site.name))
-        self._change(name, ((inputs, wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs))
+        change = self._change(name, ((inputs, wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs))
+        self.student.add(site.name, (change(inputs) for inputs, _ in self.student.inputs(name)))
 
-    def _change(self, name: str, tokens: Iterable) -> None:
+    def _change(self, name: str, tokens: Iterable) -> Callable:
+        """Change a linear layer by a fit of `(x, residual, mask)`; returns what that adds to its outputs."""
         linear = self.student.model.get_submodule(name)
         selected = ((_select(x, mask), _select(residual, mask)) for x, residual, mask in tokens)
-        weight, bias = fit_correction(linear, selected)
+        weight, bias = (values.to(linear.weight.dtype) for values in fit_correction(linear, selected))
         linear.weight.add_(weight if isinstance(linear, Conv1D) else weight.T)
-        if linear.bias is not None:
-            linear.bias.add_(bias)
+        if linear.bias is None:
+            return lambda x: x @ weight
+        linear.bias.add_(bias)
+        return lambda x: x @ weight + bias
 
     def _fit(self, site: NormSite) -> AffineFit:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)

@@ -11,8 +11,9 @@ from .modeling.moments import Moments, masked_moments, merge_moments
 from .statistics import gather_over_ranks, sum_over_ranks
 
 
-# How strongly a correction holds to the present weights, in units of the mean variance of the inputs.
-RIDGE = 0.03
+# How strongly a correction holds to the present weights where there are as many tokens as inputs, in units of the mean
+# variance of the inputs; the more tokens, the less.
+RIDGE = 0.4
 
 
 class AffineFit(NamedTuple):
@@ -73,7 +74,7 @@ def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.
     mean = sums[0, 1:] / count
     second = sums[1:, 1:] / count - torch.outer(sums[1:, 0] / count, mean)
     gram, products = second[:, :size], second[:, size:]
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
+    ridge = RIDGE * size / count * gram.diagonal().mean().clamp(min=1e-30)
     change = torch.linalg.solve(gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), products)
     return change, mean[size:] - mean[:size] @ change
 

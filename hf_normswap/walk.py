@@ -8,7 +8,7 @@ in the depth: in memory up to a budget, in memory-mapped files beyond it.
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -112,6 +112,7 @@ class Walk:
         self.model, self.batches, self.order, self.store, self.changes = model, batches, order, store, changes
         self._blocks = {site.block for site in find_norms(model) if site.block}
         self._group = {name: group for group in order for name in group}
+        self._first = None  # what is visited first in the block, if there is one
         self._mask, self._others = None, []  # of the block call that is running
 
     def __iter__(self) -> Iterator[str]:
@@ -123,6 +124,7 @@ class Walk:
             stack = block and _stack_of(block)
             if block and not self.changes:
                 self._keep_inputs(groups, block)
+            self._first = groups[0] if block else None
             for group in groups:
                 if self.changes or not block:
                     self._keep_inputs([group], block)
@@ -140,9 +142,15 @@ class Walk:
         for index in range(len(self.batches)):
             yield send_to_device(self.store[id(self), self._group[name], index], self.model.device)
 
-    def repeat(self, name: str) -> None:
-        """Take the inputs of a visited module again, after a change before it."""
-        self._keep_inputs([self._group[name]], self._block_of(name))
+    def add(self, name: str, changes: Iterable[torch.Tensor]) -> None:
+        """Change the inputs of the module that is visited, as what was changed before it would."""
+        is_block_input = self._group[name] == self._first
+        for index, change in enumerate(changes):
+            values, mask = self.store[id(self), self._group[name], index]
+            values = values + change.to(values)
+            self.store[id(self), self._group[name], index] = values, mask
+            if is_block_input:
+                self.store[id(self), "hidden", index] = values
 
     def _forget(self, group: tuple) -> None:
         for index in range(len(self.batches)):
