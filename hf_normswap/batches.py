@@ -27,7 +27,8 @@ def make_batches(
         model ([`~transformers.PreTrainedModel`]): the model that shall read them.
         data: one of
 
-            - texts: a list of `str`, or of pairs of them; for translation also a list of `{source: ..., target: ...}`;
+            - texts: a list of `str`, or of pairs of them. For a model that translates, pairs are sources and targets;
+              it also takes `{language: text, language: text}`, in the direction that the tokenizer has, else as given;
             - a [`~datasets.Dataset`]: with `input_ids` as they are, else with its one or two columns of text, or with
               a column `translation`;
             - batches: a [`~torch.utils.data.DataLoader`] or any iterable of dictionaries of tensors.
@@ -52,7 +53,7 @@ def make_batches(
         rows = list(data)
         if not rows:
             return []
-        is_text = all(isinstance(row, str | tuple | list) or _is_translation(row) for row in rows)
+        is_text = all(isinstance(row, str | tuple | list) or _is_translation(model, row) for row in rows)
         batches = _of_texts(model, rows, tokenizer, batch_size) if is_text else rows
     return [_inputs(model, batch) for batch in batches]
 
@@ -92,8 +93,12 @@ def _translated(model, batch: dict) -> dict:
     }
 
 
-def _is_translation(row) -> bool:
-    return isinstance(row, Mapping) and all(isinstance(text, str) for text in row.values())
+def _is_translation(model, row) -> bool:
+    return (
+        model.config.is_encoder_decoder
+        and isinstance(row, Mapping)
+        and all(isinstance(text, str) for text in row.values())
+    )
 
 
 def _of_dataset(model, data: Dataset, tokenizer, batch_size) -> list[Mapping]:
@@ -105,7 +110,7 @@ def _of_dataset(model, data: Dataset, tokenizer, batch_size) -> list[Mapping]:
         return [_pad(tokenizer, group) for group in _grouped(rows, lambda row: len(row["input_ids"]), batch_size)]
     if "translation" in names:
         return _of_texts(model, data["translation"], tokenizer, batch_size)
-    texts = [name for name in names if getattr(data.features[name], "dtype", None) == "string"]
+    texts = [name for name in names if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
     if len(texts) not in (1, 2):
         raise ValueError(
             f"The data set has columns {', '.join(names)}: keep the one or two of text with select_columns, or "
@@ -124,7 +129,12 @@ def _of_texts(model, rows, tokenizer, batch_size) -> list[Mapping]:
 
     def encode(group):
         if isinstance(group[0], Mapping):
-            source, target = zip(*(row.values() for row in group))
+            languages = [getattr(tokenizer, f"{side}_lang", None) for side in ("source", "target")]
+            if not set(languages) <= set(group[0]):
+                languages = list(group[0])
+            group = [tuple(row[language] for language in languages) for row in group]
+        if model.config.is_encoder_decoder and not isinstance(group[0], str):
+            source, target = zip(*group)
             encoded = tokenizer(list(source), text_target=list(target), padding=True, return_tensors="pt", **limit)
             encoded["labels"] = encoded["labels"].masked_fill(encoded["labels"] == tokenizer.pad_token_id, -100)
             return encoded
@@ -173,5 +183,5 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
         taken -= set(_LABELS)
     inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
     if "input_ids" not in inputs and "inputs_embeds" not in inputs:
-        raise ValueError(f"A batch has {', '.join(batch)} and no input_ids: pass inputs of the model.")
+        raise ValueError(f"A batch has {', '.join(batch)} and no tensor input_ids: pass inputs of the model.")
     return inputs

@@ -59,7 +59,7 @@ def calibrate(
         tokenizer (*optional*): for texts, and to pad a data set.
         teacher ([`~transformers.PreTrainedModel`], *optional*):
             the model with its LayerNorms. By default `model` itself with its present gains and shifts, which are those
-            of the LayerNorms until it is trained or calibrated.
+            of the LayerNorms until it is trained or calibrated; norms that were are left as they are then.
         linears (`bool`, *optional*, defaults to `True`):
             whether to correct linear layers; else nothing changes but the norms, and less of the function is kept.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches.
@@ -71,9 +71,9 @@ def calibrate(
         in it and stay as they are.
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, the model has no swapped norms, is in training mode
-            or was calibrated before and no teacher is given, or activations are not finite. The model is untouched
-            then.
+        ValueError: when the data is empty or has no real tokens, the model has no swapped norms, is in training mode,
+            or was calibrated or trained before and no teacher is given, or activations are not finite. The model is
+            untouched then.
 
     Example:
 
@@ -89,18 +89,21 @@ def calibrate(
 
     ```
     """
-    done = check_model(model).get("calibration", {}) if teacher is None else {}
-    sites = {site.name: site for site in find_norms(model) if _has_fit(site.module) and site.path not in done}
+    done = check_model(model).get("calibration", {})
+    sites = {site.name: site for site in find_norms(model) if _has_fit(site.module)}
     if not sites:
-        raise ValueError(
-            "The norms are calibrated already, or have no statistics to fit: pass the original model as teacher."
-            if done
-            else f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first."
-        )
+        raise ValueError(f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first.")
+    if teacher is None:
+        sites = {name: site for name, site in sites.items() if site.path not in done and _is_new(site.module)}
+        if not sites:
+            raise ValueError(
+                "The norms are calibrated already or trained, their gains are no longer those of LayerNorm: pass a "
+                "copy of the model from before the swap as teacher."
+            )
     batches = make_batches(model, data, tokenizer, batch_size)
     if teacher is None:
         teacher = _with_layer_norms(model, sites)
-    check_teacher(model, teacher)
+    check_teacher(teacher, sites)
     batches = complete_batches(teacher, batches)
     corrected = _linears_of_blocks(model) if linears else {}
     modules = {**corrected, **{name: site.module for name, site in sites.items()}}
@@ -162,6 +165,10 @@ def reestimate_statistics(
 
 def _has_fit(norm: nn.Module) -> bool:
     return isinstance(norm, Norm) and not isinstance(norm, LayerNorm)
+
+
+def _is_new(norm: Norm) -> bool:
+    return not isinstance(norm, BatchStatisticNorm) or norm.num_batches_tracked.item() == 0
 
 
 def _with_layer_norms(model, sites: dict) -> PreTrainedModel:

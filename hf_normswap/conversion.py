@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .modeling.layernorm import LayerNorm
 from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
 from .modeling.sites import NormSite, find_norms, format_table
@@ -143,18 +145,19 @@ def check_model(model) -> dict:
     record = getattr(model.config, "norm_swap", None)
     if record is None:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
+    if "layer_norm_share" in record:
+        raise ValueError("LayerNorm still has a share in these norms: finish the progressive swap first.")
     return record
 
 
-def check_teacher(model, teacher) -> None:
-    """Raises `ValueError` where `teacher` is not what `model` was before the swap, in evaluation mode."""
+def check_teacher(teacher, names: Iterable[str]) -> None:
+    """Raises `ValueError` where `teacher` has no LayerNorm at one of `names`, or is in training mode."""
     if any(module.training for module in teacher.modules()):
         raise ValueError("The teacher is in training mode: call teacher.eval() first.")
-    missing = {site.path for site in find_norms(model)} - {site.path for site in find_norms(teacher)}
-    if missing:
-        raise ValueError(
-            f"The teacher has no {min(missing)}: pass the model from before the swap of this {type(model).__name__}."
-        )
+    originals = {site.name: site.module for site in find_norms(teacher)}
+    for name in names:
+        if not isinstance(originals.get(name), nn.LayerNorm | LayerNorm):
+            raise ValueError(f"The teacher has no LayerNorm {name}: pass a copy of the model from before the swap.")
 
 
 def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
@@ -166,12 +169,15 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     norm.deferred, norm.frozen = True, False
     norm.discard_pending()
     norm.train()
-    for x, mask in inputs:
-        norm.forward(x, mask)
-    norm.eval()
-    (norm.deferred, norm.frozen), norm.statistics = before, None
-    moments = merge_moments(Moments.unpack(gather_over_ranks(norm.pending)))
-    norm.discard_pending()
+    try:
+        for x, mask in inputs:
+            norm.forward(x, mask)
+        pending = norm.pending.clone()
+    finally:
+        norm.eval()
+        norm.discard_pending()
+        (norm.deferred, norm.frozen), norm.statistics = before, None
+    moments = merge_moments(Moments.unpack(gather_over_ranks(pending)))
     _check_finite(site.name, *moments)
     norm.update_statistics(moments, weight=1)
 

@@ -14,7 +14,7 @@ from .conversion import check_model, check_teacher
 from .modeling.norm import Norm
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
-from .statistics import has_ranks, sum_over_ranks
+from .statistics import gather_over_ranks, has_ranks, sum_over_ranks
 from .walk import run_model
 
 
@@ -53,9 +53,13 @@ def distill_norms(
         ValueError: as [`calibrate`] does.
     """
     check_model(model)
-    check_teacher(model, teacher)
-    batches = complete_batches(teacher, make_batches(model, data, tokenizer, batch_size))
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
+    check_teacher(teacher, norms)
+    if any(norm.weight.dtype.itemsize < torch.float32.itemsize for norm in norms.values()):
+        raise ValueError("Steps of half precision are too coarse for gains and shifts: call model.float() first.")
+    batches = complete_batches(teacher, make_batches(model, data, tokenizer, batch_size))
+    if min(gather_over_ranks(torch.tensor(len(batches), device=model.device)).tolist()) == 0:
+        raise ValueError("A process has no batch to learn from: give each of them some of the data.")
     parameters = [parameter for norm in norms.values() for parameter in norm.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -73,7 +77,7 @@ def distill_norms(
             if step % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
             loss = _distance(model, teacher, norms, batches[order[step % len(batches)]]) / world_size
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = sum_over_ranks(gradient)
             losses.append(sum_over_ranks(loss.detach()).item())

@@ -106,7 +106,8 @@ def freeze_norm_statistics(model: nn.Module, frozen: bool = True) -> None:
     ```
     """
     norms = statistic_norms(model)
-    if frozen and any(norm.num_batches_tracked == 0 for norm in norms):
+    # Not every norm runs: cross-attention that is given no encoder does not.
+    if frozen and norms and not any(norm.num_batches_tracked for norm in norms):
         raise ValueError("The norms have no statistics to keep yet: calibrate the model, or train it, first.")
     for norm in norms:
         norm.frozen = frozen

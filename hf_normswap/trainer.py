@@ -48,7 +48,7 @@ class _NormSwapTrainerMixin:
         self._reset_norm_logs()
 
     def _reset_norm_logs(self):
-        self._logged_forwards, self._penalty_sum, self._discrepancy_sum = 0, None, None
+        self._penalties, self._discrepancies = [], []
 
     def train(self, *args, **kwargs):
         try:
@@ -72,13 +72,12 @@ class _NormSwapTrainerMixin:
             return result
         loss, *outputs = result if return_outputs else (result,)
         norms = self._statistic_norms()
-        self._logged_forwards += 1
         discrepancy = last_discrepancy(norms)
         if discrepancy is not None:
-            self._discrepancy_sum = _add(self._discrepancy_sum, discrepancy)
-        if any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
+            self._discrepancies.append(discrepancy)
+        if any(isinstance(norm, RegularizedBatchNorm) and norm.training for norm in norms):
             penalty = norm_penalty(self._unwrapped())
-            self._penalty_sum = _add(self._penalty_sum, penalty.detach())
+            self._penalties.append(penalty.detach())
             # Not earlier: the loss may have been multiplied by the number of processes.
             loss = loss + penalty / self._accumulation_divisor(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
@@ -92,25 +91,25 @@ class _NormSwapTrainerMixin:
         return self.current_gradient_accumulation_steps if is_scaled else 1
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs and self._logged_forwards:
+        if "loss" in logs:
             logs = {**logs, **self._norm_logs()}
             self._reset_norm_logs()
         super().log(logs, *args, **kwargs)
 
     def _norm_logs(self) -> dict[str, float]:
         entries = {}
-        if self._penalty_sum is not None:
-            entries["rbn_penalty"] = self._mean_over_ranks(self._penalty_sum).item()
-        if self._discrepancy_sum is not None:
-            of_layers = self._mean_over_ranks(self._discrepancy_sum)
+        if self._penalties:
+            entries["rbn_penalty"] = self._mean_over_ranks(self._penalties).item()
+        if self._discrepancies:
+            of_layers = self._mean_over_ranks(self._discrepancies)
             for name, layers in zip(("mean", "var"), of_layers, strict=True):
                 layers = layers[~layers.isnan()]
                 entries[f"tid_{name}_max"] = layers.max().item() if len(layers) else float("nan")
                 entries[f"tid_{name}_avg"] = layers.mean().item()
         return entries
 
-    def _mean_over_ranks(self, total: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(total / self._logged_forwards, "mean")
+    def _mean_over_ranks(self, of_forwards: list[torch.Tensor]) -> torch.Tensor:
+        return self.accelerator.reduce(torch.stack(of_forwards).mean(0), "mean")
 
     def get_decay_parameter_names(self, model):
         # transformers goes by names: GPT-2's ln_1, ln_2 and ln_f are like none of its patterns.
@@ -127,10 +126,6 @@ class _NormSwapTrainerMixin:
 
     def _statistic_norms(self):
         return statistic_norms(self._unwrapped())
-
-
-def _add(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    return value if total is None else total + value
 
 
 class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):

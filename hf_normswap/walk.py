@@ -110,18 +110,18 @@ class Walk:
 
     def __init__(self, model, batches: list, order: list[tuple], store: ActivationStore, changes: bool = True):
         self.model, self.batches, self.order, self.store, self.changes = model, batches, order, store, changes
-        self._blocks = {site.block for site in find_norms(model) if site.block}
+        self._blocks = list(dict.fromkeys(site.block for site in find_norms(model) if site.block))
         self._group = {name: group for group in order for name in group}
         self._first = None  # what is visited first in the block, if there is one
         self._mask, self._others = None, []  # of the block call that is running
 
     def __iter__(self) -> Iterator[str]:
-        stack, visited = None, []
+        previous, visited = None, []
         for block, groups in itertools.groupby(self.order, key=lambda group: self._block_of(group[0])):
             groups = list(groups)
-            if block and stack != _stack_of(block):
+            if block and (previous is None or not self._follows(previous, block)):
                 self._keep_block_inputs(block)
-            stack = block and _stack_of(block)
+            previous = block
             if block and not self.changes:
                 self._keep_inputs(groups, block)
             self._first = groups[0] if block else None
@@ -155,6 +155,11 @@ class Walk:
     def _forget(self, group: tuple) -> None:
         for index in range(len(self.batches)):
             self.store.pop((id(self), group, index))
+
+    def _follows(self, previous: str, block: str) -> bool:
+        """Whether a block reads what the previous one returns: none between them was left out, nor a stack ended."""
+        is_next = self._blocks.index(block) == self._blocks.index(previous) + 1
+        return is_next and block.rpartition(".")[0] == previous.rpartition(".")[0]
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
@@ -260,7 +265,3 @@ def _source_mask(model, batch: dict) -> torch.Tensor | None:
     """Token mask of what cross-attention attends to."""
     name = "attention_mask" if model.config.is_encoder_decoder else "encoder_attention_mask"
     return batch[name].bool() if name in batch else None
-
-
-def _stack_of(block: str) -> str:
-    return block.rpartition(".")[0]

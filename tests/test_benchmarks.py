@@ -49,7 +49,7 @@ def run(family, data, *options):
             f"--dataset_name={data / ('pairs' if family == 'marian' else 'lines')}",
             f"--output_dir={data / 'output'}",
             *"--norms BatchNorm --examples 4 8 --vocab_size 300 --hidden_size 16 --layers 1 --heads 2".split(),
-            *"--batch_size 4 --max_steps 3 --learning_rate 0.01 --no_bf16".split(),
+            *"--batch_size 4 --max_steps 3 --distillation_steps 3 --learning_rate 0.01 --no_bf16".split(),
             *options,
         ]
     )
@@ -61,7 +61,8 @@ def run(family, data, *options):
 def test_a_conversion_is_on_record(family, data, capsys, monkeypatch):
     results = run(family, data)
     usual, other = (kind.replace(" ", "-") for kind in KINDS[family])
-    assert set(results) == {f"batchnorm-{usual}-4", f"batchnorm-{usual}-8", f"batchnorm-{other}-8"}
+    ways = {f"{usual}-4", f"{usual}-8", f"{usual}-8-distilled", f"{other}-8"}
+    assert set(results) == {f"batchnorm-{way}" for way in ways}
     for result in results.values():
         before, after = result["before"], result["metrics"]
         assert set(before) == ({"bleu", "validation_loss"} if family == "marian" else {"perplexity", "loss"})
@@ -83,13 +84,13 @@ def test_a_conversion_is_on_record(family, data, capsys, monkeypatch):
     assert all(result["before"] == first["before"] for result in results.values())
     assert (
         len({result["metrics"]["validation_loss" if family == "marian" else "loss"] for result in results.values()})
-        == 3
+        == 4
     )
     printed = capsys.readouterr().out
     assert "| layernorm | – |" in printed
     for result in results.values():
         calibration = result["calibration"]
-        assert f"| batchnorm | {calibration['examples']} {calibration['inputs']} |" in printed
+        assert f"| batchnorm | {calibration['examples']} {calibration['inputs']}" in printed
 
     monkeypatch.setattr(conversion, "Trainer", None)  # what is trained stays
     again = run(family, data, "--examples", "4")

@@ -11,8 +11,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
-from hf_normswap import NormSwapConfig, calibrate, find_norms, reestimate_statistics, restore_norm, swap_norm
+from hf_normswap import (
+    BatchNorm,
+    NormSwapConfig,
+    calibrate,
+    find_norms,
+    reestimate_statistics,
+    restore_norm,
+    swap_norm,
+)
 from hf_normswap.conversion import estimate_statistics
+from hf_normswap.modeling.blend import set_layer_norm_share
 from hf_normswap.modeling.norm import BatchStatisticNorm
 from hf_normswap.modeling.token_mask import current_mask, watch_masks
 from hf_normswap.walk import ActivationStore
@@ -159,6 +168,60 @@ def test_a_teacher_can_be_given():
     given = swap_norm(copy.deepcopy(original), "batchnorm", where="all")
     calibrate(given, data, teacher=original)
     assert_close(states(given), states(once), 1e-9)
+
+
+def test_what_is_no_original_is_no_teacher():
+    original = stock("bert")
+    data = batches(original)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", where="all")
+    for teacher in (model, stock("bert", "BertModel"), stock("roberta")):
+        with pytest.raises(ValueError, match="no LayerNorm .*from before the swap"):
+            calibrate(model, data, teacher=teacher)
+    with pytest.raises(ValueError, match="teacher is in training mode"):
+        calibrate(model, data, teacher=original.train())
+
+
+def test_a_trained_model_is_not_calibrated_to_what_it_was_trained_to():
+    model = swap_norm(stock("bert"), "batchnorm")
+    data = batches(model)
+    model.train()(**data[0])
+    with pytest.raises(ValueError, match="trained.*teacher"):
+        calibrate(model.eval(), data)
+
+
+def test_a_mixture_with_layernorm_is_not_calibrated():
+    model = swap_norm(stock("bert"), "batchnorm")
+    set_layer_norm_share(model, 0.5)
+    with pytest.raises(ValueError, match="finish the progressive swap"):
+        calibrate(model, batches(model))
+
+
+@pytest.mark.parametrize("linears", [False, True])
+def test_a_block_without_swapped_norms_is_not_skipped(linears):
+    original = stock("bert", num_hidden_layers=3)
+    data = batches(original)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", filter_fn=lambda module, name: ".1." not in name)
+    calibrate(model, data, linears=linears)
+    norms = {site.name: site.module for site in find_norms(model) if site.kind == "batchnorm"}
+    assert len(norms) == 4
+    for name, (x, _) in inputs_and_outputs(model, data, norms).items():
+        np.testing.assert_allclose(norms[name].running_mean, x.mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_an_interruption_leaves_the_norms_in_evaluation(monkeypatch):
+    model = swap_norm(stock("bert"), "batchnorm")
+    normalize = BatchNorm.normalize
+
+    def interrupt(self, x, mask):
+        if self.training:
+            raise KeyboardInterrupt
+        return normalize(self, x, mask)
+
+    monkeypatch.setattr(BatchNorm, "normalize", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, batches(model))
+    assert not any(module.training for module in model.modules())
+    assert not any(site.module.deferred for site in find_norms(model) if site.kind == "batchnorm")
 
 
 def test_two_swaps_are_calibrated_one_after_the_other():
@@ -365,7 +428,7 @@ NO_TOKENS = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask":
         (broken, None, "layer.1.*not finite"),
         (lambda model: model, ["some text"], "tokenizer is needed"),
         (lambda model: model, "some text", "single text"),
-        (lambda model: model, [{"labels": torch.zeros(2)}], "no input_ids"),
+        (lambda model: model, [{"labels": torch.zeros(2)}], "no tensor input_ids"),
         (lambda model: model, [torch.zeros(2, 3)], "yields a Tensor"),
         (lambda model: nn.DataParallel(model), None, "wrapped in DataParallel"),
     ],

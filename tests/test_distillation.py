@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_normswap import distill_norms, find_norms, swap_norm
+from hf_normswap import distill_norms, find_norms, freeze_norm_statistics, swap_norm
 from tests.models import FAMILIES
 from tests.test_calibration import batches, states, stock
 
@@ -62,13 +62,15 @@ def test_the_first_loss_is_that_of_numpy():
         (lambda model, teacher: model.train(), None, "model is in training mode"),
         (lambda model, teacher: teacher.train(), None, "teacher is in training mode"),
         (lambda model, teacher: None, [], "data is empty"),
+        (lambda model, teacher: swap_norm(teacher, "rbn"), None, "no LayerNorm .*from before the swap"),
+        (lambda model, teacher: model.half(), None, "half precision.*float"),
     ],
 )
 def test_bad_input_is_refused(prepare, data, message):
     original = stock("bert")
     model = swap_norm(copy.deepcopy(original), "batchnorm")
-    before = states(model)
     prepare(model, original)
+    before = states(model)
     with pytest.raises(ValueError, match=message):
         distill_norms(model, original, batches(original) if data is None else data)
     assert all(torch.equal(value, before[name]) for name, value in states(model).items())
@@ -90,3 +92,17 @@ def test_an_interrupted_distillation_leaves_the_model_as_it_was(monkeypatch):
         distill_norms(model, original, batches(original))
     assert all(torch.equal(value, before[name]) for name, value in states(model).items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_norms_that_do_not_run_stay_as_they_are():
+    """Cross-attention that is given no encoder."""
+    original = stock("gpt2", add_cross_attention=True)
+    data = batches(original)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=data)
+    before = states(model)
+    distill_norms(model, original, data, steps=2)
+    after = states(model)
+    assert all(torch.equal(after[name], before[name]) for name in before if "cross" in name)
+    assert not torch.equal(after["transformer.h.1.ln_2.weight"], before["transformer.h.1.ln_2.weight"])
+    freeze_norm_statistics(model.train())
+    assert not any(site.module.training for site in find_norms(model))
