@@ -41,10 +41,10 @@ def make_batches(
     Raises:
         ValueError: when there is no data, no tokenizer for texts, or the kind of data is unknown.
     """
-    if isinstance(data, str | Mapping) and not isinstance(data, DatasetDict):
-        raise ValueError("The data is a single text or batch: pass a list of them.")
     if isinstance(data, DatasetDict):
         raise ValueError(f"The data has splits {', '.join(data)}: pass one of them.")
+    if isinstance(data, str | Mapping):
+        raise ValueError("The data is a single text or batch: pass a list of them.")
     if isinstance(data, Dataset):
         batches = _of_dataset(model, data, tokenizer, batch_size)
     elif isinstance(data, DataLoader):

@@ -48,7 +48,7 @@ class _NormSwapTrainerMixin:
         self._reset_norm_logs()
 
     def _reset_norm_logs(self):
-        self._penalties, self._discrepancies = [], []
+        self._penalty, self._discrepancy = _Mean(), _Mean()
 
     def train(self, *args, **kwargs):
         try:
@@ -74,10 +74,10 @@ class _NormSwapTrainerMixin:
         norms = self._statistic_norms()
         discrepancy = last_discrepancy(norms)
         if discrepancy is not None:
-            self._discrepancies.append(discrepancy)
+            self._discrepancy.add(discrepancy)
         if any(isinstance(norm, RegularizedBatchNorm) and norm.training for norm in norms):
             penalty = norm_penalty(self._unwrapped())
-            self._penalties.append(penalty.detach())
+            self._penalty.add(penalty.detach())
             # Not earlier: the loss may have been multiplied by the number of processes.
             loss = loss + penalty / self._accumulation_divisor(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
@@ -98,18 +98,18 @@ class _NormSwapTrainerMixin:
 
     def _norm_logs(self) -> dict[str, float]:
         entries = {}
-        if self._penalties:
-            entries["rbn_penalty"] = self._mean_over_ranks(self._penalties).item()
-        if self._discrepancies:
-            of_layers = self._mean_over_ranks(self._discrepancies)
+        if self._penalty.count:
+            entries["rbn_penalty"] = self._mean_over_ranks(self._penalty).item()
+        if self._discrepancy.count:
+            of_layers = self._mean_over_ranks(self._discrepancy)
             for name, layers in zip(("mean", "var"), of_layers, strict=True):
                 layers = layers[~layers.isnan()]
                 entries[f"tid_{name}_max"] = layers.max().item() if len(layers) else float("nan")
                 entries[f"tid_{name}_avg"] = layers.mean().item()
         return entries
 
-    def _mean_over_ranks(self, of_forwards: list[torch.Tensor]) -> torch.Tensor:
-        return self.accelerator.reduce(torch.stack(of_forwards).mean(0), "mean")
+    def _mean_over_ranks(self, mean: "_Mean") -> torch.Tensor:
+        return self.accelerator.reduce(mean.total / mean.count, "mean")
 
     def get_decay_parameter_names(self, model):
         # transformers goes by names: GPT-2's ln_1, ln_2 and ln_f are like none of its patterns.
@@ -126,6 +126,16 @@ class _NormSwapTrainerMixin:
 
     def _statistic_norms(self):
         return statistic_norms(self._unwrapped())
+
+
+class _Mean:
+    """Of tensors on a device, without waiting for it, and without keeping each of them until the next log."""
+
+    def __init__(self):
+        self.count, self.total = 0, 0
+
+    def add(self, value: torch.Tensor) -> None:
+        self.count, self.total = self.count + 1, self.total + value
 
 
 class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):

@@ -100,8 +100,6 @@ def _calibrated(args):
     elif args.norm or args.norm_options or args.where:
         norms = " and ".join(dict.fromkeys(entry["norm"] for entry in record["norms"]))
         raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
-    if model.config.is_encoder_decoder and len(args.columns or ()) == 2:
-        data = list(data)  # sources with their targets: two columns are else read as one text
     reader = copy.deepcopy(tokenizer)  # saved is what came
     if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
         reader.pad_token = reader.eos_token
