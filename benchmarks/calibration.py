@@ -17,7 +17,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from hf_normswap import calibrate, distill_norms, make_batches, restore_norm, swap_norm
+from hf_normswap import calibrate, distill, make_batches, restore_norm, swap_norm
 from hf_normswap.results import describe_environment
 
 
@@ -64,11 +64,14 @@ def convert(original, texts, tokenizer, args):
         if count == args.sentences[0]:
             distilled = copy.deepcopy(model)
     start = time.perf_counter()
-    distill_norms(copy.deepcopy(distilled), original, texts, tokenizer=tokenizer, steps=5)
+    distill(copy.deepcopy(distilled), original, texts, tokenizer=tokenizer, steps=5)
     steps = int(args.seconds / (time.perf_counter() - start) * 5)
-    start = time.perf_counter()
-    distill_norms(distilled, original, texts[: 32 * steps], tokenizer=tokenizer, steps=steps, learning_rate=3e-3)
-    yield f"calibrated, distilled in {steps} steps", args.sentences[0], distilled, time.perf_counter() - start
+    for trained, linears, learning_rate in (("norms alone", False, 3e-3), ("norms and linear layers", True, 5e-4)):
+        model, start = copy.deepcopy(distilled), time.perf_counter()
+        options = {"linears": linears, "steps": steps, "learning_rate": learning_rate}
+        distill(model, original, texts[: 32 * steps], tokenizer=tokenizer, **options)
+        way = f"calibrated, {trained} distilled in {steps} steps"
+        yield way, args.sentences[0], model, time.perf_counter() - start
 
 
 def main(argv=None):

@@ -9,11 +9,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .batches import complete_batches, make_batches
-from .conversion import CalibrationReport, Conversion, check_model, check_teacher, estimate_statistics
+from .conversion import (
+    CalibrationReport,
+    Conversion,
+    check_model,
+    check_teacher,
+    estimate_statistics,
+    linears_of_blocks,
+)
 from .least_squares import out_features
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
@@ -105,7 +111,7 @@ def calibrate(
         teacher = _with_layer_norms(model, sites)
     check_teacher(teacher, sites)
     batches = complete_batches(teacher, batches)
-    corrected = _linears_of_blocks(model) if linears else {}
+    corrected = linears_of_blocks(model) if linears else {}
     modules = {**corrected, **{name: site.module for name, site in sites.items()}}
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
@@ -175,16 +181,6 @@ def _with_layer_norms(model, sites: dict) -> PreTrainedModel:
     teacher = copy.deepcopy(model)
     place_norms(teacher, {name: new_layer_norm(teacher.get_submodule(name)) for name in sites})
     return teacher
-
-
-def _linears_of_blocks(model) -> dict[str, nn.Module]:
-    blocks = dict.fromkeys(site.block for site in find_norms(model) if site.block)
-    return {
-        f"{block}.{name}": module
-        for block in blocks
-        for name, module in model.get_submodule(block).named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
 
 
 def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:

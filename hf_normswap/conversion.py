@@ -160,6 +160,17 @@ def check_teacher(teacher, names: Iterable[str]) -> None:
             raise ValueError(f"The teacher has no LayerNorm {name}: pass a copy of the model from before the swap.")
 
 
+def linears_of_blocks(model) -> dict[str, nn.Module]:
+    """The linear layers of the transformer blocks by name."""
+    blocks = dict.fromkeys(site.block for site in find_norms(model) if site.block)
+    return {
+        f"{block}.{name}": module
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
 def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
     norm = site.module

@@ -1,4 +1,4 @@
-"""Train the norms alone against the original model: unlabelled text takes away most of what a calibration leaves."""
+"""Train a converted model against the original one: unlabelled text takes away most of what a calibration leaves."""
 
 import functools
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
-from .conversion import check_model, check_teacher
+from .conversion import check_model, check_teacher, linears_of_blocks
 from .modeling.norm import Norm
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
@@ -18,23 +18,24 @@ from .statistics import gather_over_ranks, has_ranks, sum_over_ranks
 from .walk import run_model
 
 
-def distill_norms(
+def distill(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     data: Iterable,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    linears: bool = True,
     steps: int = 200,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[float]:
-    """Train gains and shifts of the swapped norms to bring `model` nearer to `teacher`, in place and without labels.
+    """Train the swapped norms and the linear layers of the blocks to bring `model` nearer to `teacher`, in place.
 
-    The model stays in evaluation mode: running statistics are constants, all other parameters too. The loss is the
-    relative squared distance of the norms' outputs to those of the teacher's LayerNorms, averaged over norms, and the
-    Kullback–Leibler divergence of the two predictions (squared distance where there is one output); AdamW, with a
-    learning rate that falls linearly to 0.
+    It takes no labels. The model stays in evaluation mode: running statistics are constants, embeddings and heads too.
+    The loss is the relative squared distance of the norms' outputs to those of the teacher's LayerNorms, averaged over
+    norms, and the Kullback–Leibler divergence of the two predictions (squared distance where there is one output);
+    AdamW, gradients of norm 1 at most, and a learning rate that falls linearly to 0.
 
     On several ranks each passes its own share of the data, at least one batch; gradients are averaged.
 
@@ -42,8 +43,10 @@ def distill_norms(
         model ([`~transformers.PreTrainedModel`]): swapped, best after [`calibrate`], in evaluation mode.
         teacher ([`~transformers.PreTrainedModel`]): the model with its LayerNorms, in evaluation mode.
         data, tokenizer, batch_size: as in [`calibrate`]; the more text the better.
+        linears (`bool`, *optional*, defaults to `True`):
+            whether to train linear layers; else gains and shifts alone, which want a larger learning rate.
         steps (`int`, *optional*, defaults to 200): optimizer steps; the data is gone through in a random order.
-        learning_rate (`float`, *optional*, defaults to 1e-3): at the start.
+        learning_rate (`float`, *optional*, defaults to 5e-4): at the start.
         seed (`int`, *optional*, defaults to 0): of the order.
 
     Returns:
@@ -56,11 +59,12 @@ def distill_norms(
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
     check_teacher(teacher, norms)
     if any(norm.weight.dtype.itemsize < torch.float32.itemsize for norm in norms.values()):
-        raise ValueError("Steps of half precision are too coarse for gains and shifts: call model.float() first.")
+        raise ValueError("Steps of half precision are too coarse for a distillation: call model.float() first.")
     batches = complete_batches(teacher, make_batches(model, data, tokenizer, batch_size))
     if min(gather_over_ranks(torch.tensor(len(batches), device=model.device)).tolist()) == 0:
         raise ValueError("A process has no batch to learn from: give each of them some of the data.")
-    parameters = [parameter for norm in norms.values() for parameter in norm.parameters()]
+    trained = [*norms.values(), *(linears_of_blocks(model).values() if linears else ())]
+    parameters = [parameter for module in trained for parameter in module.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -80,6 +84,7 @@ def distill_norms(
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = sum_over_ranks(gradient)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             losses.append(sum_over_ranks(loss.detach()).item())
             optimizer.step()
             schedule.step()
