@@ -12,8 +12,10 @@ _HOMES = {
     "batches": ["make_batches"],
     "calibration": ["calibrate", "reestimate_statistics"],
     "conversion": ["CalibrationReport", "NormFit"],
-    "distillation": ["distill_norms"],
+    "distillation": ["distill"],
+    "folding": ["FoldReport", "fold_norms"],
     "modeling.norms": [
+        "Affine",
         "BatchNorm",
         "BatchStatisticNorm",
         "LayerNorm",

@@ -117,7 +117,7 @@ def swap_norm(
         except BaseException:
             place_norms(model, {site.name: site.module for site in sites})
             model.__class__, config = before
-            _share_config(model, config)
+            share_config(model, config)
             release_swapped(model)
             if isinstance(model, NormSwapMixin):
                 prepare_swapped(model)
@@ -139,6 +139,8 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     refuse_wrapped(model)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
+    if "folded" in model.config.norm_swap:
+        raise ValueError("The norms of this model are folded away: load it from before that.")
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     model.__class__ = stock_class(type(model))
@@ -214,10 +216,11 @@ def _set_config(model, config_class, norms: list | None) -> None:
     if norms is not None:
         new.norm_swap = {**before, "format_version": FORMAT_VERSION, "norms": norms}
         new.register_models()
-    _share_config(model, new)
+    share_config(model, new)
 
 
-def _share_config(model, config) -> None:
+def share_config(model, config) -> None:
+    """Give the model, and every part that shares its configuration, another one."""
     old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:

@@ -24,9 +24,9 @@ PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
 LAYERS = [
     {"modeling"},
     {"auto", "statistics", "comparison", "metrics", "batches"},
-    {"surgery", "results", "walk", "least_squares"},
+    {"surgery", "results", "walk", "least_squares", "residual"},
     {"conversion"},
-    {"calibration", "distillation", "progressive", "fold", "placement", "tid", "gradients", "plots"},
+    {"calibration", "distillation", "progressive", "folding", "placement", "tid", "gradients", "plots"},
     {"training_args", "trainer"},
     {"hub", "card"},
     {"cli", "__main__"},

@@ -1,5 +1,6 @@
 """The norms of this package, and what a norm of one's own is made of. Importing this file registers them."""
 
+from .affine import Affine
 from .batchnorm import BatchNorm
 from .discrepancy import Statistics
 from .layernorm import LayerNorm
@@ -13,6 +14,7 @@ from .rmsnorm import RMSNorm
 
 
 __all__ = [
+    "Affine",
     "BatchNorm",
     "BatchStatisticNorm",
     "LayerNorm",

@@ -20,6 +20,11 @@ _HOOKS = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called along with `module`."""
+    return any(getattr(module, hooks) for hooks in _HOOKS if hooks.endswith("_hooks"))
+
+
 def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
     """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag."""
     cls = get_norm(config.norm)

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from .blend import blend_norm
 from .configuration import CONFIGS, family_of
+from .folded import add_bias, remove_norms, untie_head
 from .norm import BatchStatisticNorm, Norm
 from .rbn import RegularizedBatchNorm
 from .recompute import tape_checkpoint
@@ -34,6 +35,8 @@ class NormSwapMixin:
         super().__init__(config, *args, **kwargs)
         record = config.norm_swap or {}
         place_norms(self, norms_of_record(self, record))
+        if folded := record.get("folded"):
+            fold_as_recorded(self, folded)
         shares = record.get("layer_norm_share", {})
         for site in find_norms(self):
             if site.path in shares:
@@ -154,9 +157,20 @@ def _part(path: str) -> str:
     return ".".join(path.split(".")[:2])
 
 
+def fold_as_recorded(model: PreTrainedModel, folded: dict) -> None:
+    """Remove what a configuration lists as folded; the head's part is for the head that the model was folded with."""
+    remove_norms(model, [site.name for site in find_norms(model) if site.path in folded["norms"]])
+    modules = dict(model.named_modules())
+    for name in modules.keys() & set(folded["untied"]):
+        untie_head(model, name)
+    for name in modules.keys() & set(folded["biases"]):
+        add_bias(modules[name])
+
+
 def prepare_swapped(model: PreTrainedModel) -> None:
     """Hooks and corrections that a model needs once its norms are swapped."""
-    watch_masks(model)
+    if any(isinstance(module, Norm) for module in model.modules()):
+        watch_masks(model)
     for module in model.modules():
         if getattr(module, "_gradient_checkpointing_func", None) is not None:
             module._gradient_checkpointing_func = _taped(model, module._gradient_checkpointing_func)

@@ -1,0 +1,352 @@
+"""Norm-free inference: norms that are affine in evaluation go into the linear layers around them."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .conversion import check_model
+from .modeling.folded import add_bias, remove_norms, untie_head
+from .modeling.norm import Norm
+from .modeling.replace import has_hooks, new_norm, place_norms
+from .modeling.sites import NormSite, find_norms, format_table
+from .modeling.swap_config import NormSwapConfig
+from .modeling.swapped import prepare_swapped, release_swapped
+from .residual import embeddings_of, reader_of_head_norm, readers_of_stack, sublayer_of
+from .surgery import share_config
+
+
+# ‖Δ‖₂/‖logits‖₂ that folding may cost.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class FoldReport:
+    """What became of each norm.
+
+    Attributes:
+        folded (list of `str`): paths, in the model, of the norms that are gone.
+        kept (`dict[str, str]`): path of each norm that stays, and why.
+        error (`float`): `‖Δ‖₂ / ‖logits‖₂`, before against after, on a batch of random tokens.
+    """
+
+    folded: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    error: float = math.nan
+
+    def __str__(self):
+        rows = [("norm", "folded", "kept because"), *((name, "yes", None) for name in self.folded)]
+        rows += [(name, "no", reason) for name, reason in self.kept.items()]
+        return f"{format_table(rows)}\nrelative error of the outputs: {self.error:.1e}"
+
+
+@torch.no_grad()
+def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
+    """Remove the swapped norms of `model`, in place, without changing what it computes.
+
+    In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`. A norm in front of
+    linear layers goes into their weights. One behind a residual sum (BERT, RoBERTa, Marian) changes the coordinates
+    of the residual stream, `x = A ⊙ s + c`, in which the next norm changes A and c alone: what reads the stream takes
+    up A and c, what adds to it divides by A. All is computed in float64.
+
+    The folded model has no norms, saves, loads and generates like any other. Hidden states between its layers are in
+    other coordinates than before. An [`Affine`] stays where a norm cannot go: where hidden states leave the model,
+    before a LayerNorm that was not swapped, in front of a head that shares its weights with the embeddings, at a gain
+    of 0, and where A would leave the range of the weights' dtype.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
+        untie (`bool`, *optional*, defaults to `False`):
+            whether a head that shares its weights with the embeddings gets weights of its own, so that the norm in
+            front of it can go too.
+
+    Returns:
+        [`FoldReport`]: what was folded, what was kept and why; print it for a table.
+
+    Raises:
+        ValueError: when a swapped norm is not affine in evaluation, has hooks or adapters on it or around it, nothing
+            can be folded, the model is in training mode, or its outputs on a batch of random tokens would change by
+            more than the tolerance of its dtype (1e-5 in float32). The model is untouched then.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_normswap import find_norms, fold_norms, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertForSequenceClassification(config).eval(), "batchnorm", where="all")
+    >>> len(fold_norms(model).folded), len(find_norms(model))
+    (3, 0)
+
+    ```
+    """
+    record = check_model(model)
+    if "folded" in record:
+        raise ValueError("The norms of this model are folded already: load it from before that to fold it otherwise.")
+    _check_norms(find_norms(model))
+    plan = _Plan(model, untie)
+    if not plan.report.folded:
+        raise ValueError(f"No norm can be folded: {'; '.join(f'{n}: {why}' for n, why in plan.report.kept.items())}.")
+    trial = copy.deepcopy(model)
+    plan.apply(trial)
+    plan.report.error = max(map(_relative_error, _observe(model), _observe(trial)))
+    tolerance = TOLERANCES[model.dtype]
+    if not plan.report.error <= tolerance:
+        raise ValueError(
+            f"Folding would change the outputs by {plan.report.error:.1e}, more than the {tolerance:.0e} for "
+            f"{_name(model.dtype)}: fold in a wider dtype, as in model.double()."
+        )
+    plan.apply(model)
+    return plan.report
+
+
+class _Plan:
+    """What folding changes in `model`, computed without changing it; weights and maps are float64."""
+
+    def __init__(self, model: PreTrainedModel, untie: bool):
+        self.model, self.report = model, FoldReport()
+        self.weights: dict[str, torch.Tensor] = {}  # (out, in) of linear layers, and whole embedding tables
+        self.biases: dict[str, torch.Tensor] = {}
+        self.affines: dict[str, tuple] = {}
+        self.sites = find_norms(model)
+        tied = model.get_output_embeddings()
+        tied = [name for name, module in model.named_modules() if module is tied and self._is_shared(f"{name}.weight")]
+        self.untied, self.tied = (tied, []) if untie else ([], tied)
+        for stack in dict.fromkeys(site.stack for site in self.sites):
+            sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
+            is_post = any(site.placement == "post" for site in sites)
+            (self._fold_post if is_post else self._fold_pre)(sites, readers_of_stack(model, stack))
+        for site in self.sites:
+            if site.sublayer == "head":
+                self._fold_into(site, (reader_of_head_norm(model),))
+        self._check_range()
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Do it to `model`, the one that the plan was made for or a copy."""
+        biased = [name for name in self.biases if model.get_submodule(name).bias is None]
+        for name in self.untied:
+            untie_head(model, name)
+        for name in biased:
+            add_bias(model.get_submodule(name))
+        for name, weight in self.weights.items():
+            module = model.get_submodule(name)
+            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+        for name, bias in self.biases.items():
+            model.get_submodule(name).bias.copy_(bias)
+        place_norms(model, {name: self._affine(model, name) for name in self.affines})
+        remove_norms(model, self.report.folded)
+
+        paths = {site.name: site.path for site in self.sites}
+        gone, kept = ([paths[name] for name in names] for names in (self.report.folded, self.affines))
+        norms = [{"norm": "affine", "options": {}, "modules": kept}] if kept else []
+        config = copy.deepcopy(model.config)
+        config.norm_swap |= {"norms": norms, "folded": {"norms": gone, "biases": biased, "untied": self.untied}}
+        share_config(model, config)
+        release_swapped(model)
+        prepare_swapped(model)
+
+    def _fold_pre(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
+        for site in sites:
+            self._fold_into(site, sublayer_of(self.model, site).readers if site.block else readers)
+
+    def _fold_into(self, site: NormSite, readers: tuple[str, ...]) -> None:
+        """Fold a norm that nothing reads but linear layers."""
+        affine = self._map(site)
+        if affine is None:
+            return
+        if reason := self._obstacle(readers):
+            self._keep(site, *affine, reason)
+        else:
+            self._scale_inputs(readers, *affine)
+            self.report.folded.append(site.name)
+
+    def _fold_post(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
+        """Fold the norms of the residual stream `x = scale ⊙ s + shift`, where s is what the folded model computes."""
+        maps = [self._map(site) for site in sites]
+        width = sites[0].module.weight.shape[0]
+        scale, shift = torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        for index, site in enumerate(sites):
+            if site.block:
+                sublayer = sublayer_of(self.model, site)
+                self._scale_inputs(sublayer.readers, scale, shift)
+                self._scale_outputs(sublayer.writer, scale)
+            if maps[index] is None:
+                continue
+            gain, offset = maps[index]
+            if self._is_optional(site):
+                reason = "without an encoder it is left out"
+                self._keep(site, gain, (gain * shift + offset - shift) / scale, reason)  # the coordinates stay
+                continue
+            scale, shift = gain * scale, gain * shift + offset
+            rest = zip(sites[index + 1 :], maps[index + 1 :], strict=True)
+            following = [affine for other, affine in rest if affine is None or not self._is_optional(other)]
+            if not following:
+                as_it_is = self._obstacle(readers)
+            else:
+                as_it_is = "the LayerNorm after the next sublayer stays" if following[0] is None else None
+            new = torch.ones_like(scale) if as_it_is else self._centre(following)
+            if site.sublayer == "embedding" and (tables := self._tables(site)):
+                self._scale_tables(tables, scale / new, shift / new)
+                self.report.folded.append(site.name)
+            elif reason := as_it_is or self._misfit(scale):
+                self._keep(site, scale / new, shift / new, reason)
+            else:
+                self.report.folded.append(site.name)
+                continue
+            scale, shift = new, torch.zeros_like(shift)
+        if not self._obstacle(readers):
+            self._scale_inputs(readers, scale, shift)
+
+    def _is_optional(self, site: NormSite) -> bool:
+        """Whether the sublayer runs only where the decoder is given the output of an encoder."""
+        return site.sublayer == "cross_attention" and not self.model.config.is_encoder_decoder
+
+    def _map(self, site: NormSite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not isinstance(site.module, Norm):
+            self.report.kept[site.name] = "it was not swapped"
+            return None
+        return tuple(value.to("cpu", torch.float64) for value in site.module.affine_map())
+
+    def _keep(self, site: NormSite, gain: torch.Tensor, shift: torch.Tensor, reason: str) -> None:
+        self.affines[site.name] = gain, shift
+        self.report.kept[site.name] = reason
+
+    def _obstacle(self, readers: tuple[str, ...]) -> str | None:
+        """Why what `readers` read has to stay as it is."""
+        if not readers:
+            return "hidden states leave the model here"
+        tied = [name for name in readers if name in self.tied]
+        return f"{tied[0]} shares its weights with the embeddings" if tied else None
+
+    def _misfit(self, scale: torch.Tensor) -> str | None:
+        """Why `scale` cannot be that of the stream."""
+        if zeros := (scale == 0).sum().item():
+            return f"{zeros} of its gains are 0"
+        low, high = _range_of(self.model.dtype)
+        if ((scale.abs() < low) | (scale.abs() > high)).any():
+            return f"the stream would leave the range of {_name(self.model.dtype)} without it"
+        return None
+
+    def _centre(self, following: list[tuple | None]) -> torch.Tensor:
+        """A scale, free to choose, from which the gains that follow lead as far up as down."""
+        low, high = _range_of(self.model.dtype)
+        product = smallest = largest = torch.ones_like(following[0][0]) if following else torch.ones(())
+        for affine in following:
+            if affine is None or (affine[0] == 0).any():
+                break
+            product = product * affine[0].abs()
+            bounds = torch.minimum(smallest, product), torch.maximum(largest, product)
+            if (bounds[1] / bounds[0] > high / low).any():
+                break
+            smallest, largest = bounds
+        return torch.rsqrt(smallest * largest)
+
+    def _tables(self, site: NormSite) -> list[str]:
+        """The embedding tables in front of a norm, if nothing else needs them as they are."""
+        names = embeddings_of(self.model, site)
+        return [] if self.tied and any(self._is_shared(f"{name}.weight") for name in names) else names
+
+    def _scale_tables(self, names: list[str], gain: torch.Tensor, shift: torch.Tensor) -> None:
+        for name in names:
+            self.weights[name] = self.model.get_submodule(name).weight.to("cpu", torch.float64) * gain
+        position = next(name for name in names if name.endswith("position_embeddings"))  # each token has one
+        self.weights[position] += shift
+
+    def _scale_inputs(self, names: tuple[str, ...], gain: torch.Tensor, shift: torch.Tensor) -> None:
+        for name in names:
+            weight, bias = self._linear(name)
+            if bias is not None or (shift != 0).any():
+                self.biases[name] = (0 if bias is None else bias) + weight @ shift
+            self.weights[name] = weight * gain
+
+    def _scale_outputs(self, name: str, scale: torch.Tensor) -> None:
+        weight, bias = self._linear(name)
+        self.weights[name] = weight / scale[:, None]
+        if bias is not None:
+            self.biases[name] = bias / scale
+
+    def _linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module = self.model.get_submodule(name)
+        if type(module) not in (nn.Linear, Conv1D) or has_hooks(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} or has hooks, which folding would not see: merge adapters, and "
+                "remove hooks, first."
+            )
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        bias = None if module.bias is None else module.bias.to("cpu", torch.float64)
+        return self.weights.get(name, weight.to("cpu", torch.float64)), self.biases.get(name, bias)
+
+    def _affine(self, model: PreTrainedModel, name: str) -> Norm:
+        old = model.get_submodule(name)
+        norm = new_norm(old, NormSwapConfig("affine"))
+        norm.weight, norm.bias = (nn.Parameter(value.to(old.weight)) for value in self.affines[name])
+        return norm
+
+    def _is_shared(self, name: str) -> bool:
+        parameter = self.model.get_parameter(name)
+        return sum(other is parameter for _, other in self.model.named_parameters(remove_duplicate=False)) > 1
+
+    def _check_range(self) -> None:
+        for values in (self.weights, self.biases):
+            for name, value in values.items():
+                dtype = self.model.get_submodule(name).weight.dtype
+                if not value.to(dtype).isfinite().all():
+                    raise ValueError(
+                        f"Folded, {name} would leave the range of {_name(dtype)}: fold in a wider dtype, as in "
+                        "model.float()."
+                    )
+
+
+def _check_norms(sites: list[NormSite]) -> None:
+    for site in sites:
+        norm = site.module
+        if not isinstance(norm, Norm):
+            continue
+        if norm.affine_map() is None:
+            raise ValueError(
+                f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: "
+                "fold a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
+            )
+        if has_hooks(norm):
+            raise ValueError(f"{site.name} has hooks, which would go with it: remove them first.")
+
+
+def _observe(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Outputs of a model, in float64, for two rows of random tokens, the second one with padding."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    length = min(32, config.max_position_embeddings - 2)  # RoBERTa counts positions from 2
+    outputs = []
+    for pads in (0, length // 4):
+        inputs = {"input_ids": torch.randint(config.vocab_size, (1, length), generator=generator)}
+        inputs["attention_mask"] = (torch.arange(length)[None] < length - pads).long()
+        if "MultipleChoice" in type(model).__name__:
+            inputs = {name: values[None] for name, values in inputs.items()}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.randint(config.vocab_size, (1, length), generator=generator)
+        elif getattr(config, "add_cross_attention", False):
+            inputs["encoder_hidden_states"] = torch.randn(1, length, config.hidden_size, generator=generator)
+        inputs = {name: values.to(model.device) for name, values in inputs.items()}
+        if "encoder_hidden_states" in inputs:
+            inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(model.dtype)
+        output = model(**inputs)
+        names = [name for name in output if name.endswith("logits") or name in ("last_hidden_state", "pooler_output")]
+        outputs.append([output[name].double().flatten() for name in names])
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    return ((after - before).norm() / before.norm()).item()
+
+
+def _range_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Scales by which weights of a usual size can be multiplied and divided without loss."""
+    info = torch.finfo(dtype)
+    return info.tiny**0.5, info.max**0.5
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,279 @@
+"""Folding: the same outputs without norms, for every family, head and norm; saved, loaded, refused."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_normswap import Affine, Norm, NormSwapConfig, find_norms, fold_norms, restore_norm, swap_norm
+from hf_normswap.modeling.blend import set_layer_norm_share
+from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
+from tests.persistence import is_one_sentence, outputs, same, train
+
+
+NORMS = ["batchnorm", "rbn", "pnv", NormSwapConfig("powernorm", group_scaling=False), "affine"]
+LANGUAGE_MODELS = [("bert", "BertForMaskedLM"), ("roberta", None), ("marian", None), ("gpt2", None)]
+
+
+def swapped(family, head=None, norm="batchnorm", where="all", dtype=torch.float64, **overrides):
+    """A swapped model whose gains, shifts and statistics are anything, gains of both signs."""
+    model = swap_norm(tiny_model(family, head, **overrides), norm, where=where)
+    generator = torch.Generator().manual_seed(1)
+    for site in find_norms(model):
+        if isinstance(site.module, Norm):
+            weight = torch.empty(site.module.num_features).uniform_(0.5, 1.5, generator=generator)
+            sign = torch.randn(len(weight), generator=generator).sign()
+            site.module.weight.data = (weight * sign).to(site.module.weight)
+            for statistic in getattr(site.module, "running", ()):
+                getattr(site.module, statistic).uniform_(0.3, 2.0, generator=generator)
+    return model.to(dtype).eval()
+
+
+def norms_in(model):
+    """Modules that are named, or typed, as a norm."""
+    pattern = re.compile(r"norm|ln_", re.IGNORECASE)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Norm | nn.LayerNorm) or pattern.search(name.rpartition(".")[2])
+    ]
+
+
+def relative_error(before, after):
+    """The largest `‖Δ‖₂ / ‖y‖₂` of the outputs that mean something; hidden states have other coordinates."""
+    names = [name for name in before if "logits" in name or name in ("last_hidden_state", "pooler_output")]
+    assert names
+    return max(((after[name] - before[name]).norm() / before[name].norm()).item() for name in names)
+
+
+def assert_same(model, loaded):
+    """Bit for bit the same weights; the outputs are those of other memory addresses, which a CPU rounds otherwise."""
+    assert same(model.state_dict(), loaded.state_dict())
+    assert relative_error(outputs(model), outputs(loaded)) < 1e-14
+
+
+def fold_if_possible(model):
+    """The report, or `None` where every norm has to stay."""
+    try:
+        return fold_norms(model, untie=True)
+    except ValueError as error:
+        if "No norm can be folded" not in str(error):
+            raise
+        return None
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: NormSwapConfig.of(norm).norm)
+@pytest.mark.parametrize(("family", "head"), all_heads())
+def test_outputs_stay(family, head, norm, dtype, tolerance):
+    model = swapped(family, head, norm, dtype=dtype)
+    before, sites = outputs(model), find_norms(model)
+    report = fold_norms(model, untie=True)
+    assert relative_error(before, outputs(model)) < tolerance
+    assert report.error < tolerance
+    assert norms_in(model) == list(report.kept)
+    assert set(report.folded) | set(report.kept) == {site.name for site in sites}
+    if head == "MarianForCausalLM":
+        assert all("cross" in name or "encoder_attn" in name for name in report.kept)
+    elif model.base_model is model:
+        assert set(report.kept.values()) == {"hidden states leave the model here"}
+        assert len(report.kept) == (2 if family == "marian" else 1)
+    else:
+        assert not report.kept
+
+
+@pytest.mark.parametrize(("family", "head"), LANGUAGE_MODELS)
+def test_one_affine_stays_before_a_tied_head(family, head):
+    model = swapped(family, head)
+    before = outputs(model)
+    report = fold_norms(model)
+    assert relative_error(before, outputs(model)) < 1e-12
+    ((name, reason),) = report.kept.items()
+    assert "shares its weights with the embeddings" in reason
+    assert isinstance(model.get_submodule(name), Affine)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert reason in str(report)
+    assert name in str(report)
+
+
+@pytest.mark.parametrize("untie", [False, True])
+@pytest.mark.parametrize(("family", "head"), [*LANGUAGE_MODELS, ("bert", "BertForSequenceClassification")])
+def test_a_folded_model_is_saved_and_loaded(family, head, untie, tmp_path):
+    model = train(swapped(family, head))
+    fold_norms(model, untie=untie)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert_same(model, loaded)
+    assert norms_in(loaded) == norms_in(model)
+    assert len({id(parameter) for parameter in loaded.parameters()}) == len(set(model.parameters()))
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert_same(model, type(model).from_pretrained(again, dtype=torch.float64))
+
+
+def test_plain_auto_classes_load_it_with_any_head(tmp_path):
+    model = swapped("gpt2")
+    fold_norms(model, untie=True)
+    model.save_pretrained(tmp_path)
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64))
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert norms_in(classifier) == []
+    assert classifier.score.bias is None
+
+
+@pytest.mark.parametrize("family", ["marian", "gpt2"])
+@pytest.mark.parametrize("untie", [False, True])
+def test_greedy_generation_is_the_same(family, untie):
+    model = swapped(family)
+    inputs = tiny_batch(model, lengths=(6, 6), labels=False)
+    inputs.pop("decoder_input_ids", None)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    fold_norms(model, untie=untie)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["blocks", "attention", "ffn", "decoder", "embedding", "head", "final"])
+def test_what_was_not_swapped_stays(family, where):
+    try:
+        model = swapped(family, where=where)
+    except ValueError:
+        pytest.skip(f"{family} has no such norm")
+    before = outputs(model)
+    stock = {site.name for site in find_norms(model) if not isinstance(site.module, Norm)}
+    report = fold_if_possible(model)
+    if report is None:  # each one stands between two LayerNorms
+        assert where in ("attention", "ffn", "embedding")
+        return
+    assert relative_error(before, outputs(model)) < 1e-12
+    assert {name for name, reason in report.kept.items() if reason == "it was not swapped"} == stock
+    for name in stock:
+        assert isinstance(model.get_submodule(name), nn.LayerNorm)
+
+
+def test_twelve_layers_with_gains_of_zero():
+    """A channel of gain 0 cannot be divided by: an affine stays there, and everything else goes."""
+    model = swapped("bert", num_hidden_layers=12)
+    zero = {"bert.encoder.layer.3.output.LayerNorm", "bert.encoder.layer.8.attention.output.LayerNorm"}
+    for name in zero:
+        model.get_submodule(name).weight.data[[2, 5]] = 0
+    model.bert.embeddings.LayerNorm.weight.data[3] = 0  # goes into the tables, gain 0 or not
+    model.bert.encoder.layer[11].output.LayerNorm.weight.data[1] = 0  # the pooler reads it, whatever it is
+    last = "bert.encoder.layer.11.output.LayerNorm"
+    before = outputs(model)
+    report = fold_norms(model)
+    assert relative_error(before, outputs(model)) < 1e-12
+    assert set(report.kept) - {last} == zero
+    assert report.kept[min(zero)] == "2 of its gains are 0"
+
+
+@pytest.mark.parametrize("family", ["bert", "marian"])
+def test_affines_keep_the_stream_in_range(family):
+    """Gains of 1e-3 make A 1e-72 after 24 norms, beyond float32; some affines stay, at most one in ten norms."""
+    layers = {"num_hidden_layers": 12} if family == "bert" else {"encoder_layers": 12, "decoder_layers": 8}
+    model = swapped(family, dtype=torch.float32, **layers)
+    for site in find_norms(model):
+        site.module.weight.data *= 1e-3
+    before = outputs(model)
+    report = fold_norms(model, untie=True)
+    assert relative_error(before, outputs(model)) < 1e-5
+    assert 1 <= len(report.kept) <= 5
+    assert set(report.kept.values()) == {"the stream would leave the range of float32 without it"}
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("bert", "BertLMHeadModel"), ("marian", "MarianForCausalLM"), ("gpt2", "GPT2LMHeadModel")]
+)
+@pytest.mark.parametrize("where", ["all", "cross_attention", "attention"])
+def test_a_decoder_with_cross_attention_and_without(family, head, where):
+    """It is the same model with the output of an encoder and without one, which leaves out a sublayer and its norm."""
+    options = {} if family == "marian" else {"add_cross_attention": True}
+    model = swapped(family, head, where=where, **options)
+    alone = tiny_batch(model, labels=False)
+    states = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = [alone, {**alone, "encoder_hidden_states": states}]
+    before = [outputs(model, batch) for batch in given]
+    report = fold_if_possible(model)
+    if where == "all":
+        assert len(report.kept) == (0 if family == "gpt2" else 2)
+    for batch, output in zip(given, before, strict=True):
+        assert relative_error(output, outputs(model, batch)) < 1e-12
+
+
+def test_without_biases_in_norms():
+    model = swapped("bert", norm=NormSwapConfig("batchnorm", bias=False))
+    before = outputs(model)
+    fold_norms(model)
+    assert relative_error(before, outputs(model)) < 1e-12
+
+
+def blend(model):
+    set_layer_norm_share(model, {site.path: 0.5 for site in find_norms(model)})
+
+
+def poison(model):
+    model.bert.encoder.layer[0].output.LayerNorm.running_var.fill_(1e-9)
+    model.bert.encoder.layer[0].output.LayerNorm.weight.data.fill_(3e4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "change", "message"),
+    [
+        ("batchnorm", lambda model: model.train(), "training mode"),
+        ("powernorm", lambda model: None, "group_scaling=False"),
+        ("rmsnorm", lambda model: None, "needs statistics of each token"),
+        ("layernorm", lambda model: None, "needs statistics of each token"),
+        ("batchnorm", lambda model: poison(model.half()), "range of float16|fold in a wider dtype"),
+        ("batchnorm", lambda model: find_norms(model)[1].module.register_forward_hook(print), "hooks"),
+        ("batchnorm", lambda model: model.bert.encoder.layer[1].output.dense.register_forward_hook(print), "hooks"),
+        ("batchnorm", lambda model: blend(model), "LayerNorm still has a share"),
+        ("batchnorm", lambda model: fold_norms(model), "folded already"),
+        ("batchnorm", lambda model: restore_norm(model), "no swapped norms"),
+    ],
+)
+def test_refused_and_untouched(norm, change, message, capsys):
+    model = swapped("bert", norm=norm, dtype=torch.float32)
+    change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules, config = [name for name, _ in model.named_modules()], copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match=message) as error:
+        fold_norms(model)
+    assert is_one_sentence(error.value)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert same(model.state_dict(), before)
+    assert model.config.to_dict() == config.to_dict()
+
+
+def test_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    model = swapped("bert", dtype=torch.float32)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
+    with pytest.raises(ValueError, match="merge adapters"):
+        fold_norms(model.eval())
+
+
+def test_a_fold_that_would_change_the_outputs_is_refused(monkeypatch):
+    monkeypatch.setattr("hf_normswap.folding.TOLERANCES", {torch.float32: 0.0})
+    model = swapped("bert", dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="would change the outputs"):
+        fold_norms(model)
+    assert same(model.state_dict(), before)
+
+
+def test_folded_norms_cannot_be_restored():
+    model = swapped("bert")
+    fold_norms(model)
+    with pytest.raises(ValueError, match="folded away: load it"):
+        restore_norm(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_training(family):
+    model = train(swapped(family))
+    before = outputs(model)
+    fold_norms(model, untie=True)
+    assert relative_error(before, outputs(model)) < 1e-12
