@@ -11,8 +11,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "batches": ["make_batches"],
     "calibration": ["calibrate", "reestimate_statistics"],
+    "centering": ["convert_to_rmsnorm"],
     "conversion": ["CalibrationReport", "NormFit"],
     "distillation": ["distill"],
+    "export": ["OnnxReport", "export_onnx"],
     "folding": ["FoldReport", "fold_norms"],
     "modeling.norms": [
         "Affine",

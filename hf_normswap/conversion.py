@@ -45,10 +45,13 @@ class NormFit:
 class CalibrationReport(list):
     """A list of [`NormFit`], in the order of the forward, that prints as a table."""
 
+    def rows(self) -> list[tuple]:
+        """The cells of the table, the heading first."""
+        fits = [(f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, fit.name) for fit in self]
+        return [("R²", "error", "tokens", "sinks", "name"), *fits]
+
     def __str__(self):
-        rows = [("R²", "error", "tokens", "sinks", "name")]
-        rows += [(f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, fit.name) for fit in self]
-        return format_table(rows)
+        return format_table(self.rows())
 
 
 class Conversion:

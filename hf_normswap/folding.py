@@ -16,7 +16,8 @@ from .modeling.replace import has_hooks, new_norm, place_norms
 from .modeling.sites import NormSite, find_norms, format_table
 from .modeling.swap_config import NormSwapConfig
 from .modeling.swapped import prepare_swapped, release_swapped
-from .residual import embeddings_of, reader_of_head_norm, readers_of_stack, sublayer_of
+from .probe import compare_outputs
+from .residual import embeddings_of, find_tied_head, reader_of_head_norm, readers_of_stack, sublayer_of
 from .surgery import share_config
 
 
@@ -38,10 +39,14 @@ class FoldReport:
     kept: dict[str, str] = field(default_factory=dict)
     error: float = math.nan
 
+    def rows(self) -> list[tuple]:
+        """The cells of the table, the heading first."""
+        folded = [("yes", name, None) for name in self.folded]
+        kept = [("no", name, reason) for name, reason in self.kept.items()]
+        return [("folded", "norm", "kept because"), *folded, *kept]
+
     def __str__(self):
-        rows = [("norm", "folded", "kept because"), *((name, "yes", None) for name in self.folded)]
-        rows += [(name, "no", reason) for name, reason in self.kept.items()]
-        return f"{format_table(rows)}\nrelative error of the outputs: {self.error:.1e}"
+        return format_table(self.rows())
 
 
 @torch.no_grad()
@@ -93,7 +98,7 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
         raise ValueError(f"No norm can be folded: {'; '.join(f'{n}: {why}' for n, why in plan.report.kept.items())}.")
     trial = copy.deepcopy(model)
     plan.apply(trial)
-    plan.report.error = max(map(_relative_error, _observe(model), _observe(trial)))
+    plan.report.error = compare_outputs(model, trial)
     tolerance = TOLERANCES[model.dtype]
     if not plan.report.error <= tolerance:
         raise ValueError(
@@ -113,8 +118,7 @@ class _Plan:
         self.biases: dict[str, torch.Tensor] = {}
         self.affines: dict[str, tuple] = {}
         self.sites = find_norms(model)
-        tied = model.get_output_embeddings()
-        tied = [name for name, module in model.named_modules() if module is tied and self._is_shared(f"{name}.weight")]
+        tied = [name] if (name := find_tied_head(model)) else []
         self.untied, self.tied = (tied, []) if untie else ([], tied)
         for stack in dict.fromkeys(site.stack for site in self.sites):
             sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
@@ -144,7 +148,8 @@ class _Plan:
         gone, kept = ([paths[name] for name in names] for names in (self.report.folded, self.affines))
         norms = [{"norm": "affine", "options": {}, "modules": kept}] if kept else []
         config = copy.deepcopy(model.config)
-        config.norm_swap |= {"norms": norms, "folded": {"norms": gone, "biases": biased, "untied": self.untied}}
+        lists = {"folded": gone, "biases": biased, "untied": self.untied}
+        config.norm_swap |= {"norms": norms, **{name: values for name, values in lists.items() if values}}
         share_config(model, config)
         release_swapped(model)
         prepare_swapped(model)
@@ -248,7 +253,7 @@ class _Plan:
     def _tables(self, site: NormSite) -> list[str]:
         """The embedding tables in front of a norm, if nothing else needs them as they are."""
         names = embeddings_of(self.model, site)
-        return [] if self.tied and any(self._is_shared(f"{name}.weight") for name in names) else names
+        return [] if self.tied else names
 
     def _scale_tables(self, names: list[str], gain: torch.Tensor, shift: torch.Tensor) -> None:
         for name in names:
@@ -286,10 +291,6 @@ class _Plan:
         norm.weight, norm.bias = (nn.Parameter(value.to(old.weight)) for value in self.affines[name])
         return norm
 
-    def _is_shared(self, name: str) -> bool:
-        parameter = self.model.get_parameter(name)
-        return sum(other is parameter for _, other in self.model.named_parameters(remove_duplicate=False)) > 1
-
     def _check_range(self) -> None:
         for values in (self.weights, self.biases):
             for name, value in values.items():
@@ -313,33 +314,6 @@ def _check_norms(sites: list[NormSite]) -> None:
             )
         if has_hooks(norm):
             raise ValueError(f"{site.name} has hooks, which would go with it: remove them first.")
-
-
-def _observe(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Outputs of a model, in float64, for two rows of random tokens, the second one with padding."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    length = min(32, config.max_position_embeddings - 2)  # RoBERTa counts positions from 2
-    outputs = []
-    for pads in (0, length // 4):
-        inputs = {"input_ids": torch.randint(config.vocab_size, (1, length), generator=generator)}
-        inputs["attention_mask"] = (torch.arange(length)[None] < length - pads).long()
-        if "MultipleChoice" in type(model).__name__:
-            inputs = {name: values[None] for name, values in inputs.items()}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = torch.randint(config.vocab_size, (1, length), generator=generator)
-        elif getattr(config, "add_cross_attention", False):
-            inputs["encoder_hidden_states"] = torch.randn(1, length, config.hidden_size, generator=generator)
-        inputs = {name: values.to(model.device) for name, values in inputs.items()}
-        if "encoder_hidden_states" in inputs:
-            inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(model.dtype)
-        output = model(**inputs)
-        names = [name for name in output if name.endswith("logits") or name in ("last_hidden_state", "pooler_output")]
-        outputs.append([output[name].double().flatten() for name in names])
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-
-
-def _relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
-    return ((after - before).norm() / before.norm()).item()
 
 
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:

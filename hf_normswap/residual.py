@@ -94,3 +94,11 @@ def embeddings_of(model: PreTrainedModel, site: NormSite) -> list[str]:
     """The tables whose sum the norm of an embedding reads."""
     parent = site.name.rpartition(".")[0]
     return [f"{parent}.{name}" for name in _EMBEDDINGS if hasattr(model.get_submodule(parent), name)]
+
+
+def find_tied_head(model: PreTrainedModel) -> str | None:
+    """The linear layer of a language modelling head that shares its weights with the input embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_normswap.cli.calibrate as verb
-from hf_normswap import calibrate, swap_norm
+from hf_normswap import calibrate, find_norms, swap_norm
 from hf_normswap.cli import main
 from tests.models import VOCABULARY, tiny_model
 from tests.persistence import ROOT, outputs, run_fresh, same
@@ -313,7 +313,7 @@ def test_an_interruption(tmp_path, texts, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "_load", interrupt)
+    monkeypatch.setattr(verb, "load_checkpoint", interrupt)
     assert main(["calibrate", "stock", str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 130
     assert not capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["texts.txt"]
@@ -370,3 +370,64 @@ def test_defaults_are_those_of_python(tmp_path):
     args = vars(parser.parse_args(["model", "output", "--texts", "-"]))
     for name in ("batch_size", "memory_budget"):
         assert args[name] == parameters[name].default
+
+
+def test_fold(tmp_path, texts, capsys):
+    """A checkpoint with LayerNorms becomes one without norms in one command, and a calibrated one does."""
+    stock, swapped, folded = (str(tmp_path / name) for name in ("stock", "swapped", "folded"))
+    save_stock(stock)
+    options = ["--norm", "batchnorm", "--where", "all", "--texts", texts]
+    assert main(["calibrate", stock, swapped, *options]) == 0
+    assert main(["fold", swapped, folded]) == 0
+    shown = capsys.readouterr().out
+    assert "relative error of the outputs" in shown
+    assert main(["fold", stock, str(tmp_path / "at-once"), *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["folded"]) == 5
+    assert report["kept"] == {}
+    assert report["error"] < 1e-5
+    auto = AUTO_CLASSES["bert"]
+    before, *after = (auto.from_pretrained(folder) for folder in (swapped, folded, report["output"]))
+    for model in after:
+        assert find_norms(model) == []
+        assert distance(model, before) < 1e-5
+    assert AutoTokenizer.from_pretrained(folded)("w7")["input_ids"] == [7]
+
+
+def test_distillation_brings_it_nearer(tmp_path, texts):
+    stock = save_stock(tmp_path / "stock")
+    options = ["--norm", "batchnorm", "--where", "all", "--texts", texts]
+    original, errors = AUTO_CLASSES["bert"].from_pretrained(stock), []
+    for name, more in (("calibrated", []), ("distilled", ["--distillation_steps", "60"])):
+        assert main(["calibrate", stock, str(tmp_path / name), *options, *more]) == 0
+        errors.append(distance(AUTO_CLASSES["bert"].from_pretrained(tmp_path / name), original))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--norm", "rbn"], "needs texts to calibrate on"),
+        (["--int8"], "pass --onnx too"),
+        ([], "no swapped norms"),
+        (["--norm", "rmsnorm", "--texts", "TEXTS"], "statistics of each token"),
+    ],
+)
+def test_what_cannot_be_folded_is_not_written(options, message, tmp_path, texts, capsys):
+    stock = save_stock(tmp_path / "stock")
+    options = [texts if option == "TEXTS" else option for option in options]
+    assert message in refusal(capsys, "fold", stock, tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_fold_to_onnx(tmp_path, texts, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    stock = save_stock(tmp_path / "stock", "gpt2")
+    options = ["--norm", "powernorm", "--where", "all", "--texts", texts, "--untie", "--onnx", "--json"]
+    assert main(["fold", stock, str(tmp_path / "new"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["onnx"]["path"] == str(tmp_path / "new" / "onnx" / "model.onnx")
+    operators = {node.op_type for node in onnx.load(report["onnx"]["path"]).graph.node}
+    assert not operators & {"LayerNormalization", "ReduceMean", "BatchNormalization"}

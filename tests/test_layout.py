@@ -24,10 +24,10 @@ PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
 LAYERS = [
     {"modeling"},
     {"auto", "statistics", "comparison", "metrics", "batches"},
-    {"surgery", "results", "walk", "least_squares", "residual"},
+    {"surgery", "results", "walk", "least_squares", "residual", "probe"},
     {"conversion"},
-    {"calibration", "distillation", "progressive", "folding", "placement", "tid", "gradients", "plots"},
-    {"training_args", "trainer"},
+    {"calibration", "distillation", "progressive", "folding", "placement", "export", "tid", "gradients", "plots"},
+    {"training_args", "trainer", "centering"},
     {"hub", "card"},
     {"cli", "__main__"},
     {"__init__"},

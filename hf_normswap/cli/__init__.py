@@ -3,18 +3,19 @@
 Examples:
 
     normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
-    normswap calibrate --help
+    normswap fold sst2-rbn sst2-without-norms --onnx
+    normswap fold --help
 """
 
 import argparse
 import sys
 
-from . import calibrate
+from . import calibrate, fold
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (calibrate,)
+VERBS = (calibrate, fold)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,14 +16,15 @@ import argparse
 import copy
 import json
 import logging
-import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+
+from .checkpoints import load_checkpoint, new_folder, reading
+from .reports import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s MODEL OUTPUT [--norm NORM] (--texts FILE | --dataset_name NAME) [--option VALUE ...]"
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
     parser.add_argument("output", metavar="OUTPUT", help="folder to save the calibrated model in, new or empty")
+    add_conversion_arguments(parser, required=True)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add what [`convert`] takes; whether texts are `required`."""
     parser.add_argument("--norm", help="norm to swap in, for example rbn, batchnorm or powernorm")
     parser.add_argument(
         "--norm_options",
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="options of the norm, for example '{\"momentum\": 0.2}'",
     )
     parser.add_argument("--where", nargs="+", help="which norms to swap, one or several names (default: blocks)")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--texts", metavar="FILE", help="text file, one text a line; - is the standard input")
     source.add_argument("--dataset_name", metavar="NAME", help="Hub id or folder of a data set")
     parser.add_argument("--dataset_config_name", metavar="NAME", help="its configuration, if it has several")
@@ -65,36 +72,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="activations to keep in memory, more are memory-mapped (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--distillation_steps",
+        type=_count,
+        default=0,
+        metavar="STEPS",
+        help="then train the model so many steps against the original, on the same texts (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate, save, and print the report."""
-    if args.texts is not None and (args.dataset_config_name or args.split or args.columns):
-        raise ValueError("dataset_config_name, split and columns are of a data set: leave them out with texts.")
-    with _new_folder(Path(args.output).resolve()) as folder:
-        model, tokenizer, report = _calibrated(args)
+    with new_folder(Path(args.output).resolve()) as folder:
+        model, tokenizer, report = convert(args)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if args.json:
-        fits = [{name: _finite(value) for name, value in asdict(fit).items()} for fit in report]
-        print(json.dumps({"output": args.output, "fits": fits}, indent=2))
+        print_json({"output": args.output, "fits": list(map(asdict, report))})
     else:
-        _show(report)
+        print_table(report.rows())
 
 
-def _calibrated(args):
-    from hf_normswap import NormSwapConfig, calibrate, get_norm, swap_norm
+def convert(args: argparse.Namespace) -> tuple:
+    """Model, tokenizer and report of the calibration."""
+    from hf_normswap import NormSwapConfig, calibrate, distill, get_norm, swap_norm
 
+    if args.texts is not None and (args.dataset_config_name or args.split or args.columns):
+        raise ValueError("dataset_config_name, split and columns are of a data set: leave them out with texts.")
     if args.norm:
         # swap_norm(calibrate_on=...) takes these options by itself, but keeps the report.
         norm = NormSwapConfig(args.norm, **{**get_norm(args.norm).calibrated_options, **(args.norm_options or {})})
     data = _read_data(args)
-    model, tokenizer = _load(args.model)
+    model, tokenizer = load_checkpoint(args.model)
     record = getattr(model.config, "norm_swap", None)
     if record is None and not args.norm:
         raise ValueError(f"{args.model} has LayerNorms: say what they become, for example with --norm rbn.")
+    if record is not None and args.distillation_steps:
+        raise ValueError(f"{args.model} is swapped already, and there is no original to distill: leave that out.")
     if record is None:
+        original = copy.deepcopy(model) if args.distillation_steps else None
         with _without_warning():
             swap_norm(model, norm, where=args.where or "blocks")
     elif args.norm or args.norm_options or args.where:
@@ -103,7 +119,10 @@ def _calibrated(args):
     reader = copy.deepcopy(tokenizer)  # saved is what came
     if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
         reader.pad_token = reader.eos_token
-    report = calibrate(model, data, tokenizer=reader, batch_size=args.batch_size, memory_budget=args.memory_budget)
+    options = {"tokenizer": reader, "batch_size": args.batch_size}
+    report = calibrate(model, data, memory_budget=args.memory_budget, **options)
+    if args.distillation_steps:
+        distill(model, original, data, steps=args.distillation_steps, **options)
     return model, tokenizer, report
 
 
@@ -112,7 +131,7 @@ def _read_data(args):
     from datasets import Dataset, load_dataset
 
     if args.texts is not None:
-        with _reading(args.texts):
+        with reading(args.texts):
             text = sys.stdin.read() if args.texts == "-" else Path(args.texts).read_text(encoding="utf-8")
         texts = [line.strip() for line in text.split("\n") if line.strip()]
         if not texts:
@@ -120,7 +139,7 @@ def _read_data(args):
         return _sample(Dataset.from_dict({"text": texts}), args.examples)
     # The cache of `datasets` does not notice that the files of a folder have changed.
     mode = "reuse_cache_if_exists" if os.path.isdir(args.dataset_name) else None
-    with _reading(args.dataset_name):
+    with reading(args.dataset_name):
         data = load_dataset(
             args.dataset_name, args.dataset_config_name, split=args.split or "train", download_mode=mode
         )
@@ -139,33 +158,6 @@ def _sample(data, count):
     return data.shuffle(seed=0).take(min(count, len(data)))
 
 
-def _load(name):
-    """Model and tokenizer of a checkpoint, the model of the class that its configuration names."""
-    import transformers
-
-    from hf_normswap.modeling import swapped
-
-    with _reading(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-        class_name = (config.architectures or [""])[0]
-        home = swapped if hasattr(config, "norm_swap") else transformers
-        model_class = getattr(home, class_name, None)
-        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-            raise ValueError(
-                f"its configuration names no model of transformers, but architectures {config.architectures}."
-            )
-        return model_class.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Says what cannot be read. A damaged checkpoint or data set can raise anything."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read: {str(error).strip() or type(error).__name__}") from error
-
-
 @contextmanager
 def _without_warning() -> Iterator[None]:
     """`swap_norm` warns of a swap without calibration, which here follows at once."""
@@ -176,44 +168,6 @@ def _without_warning() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `output` in the end: whole, or not at all on an error."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists and is no empty folder: name another one.")
-    parent = next(folder for folder in output.parents if folder.exists())
-    # Inside of a temporary folder, which is its owner's alone: what is made in it has the usual permissions.
-    with tempfile.TemporaryDirectory(prefix=".normswap-", dir=parent) as temporary:
-        folder = Path(temporary, output.name)
-        folder.mkdir()
-        yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()  # a rename onto an empty folder is not for every system
-        folder.rename(output)
-
-
-def _show(report) -> None:
-    """Print the table: through rich in a terminal, as plain text in a pipe or where rich is missing."""
-    if sys.stdout.isatty():  # rich would fold the columns of a pipe into 80 characters
-        try:
-            import rich
-            from rich.table import Column, Table
-        except ImportError:
-            pass
-        else:
-            heading, *rows = (line.split() for line in str(report).splitlines())  # no cell has a space
-            table = Table(*(Column(name, overflow="fold") for name in heading))
-            for row in rows:
-                table.add_row(*row)
-            return rich.print(table)
-    print(report)
-
-
-def _finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json_object(text: str) -> dict:

@@ -7,6 +7,7 @@ from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
 
 
 FORMAT_VERSION = 1
+OPTIONAL_ENTRIES = {"biases", "calibration", "folded", "layer_norm_share", "untied"}
 
 
 def family_of(model_type: str) -> str:
@@ -30,9 +31,8 @@ class NormSwapConfigMixin:
     `norm_swap` is a JSON object: `format_version`, and `norms`, a list of objects `norm` (registered name), `options`
     and `modules` (paths of the modules in a model with a head). In the middle of a progressive swap there is also
     `layer_norm_share`, the share that LayerNorm still has in a norm, by path; after a calibration there is
-    `calibration`, the R² of each norm's fit, by path; after a folding there is `folded`, an object `norms` (paths of
-    the norms that are gone), `biases` and `untied` (linear layers of the head that got a bias, or weights of their
-    own).
+    `calibration`, the R² of each norm's fit, by path; after a folding there is `folded`, the paths of the norms that
+    are gone. `biases` and `untied` are linear layers of the head that got a bias, or weights of their own.
     """
 
     def __post_init__(self, **kwargs):
@@ -59,10 +59,8 @@ class NormSwapConfigMixin:
                 f"This model was saved in format {version!r} of norm_swap and this hf_normswap reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_normswap."
             )
-        wrong = (set(record) - {"calibration", "folded", "layer_norm_share"}) ^ {"format_version", "norms"}
+        wrong = (set(record) - OPTIONAL_ENTRIES) ^ {"format_version", "norms"}
         wrong |= {key for entry in record.get("norms", []) for key in set(entry) ^ {"norm", "options", "modules"}}
-        if "folded" in record:
-            wrong |= set(record["folded"]) ^ {"norms", "biases", "untied"}
         if wrong:
             raise ValueError(
                 f"norm_swap in the model's configuration has unknown or missing entries {sorted(wrong)}: correct them."

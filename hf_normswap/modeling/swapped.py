@@ -35,8 +35,7 @@ class NormSwapMixin:
         super().__init__(config, *args, **kwargs)
         record = config.norm_swap or {}
         place_norms(self, norms_of_record(self, record))
-        if folded := record.get("folded"):
-            fold_as_recorded(self, folded)
+        fold_as_recorded(self, record)
         shares = record.get("layer_norm_share", {})
         for site in find_norms(self):
             if site.path in shares:
@@ -157,13 +156,13 @@ def _part(path: str) -> str:
     return ".".join(path.split(".")[:2])
 
 
-def fold_as_recorded(model: PreTrainedModel, folded: dict) -> None:
-    """Remove what a configuration lists as folded; the head's part is for the head that the model was folded with."""
-    remove_norms(model, [site.name for site in find_norms(model) if site.path in folded["norms"]])
+def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
+    """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
+    remove_norms(model, [site.name for site in find_norms(model) if site.path in record.get("folded", [])])
     modules = dict(model.named_modules())
-    for name in modules.keys() & set(folded["untied"]):
+    for name in modules.keys() & set(record.get("untied", [])):
         untie_head(model, name)
-    for name in modules.keys() & set(folded["biases"]):
+    for name in modules.keys() & set(record.get("biases", [])):
         add_bias(modules[name])
 
 

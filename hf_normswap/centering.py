@@ -1,0 +1,87 @@
+"""LayerNorm as RMSNorm: where the residual stream has no mean over the channels, they are the same."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .folding import TOLERANCES
+from .modeling.folded import untie_head
+from .modeling.norm import Norm
+from .modeling.sites import find_norms
+from .modeling.swap_config import NormSwapConfig
+from .probe import compare_outputs
+from .residual import find_tied_head, sublayer_of
+from .surgery import refuse_wrapped, swap_norm
+
+
+@torch.no_grad()
+def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTrainedModel:
+    """Replace every LayerNorm of a pre-norm model by RMSNorm, in place, without changing what it computes.
+
+    What is added to the residual stream loses its mean over the channels: embeddings, and outputs of the linear layers
+    that write to it. LayerNorm subtracts that mean anyway, and the rest of it is RMSNorm (Jiang et al., "Pre-RMSNorm
+    and Pre-CRMSNorm Transformers", 2023, arXiv 2305.14858).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a GPT-2 with its LayerNorms, in evaluation mode.
+        untie (`bool`, *optional*, defaults to `False`):
+            whether a head that shares its weights with the embeddings gets weights of its own, which it needs.
+
+    Returns:
+        The same model, swapped to `"rmsnorm"`.
+
+    Raises:
+        ValueError: when the model has post-norm blocks or norms other than LayerNorm, its head shares the weights of
+            the embeddings without `untie`, it is in training mode, or its outputs would change. The model is untouched
+            then.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+    >>> from hf_normswap import convert_to_rmsnorm, find_norms
+    >>> model = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval()
+    >>> [site.kind for site in find_norms(convert_to_rmsnorm(model))]
+    ['rmsnorm', 'rmsnorm', 'rmsnorm']
+
+    ```
+    """
+    refuse_wrapped(model)
+    sites = find_norms(model)
+    if any(module.training for module in model.modules()):
+        raise ValueError("The model is in training mode: call model.eval() first.")
+    if any(site.placement == "post" for site in sites):
+        raise ValueError("The residual stream of a post-norm model has a mean that matters: convert a pre-norm one.")
+    if any(isinstance(site.module, Norm) for site in sites):
+        raise ValueError("Some norms are swapped already: call restore_norm(model) first.")
+    tied = find_tied_head(model)
+    if tied and not untie:
+        raise ValueError(f"{tied} shares its weights with the embeddings, which have to change: pass untie=True.")
+    trial = copy.deepcopy(model)
+    _convert(trial, tied)
+    error = compare_outputs(model, trial)
+    if not error <= TOLERANCES[model.dtype]:
+        raise ValueError(f"The conversion would change the outputs by {error:.1e}: convert in a wider dtype.")
+    return _convert(model, tied)
+
+
+def _convert(model: PreTrainedModel, tied: str | None) -> PreTrainedModel:
+    if tied:
+        untie_head(model, tied)
+    sites = find_norms(model)
+    inside = model.base_model
+    writers = {sublayer_of(model, site).writer for site in sites if site.block}
+    for module in (inside.wte, inside.wpe, *map(model.get_submodule, writers)):
+        for values in (module.weight, getattr(module, "bias", None)):
+            if values is not None:
+                # The channels of the stream are the last dimension of embeddings, biases and Conv1D.
+                exact = values.double()
+                dim = 0 if isinstance(module, nn.Linear) else -1
+                values.copy_(exact - exact.mean(dim, keepdim=True))
+    (eps,) = {site.module.eps for site in sites}
+    swap_norm(model, NormSwapConfig("rmsnorm", eps=eps), where="all")
+    if tied:
+        model.config.norm_swap["untied"] = [tied]
+    return model

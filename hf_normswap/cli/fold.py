@@ -1,0 +1,61 @@
+"""Fold the norms of a model away, after converting its LayerNorms if need be.
+
+A model that is swapped and calibrated, or trained, is folded as it is. One with LayerNorms becomes one without norms
+in a single command: with --norm and texts it is swapped and calibrated first.
+
+Examples:
+
+    normswap fold my-calibrated-model my-folded-model
+    normswap fold my-gpt2-pn my-folded-gpt2 --untie --onnx
+    normswap fold textattack/bert-base-uncased-SST-2 sst2-without-norms --norm batchnorm --where all \\
+        --texts reviews.txt --distillation_steps 400 --onnx
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from .calibrate import add_conversion_arguments, convert
+from .checkpoints import load_checkpoint, new_folder
+from .reports import print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.usage = "%(prog)s MODEL OUTPUT [--norm NORM (--texts FILE | --dataset_name NAME)] [--option VALUE ...]"
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to save the folded model in, new or empty")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give a head that shares its weights with the embeddings its own, to fold the norm in front of it too",
+    )
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX graph too, into OUTPUT/onnx")
+    parser.add_argument("--int8", action="store_true", help="with weights of 8 bits in the graph")
+    add_conversion_arguments(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert if asked to, fold, save, and print the report."""
+    has_texts = args.texts is not None or args.dataset_name is not None
+    if args.norm and not has_texts:
+        raise ValueError("A swap needs texts to calibrate on: pass --texts or --dataset_name.")
+    if args.int8 and not args.onnx:
+        raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
+    from hf_normswap import export_onnx, fold_norms
+
+    with new_folder(Path(args.output).resolve()) as folder:
+        model, tokenizer = convert(args)[:2] if has_texts else load_checkpoint(args.model)
+        report = fold_norms(model.eval(), untie=args.untie)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        onnx = export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None
+    if args.json:
+        graph = {"onnx": {**asdict(onnx), "path": str(Path(args.output, "onnx", "model.onnx"))}} if onnx else {}
+        print_json({"output": args.output, **asdict(report), **graph})
+        return
+    print_table(report.rows())
+    print(f"relative error of the outputs: {report.error:.1e}")
+    if onnx:
+        print(f"ONNX (opset {onnx.opset}): {onnx.norm_nodes} nodes of norms, relative error {onnx.error:.1e}")

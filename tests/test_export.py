@@ -1,0 +1,100 @@
+"""Folded models outside of PyTorch's eager mode: ONNX Runtime, torch.export, torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_normswap import export_onnx, fold_norms, swap_norm
+from tests.models import tiny_batch, tiny_model
+from tests.persistence import is_one_sentence
+from tests.test_folding import norms_in, relative_error, swapped
+
+
+pytest.importorskip("onnxruntime")
+HEADS = [
+    ("bert", "BertForSequenceClassification"),
+    ("roberta", "RobertaForMaskedLM"),
+    ("marian", "MarianMTModel"),
+    ("gpt2", "GPT2LMHeadModel"),
+]
+
+
+def folded(family, head):
+    model = swapped(family, head, dtype=torch.float32)
+    model.config.use_cache = False
+    fold_norms(model, untie=True)
+    assert norms_in(model) == []
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_onnx(family, head, tmp_path):
+    report = export_onnx(folded(family, head), tmp_path / "onnx")
+    assert report.path.exists()
+    assert report.norm_nodes == 0
+    assert report.error < 1e-5
+    assert report.opset >= 18
+
+
+@pytest.mark.slow
+def test_a_layernorm_leaves_its_nodes(tmp_path):
+    """The count can find something."""
+    report = export_onnx(tiny_model("bert").eval(), tmp_path / "onnx")
+    assert report.norm_nodes == 5
+
+
+@pytest.mark.slow
+def test_int8(tmp_path):
+    """A pre-norm model bears it; a stream of scales from 1 to 1e8 does not, and nothing is written."""
+    assert export_onnx(folded("gpt2", None), tmp_path / "gpt2", int8=True).error < 0.1
+    model = swapped("bert", dtype=torch.float32)
+    norm = model.bert.encoder.layer[0].attention.output.LayerNorm
+    norm.weight.data *= torch.logspace(0, -8, 16)
+    fold_norms(model)
+    with pytest.raises(ValueError, match="without int8") as error:
+        export_onnx(model, tmp_path / "bert", int8=True)
+    assert is_one_sentence(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="training mode"):
+        export_onnx(tiny_model("bert"), tmp_path / "onnx")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="no empty folder"):
+        export_onnx(tiny_model("bert").eval(), tmp_path / "full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_torch_export(family, head):
+    model = folded(family, head)
+    batch = tiny_batch(model, labels=False)
+    if family == "marian":
+        batch["decoder_input_ids"] = batch.pop("labels", batch["input_ids"]).clamp(min=0)
+    program = torch.export.export(model, (), kwargs=batch)
+    assert not any("norm" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    with torch.no_grad():
+        error = relative_error(dict(model(**batch)), dict(program.module()(**batch)))
+    assert error < 1e-6
+
+
+@pytest.mark.slow
+def test_torch_compile():
+    model = folded("bert", None)
+    batch = tiny_batch(model, labels=False)
+    with torch.no_grad():
+        expected = dict(model(**batch))
+        compiled = torch.compile(model, fullgraph=True)
+        assert relative_error(expected, dict(compiled(**batch))) < 1e-5
+
+
+def test_linear_layers_of_gpt2_are_not_transposed_twice():
+    """Conv1D keeps its weights as (in, out)."""
+    model = swap_norm(tiny_model("gpt2").double().eval(), "affine", where="all")
+    before = model(input_ids=torch.arange(6)[None]).logits
+    fold_norms(model, untie=True)
+    assert not isinstance(model.transformer.h[0].attn.c_attn, nn.Linear)
+    torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits, before, rtol=1e-10, atol=1e-12)
