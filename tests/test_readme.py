@@ -13,9 +13,14 @@ from hf_normswap.modeling import norms, registry  # noqa: F401  (norms registers
 
 
 ROOT = Path(__file__).parents[1]
-SNIPPETS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-)
+SNIPPETS = {
+    f"{page.name}-{number}": snippet
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, snippet in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    )
+}
+INTRODUCTION = SNIPPETS.pop("README.md-0")
 MODULES = sorted(module.name for module in pkgutil.walk_packages(hf_normswap.__path__, "hf_normswap."))
 
 
@@ -26,12 +31,12 @@ def registry_of_its_own(monkeypatch):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
 
-@pytest.mark.parametrize("number", range(1, len(SNIPPETS)))
-def test_snippet_runs(number, tmp_path, monkeypatch):
-    # The first is the one line of the introduction, whose model is the reader's.
-    assert "swap_norm(model" in SNIPPETS[0]
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet, tmp_path, monkeypatch):
+    # The first one is the one line of the introduction, whose model is the reader's.
+    assert "swap_norm(model" in INTRODUCTION
     monkeypatch.chdir(tmp_path)
-    exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})
+    exec(compile(SNIPPETS[snippet], snippet, "exec"), {})
 
 
 @pytest.mark.parametrize("name", MODULES)
