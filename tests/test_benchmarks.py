@@ -6,15 +6,20 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import MarianMTModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
+
+from tests.test_cli import TEXTS, save_stock
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Python finds what the scripts share
 
 import conversion  # noqa: E402
+import finetuning  # noqa: E402
+import inference  # noqa: E402
 
 
 # GPT-2: two in the block and the final one. RoBERTa: embedding, two, head. Marian: two and three.
@@ -117,3 +122,54 @@ def test_the_loss_is_that_of_every_token_alike(data):
 def test_worse_is_up_for_losses_and_down_for_bleu():
     loss = conversion.relative_loss({"bleu": 20.0, "loss": 2.0}, {"bleu": 19.0, "loss": 2.2})
     assert loss == pytest.approx({"bleu": 5.0, "loss": 10.0})
+
+
+def test_paired_differences():
+    """Against the textbook: the interval of a mean difference, and none where the runs are the same."""
+    generator = np.random.default_rng(1)
+    reference = {seed: generator.random(2000) < 0.8 for seed in range(3)}
+    flipped = generator.random(2000) < 0.05
+    worse = {seed: right & ~flipped for seed, right in reference.items()}
+    correct = {
+        ("sst2", "layernorm", "naive"): reference,
+        ("sst2", "rbn", "calibrated"): worse,
+        ("rte", "layernorm", "naive"): {0: reference[0][:500]},
+        ("rte", "rbn", "calibrated"): {0: reference[0][:500], 7: reference[1][:500]},  # one seed has no counterpart
+    }
+    rows = {(row["task"], row["way"]): row for row in finetuning.compare(correct, seed=0)}
+    assert set(rows) == {("sst2", "calibrated"), ("rte", "calibrated"), ("all", "calibrated")}
+    row = rows["sst2", "calibrated"]
+    difference = np.mean([worse[seed].astype(float) - reference[seed] for seed in range(3)], axis=0)
+    assert row["difference"] == pytest.approx(100 * difference.mean())
+    spread = 100 * difference.std() / 2000**0.5
+    low, high = row["interval"]
+    assert low < row["difference"] < high
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.25)  # seeds add a little
+    assert rows["rte", "calibrated"]["interval"] == [0, 0]
+    assert list(rows["rte", "calibrated"]["accuracy"]) == ["0"]
+    assert rows["all", "calibrated"]["difference"] == pytest.approx(row["difference"] / 2)
+    assert "| rte | rbn | calibrated |" in finetuning.table(list(rows.values()))
+
+
+def test_correct_predictions_of_a_saved_model(tmp_path):
+    path = save_stock(tmp_path / "stock")
+    rows = Dataset.from_dict({"sentence": TEXTS, "label": [0, 1, 2] * 20, "idx": range(60)})
+    right = finetuning.find_correct(path, rows)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    for index in (0, 7, 31):
+        predicted = model.eval()(**tokenizer(TEXTS[index], return_tensors="pt")).logits.argmax().item()
+        assert right[index] == (predicted == rows[index]["label"])
+
+
+@pytest.mark.slow
+def test_inference_without_norms(tmp_path, capsys):
+    path = tmp_path / "inference.json"
+    sizes = "--hidden_size 64 --layers 1 --batch_sizes 2 --length 4 --rounds 3 --compiled false"
+    inference.main([*sizes.split(), "--output_file", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["task"], row["variant"]) for row in rows] == [
+        (task, variant) for task in ("encode", "decode") for variant in ("layernorm eager", "folded eager")
+    ]
+    for row in rows:
+        assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
+        assert row["peak_bytes"] > 2**20
