@@ -17,7 +17,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from hf_normswap import calibrate, distill, make_batches, restore_norm, swap_norm
+from hf_normswap import calibrate, distill, fold_norms, make_batches, restore_norm, swap_norm
 from hf_normswap.results import describe_environment
 
 
@@ -62,7 +62,10 @@ def convert(original, texts, tokenizer, args):
         model, seconds = calibrated(count)
         yield "calibrated", count, model, seconds
         if count == args.sentences[0]:
-            distilled = copy.deepcopy(model)
+            distilled, folded = copy.deepcopy(model), copy.deepcopy(model)
+            start = time.perf_counter()
+            fold_norms(folded)
+            yield "calibrated and folded", count, folded, time.perf_counter() - start
     start = time.perf_counter()
     distill(copy.deepcopy(distilled), original, texts, tokenizer=tokenizer, steps=5)
     steps = int(args.seconds / (time.perf_counter() - start) * 5)

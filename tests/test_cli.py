@@ -431,3 +431,17 @@ def test_fold_to_onnx(tmp_path, texts, capsys):
     assert report["onnx"]["path"] == str(tmp_path / "new" / "onnx" / "model.onnx")
     operators = {node.op_type for node in onnx.load(report["onnx"]["path"]).graph.node}
     assert not operators & {"LayerNormalization", "ReduceMean", "BatchNormalization"}
+
+
+def test_a_baseline_of_the_recipes_is_one_with_layer_norms(tmp_path, texts):
+    stock = save_stock(tmp_path / "stock")
+    swap_norm(AUTO_CLASSES["bert"].from_pretrained(stock), "layernorm").save_pretrained(tmp_path / "baseline")
+    AutoTokenizer.from_pretrained(stock).save_pretrained(tmp_path / "baseline")
+    for name in ("stock", "baseline"):
+        options = [str(tmp_path / name), str(tmp_path / f"{name}-rbn"), "--norm", "rbn", "--texts", texts]
+        assert main(["calibrate", *options]) == 0
+    of_stock, of_baseline = (
+        AUTO_CLASSES["bert"].from_pretrained(tmp_path / f"{name}-rbn") for name in ("stock", "baseline")
+    )
+    assert same(of_stock.state_dict(), of_baseline.state_dict())
+    assert of_stock.config.norm_swap == of_baseline.config.norm_swap

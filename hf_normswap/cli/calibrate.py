@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> tuple:
     """Model, tokenizer and report of the calibration."""
-    from hf_normswap import NormSwapConfig, calibrate, distill, get_norm, swap_norm
+    from hf_normswap import NormSwapConfig, calibrate, distill, get_norm, restore_norm, swap_norm
 
     if args.texts is not None and (args.dataset_config_name or args.split or args.columns):
         raise ValueError("dataset_config_name, split and columns are of a data set: leave them out with texts.")
@@ -105,6 +105,9 @@ def convert(args: argparse.Namespace) -> tuple:
     data = _read_data(args)
     model, tokenizer = load_checkpoint(args.model)
     record = getattr(model.config, "norm_swap", None)
+    if record and {entry["norm"] for entry in record["norms"]} == {"layernorm"}:  # the baseline of the recipes
+        restore_norm(model)
+        record = None
     if record is None and not args.norm:
         raise ValueError(f"{args.model} has LayerNorms: say what they become, for example with --norm rbn.")
     if record is not None and args.distillation_steps:
