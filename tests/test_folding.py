@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_normswap import Affine, Norm, NormSwapConfig, find_norms, fold_norms, restore_norm, swap_norm
 from hf_normswap.modeling.blend import set_layer_norm_share
 from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, same, train
+from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
 
 
 NORMS = ["batchnorm", "rbn", "pnv", NormSwapConfig("powernorm", group_scaling=False), "affine"]
@@ -277,3 +277,29 @@ def test_after_training(family):
     before = outputs(model)
     fold_norms(model, untie=True)
     assert relative_error(before, outputs(model)) < 1e-12
+
+
+def test_it_loads_where_the_package_is_missing(tmp_path):
+    """From the code beside the weights."""
+    for family, auto in {"bert": "AutoModelForSequenceClassification", "gpt2": "AutoModelForCausalLM"}.items():
+        model = swapped(family)
+        fold_norms(model, untie=True)
+        model.save_pretrained(tmp_path / family)
+        batch = tiny_batch(model, labels=False)
+        torch.save((auto, batch, outputs(model, batch)["logits"]), tmp_path / family / "expected.pt")
+    script = """
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+for folder in map(Path, sys.argv[1:]):
+    auto, batch, expected = torch.load(folder / "expected.pt")
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=1e-10, atol=1e-12)
+    assert "hf_normswap" not in sys.modules
+    assert not any("norm" in name.lower() or "ln_" in name for name, _ in model.named_modules())
+"""
+    run_fresh(script, tmp_path, tmp_path / "bert", tmp_path / "gpt2", package=False)
