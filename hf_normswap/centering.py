@@ -1,19 +1,16 @@
 """LayerNorm as RMSNorm: where the residual stream has no mean over the channels, they are the same."""
 
-import copy
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .folding import TOLERANCES
 from .modeling.folded import untie_head
 from .modeling.norm import Norm
 from .modeling.sites import find_norms
 from .modeling.swap_config import NormSwapConfig
-from .probe import compare_outputs
+from .probe import change_checked
 from .residual import find_tied_head, sublayer_of
-from .surgery import refuse_wrapped, swap_norm
+from .surgery import refuse_training, refuse_wrapped, swap_norm
 
 
 @torch.no_grad()
@@ -50,26 +47,22 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
     """
     refuse_wrapped(model)
     sites = find_norms(model)
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
+    refuse_training(model)
     if any(site.placement == "post" for site in sites):
         raise ValueError("The residual stream of a post-norm model has a mean that matters: convert a pre-norm one.")
-    if any(isinstance(site.module, Norm) for site in sites):
+    if getattr(model.config, "norm_swap", None) or any(isinstance(site.module, Norm) for site in sites):
         raise ValueError("Some norms are swapped already: call restore_norm(model) first.")
     tied = find_tied_head(model)
     if tied and not untie:
         raise ValueError(f"{tied} shares its weights with the embeddings, which have to change: pass untie=True.")
-    trial = copy.deepcopy(model)
-    _convert(trial, tied)
-    error = compare_outputs(model, trial)
-    if not error <= TOLERANCES[model.dtype]:
-        raise ValueError(f"The conversion would change the outputs by {error:.1e}: convert in a wider dtype.")
-    return _convert(model, tied)
+    change_checked(model, _convert)
+    return model
 
 
-def _convert(model: PreTrainedModel, tied: str | None) -> PreTrainedModel:
-    if tied:
+def _convert(model: PreTrainedModel) -> None:
+    if tied := find_tied_head(model):
         untie_head(model, tied)
+        model.config.tie_word_embeddings = False  # of GPT-2 that is the head alone
     sites = find_norms(model)
     inside = model.base_model
     writers = {sublayer_of(model, site).writer for site in sites if site.block}
@@ -82,6 +75,3 @@ def _convert(model: PreTrainedModel, tied: str | None) -> PreTrainedModel:
                 values.copy_(exact - exact.mean(dim, keepdim=True))
     (eps,) = {site.module.eps for site in sites}
     swap_norm(model, NormSwapConfig("rmsnorm", eps=eps), where="all")
-    if tied:
-        model.config.norm_swap["untied"] = [tied]
-    return model

@@ -13,7 +13,7 @@ from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
 from .modeling.sites import NormSite, find_norms, format_table
 from .statistics import gather_over_ranks, sum_over_ranks
-from .surgery import refuse_wrapped
+from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
 
 
@@ -143,11 +143,11 @@ class Conversion:
 def check_model(model) -> dict:
     """The record of its swap, once it is clear that the model can be converted."""
     refuse_wrapped(model)
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
+    refuse_training(model)
     record = getattr(model.config, "norm_swap", None)
     if record is None:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
+    refuse_folded(model)
     if "layer_norm_share" in record:
         raise ValueError("LayerNorm still has a share in these norms: finish the progressive swap first.")
     return record

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -13,8 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .files import new_folder
 from .modeling.sites import find_norms
 from .probe import probe_batches, relative_error
+from .surgery import refuse_training
 
 
 # Of what a norm becomes in a graph, whole or in parts.
@@ -70,8 +70,8 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
 
     Raises:
         ImportError: without onnx, onnxscript and onnxruntime.
-        ValueError: when the model is in training mode, the folder is not empty, or ONNX Runtime does not return what
-            PyTorch returns, to 1e-4, with `int8` to 0.1. Nothing is written then.
+        ValueError: when the model is in training mode or not in float32, the folder is not empty, or ONNX Runtime does
+            not return what PyTorch returns, to 1e-4, with `int8` to 0.1. Nothing is written then.
     """
     try:
         import onnxruntime
@@ -81,39 +81,34 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
             f"The export needs onnx, onnxscript, onnxruntime and a recent transformers ({error}): "
             "pip install 'hf_normswap[onnx]'."
         ) from error
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no empty folder: name another one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    refuse_training(model)
+    if model.dtype != torch.float32:
+        raise ValueError(f"ONNX Runtime wants float32, and the model is {model.dtype}: call model.float() first.")
+    if type(model).__name__.endswith("GPT2ForSequenceClassification") and model.config.pad_token_id is None:
+        raise ValueError("The model takes no batch without a padding token: set model.config.pad_token_id first.")
     traced, *others = probe_batches(model)
     config = OnnxConfig(dynamic=True)
     if int8:
         config.quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True))
-    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder.parent) as temporary:
-        draft = Path(temporary, folder.name)
+    with new_folder(folder) as draft:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # the exporter prints its progress
             warnings.simplefilter("ignore")
             exported = OnnxExporter().export(model, {name: torch.cat([x, x]) for name, x in traced.items()}, config)
         exported.save_pretrained(draft)
         session = onnxruntime.InferenceSession(str(draft / "model.onnx"), providers=["CPUExecutionProvider"])
-        error = max(_error(model, session, batch) for batch in others)
+        error = torch.tensor([_error(model, session, batch) for batch in others]).max().item()
         tolerance = TOLERANCE_INT8 if int8 else TOLERANCE
         if not error <= tolerance:
             raise ValueError(
-                f"The graph's outputs differ from the model's by {error:.1e}, more than {tolerance}: export "
-                f"{'without int8' if int8 else 'model.float()'}."
+                f"The graph's outputs differ from the model's by {error:.1e}, more than {tolerance}: "
+                + ("export without int8." if int8 else "check that the model's own outputs are finite.")
             )
         graph = exported.program.graph
         operators = Counter(node.op_type for node in graph)
         norm_nodes = sum(operators[name] for name in NORM_OPERATORS)
         if norm_nodes and not find_norms(model):
             raise ValueError(f"The graph has {norm_nodes} nodes of norms, the model has none: report this as a bug.")
-        if folder.exists():
-            folder.rmdir()
-        shutil.move(draft, folder)
-    return OnnxReport(folder / "model.onnx", graph.opset_imports[""], norm_nodes, error)
+    return OnnxReport(Path(folder) / "model.onnx", graph.opset_imports[""], norm_nodes, error)
 
 
 def _error(model, session, batch: dict[str, torch.Tensor]) -> float:
@@ -123,6 +118,7 @@ def _error(model, session, batch: dict[str, torch.Tensor]) -> float:
     values = session.run(None, {name: value.numpy(force=True) for name, value in batch.items() if name in names})
     outputs = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
     with torch.no_grad():
-        wanted = model(**batch)
+        wanted = model(**batch, return_dict=True)
     named = [name for name in wanted if name in outputs and isinstance(wanted[name], torch.Tensor)]
-    return max(relative_error(wanted[name].cpu(), torch.from_numpy(outputs[name])) for name in named)
+    errors = [relative_error(wanted[name].cpu(), torch.from_numpy(outputs[name])) for name in named]
+    return torch.tensor(errors).max().item()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -10,19 +11,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .conversion import check_model
+from .modeling.affine import Affine
 from .modeling.folded import add_bias, remove_norms, untie_head
 from .modeling.norm import Norm
-from .modeling.replace import has_hooks, new_norm, place_norms
+from .modeling.replace import has_hooks, place_norms
 from .modeling.sites import NormSite, find_norms, format_table
-from .modeling.swap_config import NormSwapConfig
 from .modeling.swapped import prepare_swapped, release_swapped
-from .probe import compare_outputs
+from .probe import change_checked
 from .residual import embeddings_of, find_tied_head, reader_of_head_norm, readers_of_stack, sublayer_of
 from .surgery import share_config
-
-
-# ‖Δ‖₂/‖logits‖₂ that folding may cost.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
@@ -58,10 +55,11 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
     of the residual stream, `x = A ⊙ s + c`, in which the next norm changes A and c alone: what reads the stream takes
     up A and c, what adds to it divides by A. All is computed in float64.
 
-    The folded model has no norms, saves, loads and generates like any other. Hidden states between its layers are in
-    other coordinates than before. An [`Affine`] stays where a norm cannot go: where hidden states leave the model,
-    before a LayerNorm that was not swapped, in front of a head that shares its weights with the embeddings, at a gain
-    of 0, and where A would leave the range of the weights' dtype.
+    The folded model saves, loads and generates like any other. Hidden states between its layers are in other
+    coordinates than before. An [`Affine`] stays where a norm cannot go: where hidden states leave the model, before a
+    LayerNorm that was not swapped, in front of a head that shares its weights with the embeddings, at a gain of 0,
+    where A would leave the range of the weights' dtype, and behind a cross-attention that is left out without an
+    encoder. Fold in the dtype that the model will run in.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
@@ -89,23 +87,14 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
 
     ```
     """
-    record = check_model(model)
-    if "folded" in record:
-        raise ValueError("The norms of this model are folded already: load it from before that to fold it otherwise.")
-    _check_norms(find_norms(model))
+    check_model(model)
+    _check_norms(model)
     plan = _Plan(model, untie)
     if not plan.report.folded:
-        raise ValueError(f"No norm can be folded: {'; '.join(f'{n}: {why}' for n, why in plan.report.kept.items())}.")
-    trial = copy.deepcopy(model)
-    plan.apply(trial)
-    plan.report.error = compare_outputs(model, trial)
-    tolerance = TOLERANCES[model.dtype]
-    if not plan.report.error <= tolerance:
-        raise ValueError(
-            f"Folding would change the outputs by {plan.report.error:.1e}, more than the {tolerance:.0e} for "
-            f"{_name(model.dtype)}: fold in a wider dtype, as in model.double()."
-        )
-    plan.apply(model)
+        reasons = Counter(plan.report.kept.values())
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+        raise ValueError(f"No norm can be folded ({reasons or 'none is of this package'}): swap more of them first.")
+    plan.report.error = change_checked(model, plan.apply)
     return plan.report
 
 
@@ -119,6 +108,7 @@ class _Plan:
         self.affines: dict[str, tuple] = {}
         self.sites = find_norms(model)
         tied = [name] if (name := find_tied_head(model)) else []
+        untie = untie and isinstance(self.sites[-1].module, Norm)  # the one in front of the head
         self.untied, self.tied = (tied, []) if untie else ([], tied)
         for stack in dict.fromkeys(site.stack for site in self.sites):
             sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
@@ -147,9 +137,10 @@ class _Plan:
         paths = {site.name: site.path for site in self.sites}
         gone, kept = ([paths[name] for name in names] for names in (self.report.folded, self.affines))
         norms = [{"norm": "affine", "options": {}, "modules": kept}] if kept else []
-        config = copy.deepcopy(model.config)
         lists = {"folded": gone, "biases": biased, "untied": self.untied}
+        config = copy.deepcopy(model.config)
         config.norm_swap |= {"norms": norms, **{name: values for name, values in lists.items() if values}}
+        config.norm_swap.pop("calibration", None)  # R² of norms that are gone
         share_config(model, config)
         release_swapped(model)
         prepare_swapped(model)
@@ -189,22 +180,25 @@ class _Plan:
             scale, shift = gain * scale, gain * shift + offset
             rest = zip(sites[index + 1 :], maps[index + 1 :], strict=True)
             following = [affine for other, affine in rest if affine is None or not self._is_optional(other)]
-            if not following:
-                as_it_is = self._obstacle(readers)
-            else:
-                as_it_is = "the LayerNorm after the next sublayer stays" if following[0] is None else None
-            new = torch.ones_like(scale) if as_it_is else self._centre(following)
-            if site.sublayer == "embedding" and (tables := self._tables(site)):
-                self._scale_tables(tables, scale / new, shift / new)
+            as_it_is = self._reason_for_x(following, readers)
+            reason, tables = as_it_is or self._misfit(scale), self._tables(site)
+            if tables or not reason:
                 self.report.folded.append(site.name)
-            elif reason := as_it_is or self._misfit(scale):
-                self._keep(site, scale / new, shift / new, reason)
-            else:
-                self.report.folded.append(site.name)
-                continue
-            scale, shift = new, torch.zeros_like(shift)
+            if tables or reason:
+                new = torch.ones_like(scale) if as_it_is else self._centre(following)
+                if tables:
+                    self._scale_tables(tables, scale / new, shift / new)
+                else:
+                    self._keep(site, scale / new, shift / new, reason)
+                scale, shift = new, torch.zeros_like(shift)
         if not self._obstacle(readers):
             self._scale_inputs(readers, scale, shift)
+
+    def _reason_for_x(self, following: list[tuple | None], readers: tuple[str, ...]) -> str | None:
+        """Why x itself is needed behind a norm of the stream that has these `following` it."""
+        if not following:
+            return self._obstacle(readers)
+        return "the LayerNorm after the next sublayer stays" if following[0] is None else None
 
     def _is_optional(self, site: NormSite) -> bool:
         """Whether the sublayer runs only where the decoder is given the output of an encoder."""
@@ -214,7 +208,10 @@ class _Plan:
         if not isinstance(site.module, Norm):
             self.report.kept[site.name] = "it was not swapped"
             return None
-        return tuple(value.to("cpu", torch.float64) for value in site.module.affine_map())
+        gain, shift = (value.to("cpu", torch.float64) for value in site.module.affine_map())
+        if not (gain.isfinite().all() and shift.isfinite().all()):
+            raise ValueError(f"{site.name} has statistics or gains that are not finite: calibrate or train it first.")
+        return gain, shift
 
     def _keep(self, site: NormSite, gain: torch.Tensor, shift: torch.Tensor, reason: str) -> None:
         self.affines[site.name] = gain, shift
@@ -251,9 +248,10 @@ class _Plan:
         return torch.rsqrt(smallest * largest)
 
     def _tables(self, site: NormSite) -> list[str]:
-        """The embedding tables in front of a norm, if nothing else needs them as they are."""
-        names = embeddings_of(self.model, site)
-        return [] if self.tied else names
+        """The embedding tables in front of a norm, if there are some and nothing else needs them as they are."""
+        names = embeddings_of(self.model, site) if site.sublayer == "embedding" and not self.tied else []
+        tables = [self.model.get_submodule(name) for name in names]
+        return names if all(type(table) is nn.Embedding and not has_hooks(table) for table in tables) else []
 
     def _scale_tables(self, names: list[str], gain: torch.Tensor, shift: torch.Tensor) -> None:
         for name in names:
@@ -285,35 +283,40 @@ class _Plan:
         bias = None if module.bias is None else module.bias.to("cpu", torch.float64)
         return self.weights.get(name, weight.to("cpu", torch.float64)), self.biases.get(name, bias)
 
-    def _affine(self, model: PreTrainedModel, name: str) -> Norm:
+    def _affine(self, model: PreTrainedModel, name: str) -> Affine:
         old = model.get_submodule(name)
-        norm = new_norm(old, NormSwapConfig("affine"))
-        norm.weight, norm.bias = (nn.Parameter(value.to(old.weight)) for value in self.affines[name])
-        return norm
+        new = Affine(old.num_features, device=old.weight.device, dtype=old.weight.dtype)
+        new.replaced_eps = old.replaced_eps
+        for parameter, value in zip((new.weight, new.bias), self.affines[name], strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(old.weight.requires_grad)
+        return new.train(old.training)
 
     def _check_range(self) -> None:
-        for values in (self.weights, self.biases):
-            for name, value in values.items():
-                dtype = self.model.get_submodule(name).weight.dtype
-                if not value.to(dtype).isfinite().all():
-                    raise ValueError(
-                        f"Folded, {name} would leave the range of {_name(dtype)}: fold in a wider dtype, as in "
-                        "model.float()."
-                    )
+        values = [(name, value) for table in (self.weights, self.biases) for name, value in table.items()]
+        values += [(name, value) for name, pair in self.affines.items() for value in pair]
+        for name, value in values:
+            dtype = self.model.get_submodule(name).weight.dtype
+            if not value.to(dtype).isfinite().all():
+                raise ValueError(
+                    f"Folded, {name} would leave the range of {_name(dtype)}: use a wider dtype, as in model.float()."
+                )
 
 
-def _check_norms(sites: list[NormSite]) -> None:
-    for site in sites:
-        norm = site.module
+def _check_norms(model: PreTrainedModel) -> None:
+    sites = {site.name: site.module for site in find_norms(model)}
+    for name, norm in model.named_modules():
         if not isinstance(norm, Norm):
             continue
+        if name not in sites:
+            raise ValueError(f"The norm {name} is inside of an adapter: merge it into the model, or remove it, first.")
         if norm.affine_map() is None:
             raise ValueError(
-                f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: "
-                "fold a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
+                f"{name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: fold "
+                "a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
             )
         if has_hooks(norm):
-            raise ValueError(f"{site.name} has hooks, which would go with it: remove them first.")
+            raise ValueError(f"{name} has hooks, which would go with it: remove them first.")
 
 
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:

@@ -1,21 +1,54 @@
-"""Whether two models compute the same: their outputs for random tokens."""
+"""Changes that may not change what a model computes, tried on a copy first: outputs for random tokens."""
+
+import copy
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
+
+
+# ‖Δ‖₂/‖logits‖₂ that rounding may cost.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def change_checked(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> float:
+    """Apply `change` to a copy of `model`, compare the outputs, and apply it to `model` too.
+
+    Returns:
+        `float`: the relative error of the outputs of the copy.
+
+    Raises:
+        ValueError: when that is more than the tolerance of the dtype. The model is untouched then.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("Some weights are offloaded: load the model where all of it fits into memory.")
+    trial = copy.deepcopy(model)
+    change(trial)
+    error = compare_outputs(model, trial)
+    if not error <= TOLERANCES[model.dtype]:
+        name = str(model.dtype).removeprefix("torch.")
+        cure = "" if model.dtype == torch.float64 else ", or use a wider dtype, as in model.double()"
+        raise ValueError(
+            f"The outputs would change by {error:.1e}, more than the {TOLERANCES[model.dtype]:.0e} for {name}: check "
+            f"that the model's own outputs are finite and nothing was added around its norms{cure}."
+        )
+    change(model)
+    return error
 
 
 def probe_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     """Two batches of one row of random tokens, the second one shorter and with padding."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     longest = min(32, config.max_position_embeddings - 2)  # RoBERTa counts positions from 2
+    decoder_vocab_size = getattr(config, "decoder_vocab_size", None) or config.vocab_size
     batches = []
-    for length, pads in ((longest, 0), (longest - 1, longest // 4)):
+    for length, pads in ((longest, 0), (max(longest - 1, 1), longest // 4)):
         batch = {"input_ids": torch.randint(config.vocab_size, (1, length), generator=generator)}
         batch["attention_mask"] = (torch.arange(length)[None] < length - pads).long()
         if "MultipleChoice" in type(model).__name__:
             batch = {name: values[None] for name, values in batch.items()}
         if config.is_encoder_decoder:
-            batch["decoder_input_ids"] = torch.randint(config.vocab_size, (1, length), generator=generator)
+            batch["decoder_input_ids"] = torch.randint(decoder_vocab_size, (1, length), generator=generator)
         elif getattr(config, "add_cross_attention", False):
             states = torch.randn(1, length, config.hidden_size, generator=generator)
             batch["encoder_hidden_states"] = states.to(model.dtype)
@@ -25,16 +58,17 @@ def probe_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def compare_outputs(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """The largest `‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of the hidden states of models without head."""
+    """The largest `‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head; NaN, if any is."""
     errors = []
     for batch in probe_batches(model):
-        before, after = model(**batch), other(**batch)
+        before, after = model(**batch, return_dict=True), other(**batch, return_dict=True)
         names = [name for name in before if name.endswith("logits") or name in ("last_hidden_state", "pooler_output")]
         errors += [relative_error(before[name], after[name]) for name in names]
-    return max(errors)
+    return torch.tensor(errors).max().item()  # max() would lose a NaN
 
 
 def relative_error(before: torch.Tensor, after: torch.Tensor) -> float:
     """`‖Δ‖₂ / ‖before‖₂`; NaN where one of them is not finite."""
     before, after = before.double(), after.double()
-    return ((after - before).norm() / before.norm()).item()
+    error = (after - before).norm()
+    return 0.0 if error == 0 else (error / before.norm()).item()

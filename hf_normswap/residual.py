@@ -97,8 +97,9 @@ def embeddings_of(model: PreTrainedModel, site: NormSite) -> list[str]:
 
 
 def find_tied_head(model: PreTrainedModel) -> str | None:
-    """The linear layer of a language modelling head that shares its weights with the input embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
+    """The linear layer of a language modelling head that shares its weights with an embedding table."""
+    head = model.get_output_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if head is None or not any(table.weight is head.weight for table in tables):
         return None
     return next(name for name, module in model.named_modules() if module is head)

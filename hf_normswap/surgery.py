@@ -139,8 +139,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     refuse_wrapped(model)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
-    if "folded" in model.config.norm_swap:
-        raise ValueError("The norms of this model are folded away: load it from before that.")
+    refuse_folded(model)
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     model.__class__ = stock_class(type(model))
@@ -152,6 +151,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
 def _check_model(model) -> type:
     refuse_wrapped(model)
     if isinstance(model, NormSwapMixin):
+        refuse_folded(model)
         swapped = type(model)
     else:
         find_norms(model)  # says which families there are
@@ -165,6 +165,18 @@ def _check_model(model) -> type:
             "chunk_size_feed_forward > 0 calls a norm once per chunk, which breaks its statistics: set it to 0."
         )
     return swapped
+
+
+def refuse_training(model) -> None:
+    """Raises `ValueError` for a model that is in training mode, wholly or in part."""
+    if any(module.training for module in model.modules()):
+        raise ValueError("The model is in training mode: call model.eval() first.")
+
+
+def refuse_folded(model) -> None:
+    """Raises `ValueError` for a model whose norms are folded away."""
+    if "folded" in (getattr(model.config, "norm_swap", None) or {}):
+        raise ValueError("The norms of this model are folded away: load it from before that.")
 
 
 def refuse_wrapped(model) -> None:

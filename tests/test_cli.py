@@ -344,7 +344,7 @@ for arguments in (["--help"], ["calibrate", "--help"]):
         main(arguments)
     except SystemExit as end:
         assert end.code == 0
-loaded = {name.split(".")[0] for name in set(sys.modules) - before if not name.startswith("hf_normswap.cli")}
+loaded = {name.split(".")[0] for name in set(sys.modules) - before if not name.startswith("hf_normswap")}
 print("LOADED", *sorted(loaded - set(sys.stdlib_module_names)))
 """
     shown = run_fresh(script, tmp_path).stdout
@@ -407,9 +407,10 @@ def test_distillation_brings_it_nearer(tmp_path, texts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--norm", "rbn"], "needs texts to calibrate on"),
+        (["--norm", "rbn"], "which needs texts"),
+        (["--distillation_steps", "5"], "which needs texts"),
         (["--int8"], "pass --onnx too"),
-        ([], "no swapped norms"),
+        ([], "has LayerNorms: pass --norm"),
         (["--norm", "rmsnorm", "--texts", "TEXTS"], "statistics of each token"),
     ],
 )

@@ -65,6 +65,11 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="no empty folder"):
         export_onnx(tiny_model("bert").eval(), tmp_path / "full")
+    with pytest.raises(ValueError, match="call model.float"):
+        export_onnx(tiny_model("bert").half().eval(), tmp_path / "deep" / "onnx")
+    model = tiny_model("gpt2", "GPT2ForSequenceClassification", pad_token_id=None).eval()
+    with pytest.raises(ValueError, match="pad_token_id"):
+        export_onnx(model, tmp_path / "onnx")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 

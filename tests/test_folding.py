@@ -1,17 +1,32 @@
 """Folding: the same outputs without norms, for every family, head and norm; saved, loaded, refused."""
 
 import copy
+import logging
+import math
 import re
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_normswap import Affine, Norm, NormSwapConfig, find_norms, fold_norms, restore_norm, swap_norm
+from hf_normswap import (
+    Affine,
+    Norm,
+    NormSwapConfig,
+    calibrate,
+    convert_to_rmsnorm,
+    distill,
+    find_norms,
+    fold_norms,
+    reestimate_statistics,
+    restore_norm,
+    swap_norm,
+)
 from hf_normswap.modeling.blend import set_layer_norm_share
+from hf_normswap.probe import compare_outputs
 from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.persistence import edit_config, is_one_sentence, outputs, run_fresh, same, train
 
 
 NORMS = ["batchnorm", "rbn", "pnv", NormSwapConfig("powernorm", group_scaling=False), "affine"]
@@ -214,9 +229,19 @@ def blend(model):
     set_layer_norm_share(model, {site.path: 0.5 for site in find_norms(model)})
 
 
+def overflow(model):
+    """Finite in float16 as it is: large weights between small inputs and a small gain."""
+    model.half().bert.pooler.dense.weight.data.fill_(3e4)
+    model.bert.encoder.layer[1].output.LayerNorm.running_var.fill_(0.01)
+
+
 def poison(model):
-    model.bert.encoder.layer[0].output.LayerNorm.running_var.fill_(1e-9)
-    model.bert.encoder.layer[0].output.LayerNorm.weight.data.fill_(3e4)
+    model.bert.encoder.layer[0].output.LayerNorm.running_var.fill_(torch.inf)
+    model.bert.encoder.layer[0].output.LayerNorm.weight.data.fill_(torch.inf)
+
+
+def wrap(model):
+    model.bert.encoder.layer[0].output.LayerNorm = nn.Sequential(model.bert.encoder.layer[0].output.LayerNorm).eval()
 
 
 @pytest.mark.parametrize(
@@ -226,11 +251,13 @@ def poison(model):
         ("powernorm", lambda model: None, "group_scaling=False"),
         ("rmsnorm", lambda model: None, "needs statistics of each token"),
         ("layernorm", lambda model: None, "needs statistics of each token"),
-        ("batchnorm", lambda model: poison(model.half()), "range of float16|fold in a wider dtype"),
+        ("batchnorm", overflow, "range of float16"),
+        ("batchnorm", poison, "not finite"),
+        ("batchnorm", wrap, "inside of an adapter"),
         ("batchnorm", lambda model: find_norms(model)[1].module.register_forward_hook(print), "hooks"),
         ("batchnorm", lambda model: model.bert.encoder.layer[1].output.dense.register_forward_hook(print), "hooks"),
         ("batchnorm", lambda model: blend(model), "LayerNorm still has a share"),
-        ("batchnorm", lambda model: fold_norms(model), "folded already"),
+        ("batchnorm", lambda model: fold_norms(model), "folded away"),
         ("batchnorm", lambda model: restore_norm(model), "no swapped norms"),
     ],
 )
@@ -256,10 +283,10 @@ def test_adapters_are_refused():
 
 
 def test_a_fold_that_would_change_the_outputs_is_refused(monkeypatch):
-    monkeypatch.setattr("hf_normswap.folding.TOLERANCES", {torch.float32: 0.0})
+    monkeypatch.setattr("hf_normswap.probe.TOLERANCES", {torch.float32: 0.0})
     model = swapped("bert", dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="would change the outputs"):
+    with pytest.raises(ValueError, match="outputs would change"):
         fold_norms(model)
     assert same(model.state_dict(), before)
 
@@ -303,3 +330,101 @@ for folder in map(Path, sys.argv[1:]):
     assert not any("norm" in name.lower() or "ln_" in name for name, _ in model.named_modules())
 """
     run_fresh(script, tmp_path, tmp_path / "bert", tmp_path / "gpt2", package=False)
+
+
+def test_nothing_else_takes_a_folded_model():
+    model = swapped("gpt2")
+    fold_norms(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [tiny_batch(model, labels=False)]
+    for change in (
+        lambda: calibrate(model, data),
+        lambda: distill(model, tiny_model("gpt2").double().eval(), data),
+        lambda: reestimate_statistics(model, data),
+        lambda: swap_norm(model, "rbn"),
+        lambda: restore_norm(model),
+        lambda: set_layer_norm_share(model, 1.0),
+        lambda: convert_to_rmsnorm(model, untie=True),
+    ):
+        with pytest.raises(ValueError, match="folded away|no swapped norms|swapped already"):
+            change()
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("family", ["marian", "gpt2", "bert"])
+def test_the_vocabulary_of_an_untied_model(family):
+    model = swapped(family, "BertForMaskedLM" if family == "bert" else None)
+    fold_norms(model, untie=True)
+    if family == "marian":
+        with pytest.raises(ValueError, match="resize it before"):
+            model.resize_token_embeddings(50)
+    else:
+        model.resize_token_embeddings(50)
+        assert outputs(model)["logits"].shape[-1] == 50
+
+
+def test_embeddings_of_a_marian_that_are_not_shared():
+    vocabulary = {"decoder_vocab_size": 30, "pad_token_id": 29, "decoder_start_token_id": 29}
+    model = swapped("marian", share_encoder_decoder_embeddings=False, **vocabulary)
+    ids = torch.randint(29, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    before = outputs(model, batch)
+    report = fold_norms(model)
+    assert "lm_head shares its weights with the embeddings" in report.kept.values()
+    assert relative_error(before, outputs(model, batch)) < 1e-12
+
+
+def test_hidden_states_of_a_model_folded_with_a_head(tmp_path, caplog):
+    """Loaded without it they mean something else, and a warning says so."""
+    model = swapped("bert")
+    fold_norms(model)
+    model.save_pretrained(tmp_path)
+    logging.getLogger("transformers").propagate = logging.getLogger("hf_normswap").propagate = True
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert "coordinates of their own" not in caplog.text
+    AutoModel.from_pretrained(tmp_path)
+    assert "coordinates of their own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["norm_swap"]["folded"].append("bert.nonsense"), "no norm of this family"),
+        (lambda config: config.update(num_hidden_layers=1), "number of layers"),
+    ],
+)
+def test_a_configuration_that_lists_something_else_is_refused(change, message, tmp_path):
+    model = swapped("bert")
+    fold_norms(model)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_head_of_zeros_and_tuples_as_outputs():
+    model = swapped("bert")
+    nn.init.zeros_(model.classifier.weight)
+    nn.init.zeros_(model.classifier.bias)
+    model.config.return_dict = False
+    assert fold_norms(model).error == 0
+
+
+def test_nan_is_never_close():
+    model = swapped("bert", "BertForPreTraining")
+    other = copy.deepcopy(model)
+    other.cls.seq_relationship.bias.data[0] = torch.nan
+    assert math.isnan(compare_outputs(model, other))
+
+
+def test_a_frozen_model_stays_frozen():
+    model = swapped("gpt2").requires_grad_(False)
+    fold_norms(model, untie=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_is_untied_only_where_that_helps():
+    model = swapped("gpt2", where="blocks")
+    report = fold_norms(model, untie=True)
+    assert report.kept == {"transformer.ln_f": "it was not swapped"}
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -23,7 +23,7 @@ PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
 # From the bottom to the top: a file imports from its own layer and from those below.
 LAYERS = [
     {"modeling"},
-    {"auto", "statistics", "comparison", "metrics", "batches"},
+    {"auto", "statistics", "comparison", "metrics", "batches", "files"},
     {"surgery", "results", "walk", "least_squares", "residual", "probe"},
     {"conversion"},
     {"calibration", "distillation", "progressive", "folding", "placement", "export", "tid", "gradients", "plots"},

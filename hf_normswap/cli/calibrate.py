@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoints import load_checkpoint, new_folder, reading
+from hf_normswap.files import new_folder
+
+from .checkpoints import load_checkpoint, reading
 from .reports import print_json, print_table
 
 
@@ -83,7 +85,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate, save, and print the report."""
-    with new_folder(Path(args.output).resolve()) as folder:
+    with new_folder(args.output) as folder:
         model, tokenizer, report = convert(args)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,9 +1,7 @@
-"""Checkpoints in and out of a verb."""
+"""Checkpoints that a verb reads."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 def load_checkpoint(name):
@@ -31,20 +29,3 @@ def reading(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{name} cannot be read: {str(error).strip() or type(error).__name__}") from error
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `output` in the end: whole, or not at all on an error."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists and is no empty folder: name another one.")
-    parent = next(folder for folder in output.parents if folder.exists())
-    # Inside of a temporary folder, which is its owner's alone: what is made in it has the usual permissions.
-    with tempfile.TemporaryDirectory(prefix=".normswap-", dir=parent) as temporary:
-        folder = Path(temporary, output.name)
-        folder.mkdir()
-        yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()  # a rename onto an empty folder is not for every system
-        folder.rename(output)

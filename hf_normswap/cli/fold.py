@@ -15,8 +15,10 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from hf_normswap.files import new_folder
+
 from .calibrate import add_conversion_arguments, convert
-from .checkpoints import load_checkpoint, new_folder
+from .checkpoints import load_checkpoint
 from .reports import print_json, print_table
 
 
@@ -36,17 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+_OF_A_CONVERSION = (
+    "norm",
+    "norm_options",
+    "where",
+    "dataset_config_name",
+    "split",
+    "columns",
+    "distillation_steps",
+)
+
+
 def run(args: argparse.Namespace) -> None:
     """Convert if asked to, fold, save, and print the report."""
     has_texts = args.texts is not None or args.dataset_name is not None
-    if args.norm and not has_texts:
-        raise ValueError("A swap needs texts to calibrate on: pass --texts or --dataset_name.")
+    given = [name for name in _OF_A_CONVERSION if getattr(args, name)]
+    if given and not has_texts:
+        raise ValueError(f"{given[0]} is for a conversion, which needs texts: pass --texts or --dataset_name too.")
     if args.int8 and not args.onnx:
         raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
     from hf_normswap import export_onnx, fold_norms
 
-    with new_folder(Path(args.output).resolve()) as folder:
+    with new_folder(args.output) as folder:
         model, tokenizer = convert(args)[:2] if has_texts else load_checkpoint(args.model)
+        if getattr(model.config, "norm_swap", None) is None:
+            raise ValueError(f"{args.model} has LayerNorms: pass --norm and --texts, to convert them first.")
         report = fold_norms(model.eval(), untie=args.untie)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -61,7 +61,7 @@ def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -
     ```
     """
     norms = {site.path: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
-    if not norms:
+    if not norms or "folded" in model.config.norm_swap:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
     given = share if isinstance(share, Mapping) else dict.fromkeys(norms, share)
     check_layer_norm_shares(given, norms)

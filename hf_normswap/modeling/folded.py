@@ -24,7 +24,7 @@ def remove_norms(model: nn.Module, names: Iterable[str]) -> None:
 def untie_head(model: PreTrainedModel, name: str) -> None:
     """Give the linear layer `name` a weight of its own, a copy of the embedding table that it shared."""
     linear = model.get_submodule(name)
-    linear.weight = nn.Parameter(linear.weight.detach().clone())
+    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
     key = f"{name}.weight"
     for table in ("_tied_weights_keys", "all_tied_weights_keys"):
         setattr(model, table, {target: source for target, source in getattr(model, table).items() if target != key})
@@ -32,4 +32,5 @@ def untie_head(model: PreTrainedModel, name: str) -> None:
 
 def add_bias(linear: nn.Linear) -> None:
     """Give a linear layer that has none a bias of zeros."""
-    linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    zeros = linear.weight.new_zeros(linear.out_features)
+    linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)

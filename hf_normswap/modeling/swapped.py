@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from .blend import blend_norm
 from .configuration import CONFIGS, family_of
@@ -17,11 +18,13 @@ from .norm import BatchStatisticNorm, Norm
 from .rbn import RegularizedBatchNorm
 from .recompute import tape_checkpoint
 from .replace import new_norm, place_norms
-from .sites import find_norms, is_site
+from .sites import NormSite, find_norms, is_site
 from .swap_config import NormSwapConfig
 from .token_mask import unwatch_masks, watch_masks
 from .travel import auto_heads
 
+
+logger = logging.get_logger(__name__)
 
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "marian": "Marian", "gpt2": "GPT2"}
 _READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
@@ -56,6 +59,12 @@ class NormSwapMixin:
         for module in self.modules():
             if isinstance(module, Norm):
                 module.initialize()  # transformers knows nothing of our buffers
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        # Of an encoder-decoder transformers would resize the embeddings alone.
+        if new_num_tokens and self.config.is_encoder_decoder and "untied" in (self.config.norm_swap or {}):
+            raise ValueError("The head has weights of its own since the model was folded: resize it before that.")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _set_gradient_checkpointing(
         self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
@@ -132,24 +141,29 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
     Raises:
         ValueError: when a listed module is missing from a part that the model has, or no norm of the family at all.
     """
-    sites = {site.path: site for site in find_norms(model)}
-    parts = {_part(path) for path in sites}
     norms = {}
     for entry in record.get("norms", []):
         config = NormSwapConfig(entry["norm"], **entry["options"])
-        for path in entry["modules"]:
-            if path in sites:
-                norms[sites[path].name] = new_norm(sites[path].module, config)
-            elif not is_site(model, path):
-                raise ValueError(
-                    f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
-                )
-            elif _part(path) in parts:
-                raise ValueError(
-                    f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
-                    "load it with the number of layers that it was saved with."
-                )
+        norms |= {site.name: new_norm(site.module, config) for site in _find_recorded(model, entry["modules"])}
     return norms
+
+
+def _find_recorded(model: PreTrainedModel, paths: list[str]) -> list[NormSite]:
+    sites = {site.path: site for site in find_norms(model)}
+    parts = {_part(path) for path in sites}
+    for path in paths:
+        if path in sites:
+            continue
+        if not is_site(model, path):
+            raise ValueError(
+                f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
+            )
+        if _part(path) in parts:
+            raise ValueError(
+                f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
+                "load it with the number of layers that it was saved with."
+            )
+    return [sites[path] for path in paths if path in sites]
 
 
 def _part(path: str) -> str:
@@ -158,7 +172,14 @@ def _part(path: str) -> str:
 
 def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
     """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
-    remove_norms(model, [site.name for site in find_norms(model) if site.path in record.get("folded", [])])
+    gone = [site.name for site in _find_recorded(model, record.get("folded", []))]
+    ends = {site.stack: site.name for site in find_norms(model)}.values()  # the last norm of each stack
+    if model.base_model is model and not set(ends).isdisjoint(gone):
+        logger.warning(
+            "This checkpoint was folded with a head, and the hidden states that it returns without one are in "
+            "coordinates of their own: fold the model without head instead to use them."
+        )
+    remove_norms(model, gone)
     modules = dict(model.named_modules())
     for name in modules.keys() & set(record.get("untied", [])):
         untie_head(model, name)
