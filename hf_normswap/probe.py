@@ -18,31 +18,34 @@ def change_checked(model: PreTrainedModel, change: Callable[[PreTrainedModel], N
         `float`: the relative error of the outputs of the copy.
 
     Raises:
-        ValueError: when that is more than the tolerance of the dtype. The model is untouched then.
+        ValueError: when that is more than rounding in the dtype of the model. The model is untouched then.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("Some weights are offloaded: load the model where all of it fits into memory.")
     trial = copy.deepcopy(model)
     change(trial)
-    error = compare_outputs(model, trial)
-    if not error <= TOLERANCES[model.dtype]:
+    error, limit = compare_outputs(model, trial), TOLERANCES[model.dtype]
+    if not error <= limit:
+        # Random tokens are nothing that a model was trained on: some amplify rounding on them.
+        limit = max(limit, 4 * compare_outputs(copy.deepcopy(model).double(), model))
+    if not error <= limit:
         name = str(model.dtype).removeprefix("torch.")
         cure = "" if model.dtype == torch.float64 else ", or use a wider dtype, as in model.double()"
         raise ValueError(
-            f"The outputs would change by {error:.1e}, more than the {TOLERANCES[model.dtype]:.0e} for {name}: check "
-            f"that the model's own outputs are finite and nothing was added around its norms{cure}."
+            f"The outputs would change by {error:.1e}, more than the {limit:.0e} of rounding in {name}: check that the "
+            f"model's own outputs are finite and nothing was added around its norms{cure}."
         )
     change(model)
     return error
 
 
 def probe_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    """Two batches of one row of random tokens, the second one shorter and with padding."""
+    """Eight batches of one row of random tokens, every other one shorter and with padding."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     longest = min(32, config.max_position_embeddings - 2)  # RoBERTa counts positions from 2
     decoder_vocab_size = getattr(config, "decoder_vocab_size", None) or config.vocab_size
     batches = []
-    for length, pads in ((longest, 0), (max(longest - 1, 1), longest // 4)):
+    for length, pads in 4 * [(longest, 0), (max(longest - 1, 1), longest // 4)]:
         batch = {"input_ids": torch.randint(config.vocab_size, (1, length), generator=generator)}
         batch["attention_mask"] = (torch.arange(length)[None] < length - pads).long()
         if "MultipleChoice" in type(model).__name__:
@@ -58,12 +61,14 @@ def probe_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def compare_outputs(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """The largest `‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head; NaN, if any is."""
-    errors = []
-    for batch in probe_batches(model):
-        before, after = model(**batch, return_dict=True), other(**batch, return_dict=True)
-        names = [name for name in before if name.endswith("logits") or name in ("last_hidden_state", "pooler_output")]
-        errors += [relative_error(before[name], after[name]) for name in names]
+    """`‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head: the largest one, NaN if any is."""
+    pairs = {}
+    for ours, theirs in zip(probe_batches(model), probe_batches(other), strict=True):
+        before, after = model(**ours, return_dict=True), other(**theirs, return_dict=True)
+        for name in before:
+            if name.endswith("logits") or name in ("last_hidden_state", "pooler_output"):
+                pairs.setdefault(name, []).append((before[name].flatten(), after[name].flatten()))
+    errors = [relative_error(*map(torch.cat, zip(*values, strict=True))) for values in pairs.values()]
     return torch.tensor(errors).max().item()  # max() would lose a NaN
 
 

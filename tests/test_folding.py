@@ -283,7 +283,7 @@ def test_adapters_are_refused():
 
 
 def test_a_fold_that_would_change_the_outputs_is_refused(monkeypatch):
-    monkeypatch.setattr("hf_normswap.probe.TOLERANCES", {torch.float32: 0.0})
+    monkeypatch.setattr("hf_normswap.folding._Plan._scale_outputs", lambda *args: None)  # an error in the algebra
     model = swapped("bert", dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="outputs would change"):
