@@ -69,7 +69,7 @@ def convert(original, texts, tokenizer, args):
     start = time.perf_counter()
     distill(copy.deepcopy(distilled), original, texts, tokenizer=tokenizer, steps=5)
     steps = int(args.seconds / (time.perf_counter() - start) * 5)
-    for trained, linears, learning_rate in (("norms alone", False, 3e-3), ("norms and linear layers", True, 5e-4)):
+    for trained, linears, learning_rate in (("norms alone", False, 3e-3), ("norms and linear layers", True, 1e-4)):
         model, start = copy.deepcopy(distilled), time.perf_counter()
         options = {"linears": linears, "steps": steps, "learning_rate": learning_rate}
         distill(model, original, texts[: 32 * steps], tokenizer=tokenizer, **options)

@@ -126,7 +126,8 @@ def convert(task, args, norm, kind, count, steps, before):
     swap_norm(model, norm, where="all", calibrate_on=rows, tokenizer=task.tokenizer)
     if steps:
         teacher, texts = task.model_class.from_pretrained(args.folder), task.inputs[kind]
-        distill(model, teacher, texts, tokenizer=task.tokenizer, steps=steps, batch_size=args.batch_size)
+        options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate / 2}
+        distill(model, teacher, texts, tokenizer=task.tokenizer, **options)
     seconds = time.perf_counter() - start
     after, swapped = task.score(model), model.config.norm_swap
     return {

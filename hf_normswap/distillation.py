@@ -26,7 +26,7 @@ def distill(
     tokenizer: PreTrainedTokenizerBase | None = None,
     linears: bool = True,
     steps: int = 200,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-4,
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[float]:
@@ -46,7 +46,7 @@ def distill(
         linears (`bool`, *optional*, defaults to `True`):
             whether to train linear layers; else gains and shifts alone, which want a larger learning rate.
         steps (`int`, *optional*, defaults to 200): optimizer steps; the data is gone through in a random order.
-        learning_rate (`float`, *optional*, defaults to 5e-4): at the start.
+        learning_rate (`float`, *optional*, defaults to 1e-4): at the start; half of that of the training is good.
         seed (`int`, *optional*, defaults to 0): of the order.
 
     Returns:

@@ -32,8 +32,8 @@ def change_checked(model: PreTrainedModel, change: Callable[[PreTrainedModel], N
         name = str(model.dtype).removeprefix("torch.")
         cure = "" if model.dtype == torch.float64 else ", or use a wider dtype, as in model.double()"
         raise ValueError(
-            f"The outputs would change by {error:.1e}, more than the {limit:.0e} of rounding in {name}: check that the "
-            f"model's own outputs are finite and nothing was added around its norms{cure}."
+            f"The outputs would change by {error:.1e}, more than the {limit:.0e} of rounding in {name}: check that "
+            f"the model's own outputs are finite and nothing was added around its norms{cure}."
         )
     change(model)
     return error
@@ -61,7 +61,7 @@ def probe_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def compare_outputs(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """`‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head: the largest one, NaN if any is."""
+    """`‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head: the largest, NaN if any is."""
     pairs = {}
     for ours, theirs in zip(probe_batches(model), probe_batches(other), strict=True):
         before, after = model(**ours, return_dict=True), other(**theirs, return_dict=True)

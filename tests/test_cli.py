@@ -401,7 +401,7 @@ def test_distillation_brings_it_nearer(tmp_path, texts):
     for name, more in (("calibrated", []), ("distilled", ["--distillation_steps", "60"])):
         assert main(["calibrate", stock, str(tmp_path / name), *options, *more]) == 0
         errors.append(distance(AUTO_CLASSES["bert"].from_pretrained(tmp_path / name), original))
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.97 * errors[0]
 
 
 @pytest.mark.parametrize(
