@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_normswap import ProgressiveSwapCallback
-from hf_normswap.results import describe_environment
+from hf_normswap.results import compare_results, describe_environment, write_result
 
 
 @dataclass
@@ -136,6 +136,22 @@ def find_checkpoint(training_args):
         except Exception as error:
             raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint.") from error
     return path
+
+
+def train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint):
+    """Trains, saves the model, and writes and prints the result with the metrics that `score()` returns."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    metrics = score()
+    if trainer.is_world_process_zero():
+        examples = {
+            "train_examples": len(data["train"]),
+            "eval_examples": sum(map(len, data.values())) - len(data["train"]),
+        }
+        arguments = {"dataset_name": data_args.dataset_name, **examples, **given}
+        result = make_result(task, model_args.model_name_or_path, trainer, metrics, arguments)
+        write_result(result, Path(trainer.args.output_dir, "result.json"))
+        compare_results([result]).show()
 
 
 def make_result(task, model_name, trainer, metrics, arguments):

@@ -9,7 +9,6 @@ both. The output folder then holds the model, the tokenizer and `result.json`; `
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -18,15 +17,14 @@ from common import (
     ModelArguments,
     check_processes,
     find_checkpoint,
-    make_result,
     one_sentence_errors,
     parse_arguments,
     progressive_callbacks,
+    train_and_record,
 )
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import GlueMetric
-from hf_normswap.results import compare_results, write_result
-from loading import load_splits, load_swapped
+from loading import check_length, load_splits, load_swapped
 
 
 # The columns of text of each task.
@@ -76,10 +74,7 @@ def load_task(data_args):
 
 
 def tokenize(data, tokenizer, data_args):
-    if data_args.max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"max_length is {data_args.max_length}, but the model takes {tokenizer.model_max_length} tokens at most."
-        )
+    check_length(data_args.max_length, tokenizer)
     columns = TASKS[data_args.task_name]
     return data.map(
         lambda rows: tokenizer(*(rows[name] for name in columns), truncation=True, max_length=data_args.max_length),
@@ -125,21 +120,14 @@ def main(argv=None):
             callbacks=progressive_callbacks(model_args),
         )
 
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    metrics = {}
-    for name, split in validation.items() if task == "mnli" else [("", validation)]:
-        scores = compute_metrics(trainer.predict(split))
-        metrics |= {f"{name}_{score}".lstrip("_"): value for score, value in scores.items()}
-    if trainer.is_world_process_zero():
-        examples = {
-            "train_examples": len(data["train"]),
-            "eval_examples": sum(map(len, data.values())) - len(data["train"]),
-        }
-        arguments = {"dataset_name": data_args.dataset_name, **examples, **given}
-        result = make_result(task, model_args.model_name_or_path, trainer, metrics, arguments)
-        write_result(result, Path(training_args.output_dir, "result.json"))
-        compare_results([result]).show()
+    def score():
+        metrics = {}
+        for name, split in validation.items() if task == "mnli" else [("", validation)]:
+            scores = compute_metrics(trainer.predict(split))
+            metrics |= {f"{name}_{score}".lstrip("_"): value for score, value in scores.items()}
+        return metrics
+
+    train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ def load_splits(name, config, splits, columns):
     try:
         data = load_dataset(name, config, cache_dir=cache)
     except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"A split of the data set {name!r} is empty: {error}") from error
         raise ValueError(f"The data set {name!r} has no configuration {config!r}: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"The data set {name!r} cannot be read without running its code: {error}") from error
     except OSError as error:
         raise ValueError(
             f"There is no data set {name!r}: give the id of one on the Hub, or a local folder."
@@ -38,14 +42,22 @@ def _stamp(folder):
     return Hasher.hash([(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files])
 
 
-def load_swapped(auto_class, args, texts, **config):
+def check_length(max_length, tokenizer):
+    """Refuses inputs that are longer than the model has positions."""
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length is {max_length}, but the model takes {tokenizer.model_max_length} tokens at most."
+        )
+
+
+def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
     """
     The tokenizer, and the model with its norms swapped as the arguments say, or as its checkpoint has them.
 
     `texts` is the training split, with nothing but the columns of text.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **(tokenizer_options or {}))
         model = auto_class.from_pretrained(args.model_name_or_path, **config)
     except Exception as error:  # a damaged folder can raise anything
         misfit = "ignore_mismatched_sizes" in str(error)
