@@ -1,14 +1,14 @@
 """The families of models that the benchmarks train: real text, model, and the scores of each."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -23,9 +23,13 @@ from transformers import (
 from hf_normswap.metrics import SacrebleuMetric
 
 
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+
+from vocabulary import train_tokenizer  # noqa: E402
+
+
 MAX_LENGTH = 128
 MASKED = 0.15
-SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 
 
 @dataclass
@@ -122,16 +126,8 @@ def tokenize(data, template, args, source=None, target=None):
     if args.record.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.folder)
     else:
-        pieces = Tokenizer(models.BPE())
-        pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-        special = [AddedToken(token, lstrip=True) for token in SPECIAL.values()]
-        options = {"special_tokens": special, "initial_alphabet": pieces.pre_tokenizer.alphabet()}
         texts = chain(*(data["train"][column][:] for column in (source, target) if column))
-        pieces.train_from_iterator(texts, BpeTrainer(vocab_size=args.vocab_size, show_progress=False, **options))
-        ids = [(token, pieces.token_to_id(token)) for token in ("<s>", "</s>")]
-        pieces.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-        options = {"model_max_length": MAX_LENGTH, "model_input_names": ["input_ids", "attention_mask"], **SPECIAL}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, **options)
+        tokenizer = train_tokenizer(texts, template, MAX_LENGTH, args.vocab_size)
 
     def encode(rows):
         return tokenizer(rows[source], text_target=rows[target] if target else None, truncation=True)

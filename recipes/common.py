@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_normswap import ProgressiveSwapCallback
+from hf_normswap import ProgressiveSwapCallback, get_norm
 from hf_normswap.results import compare_results, describe_environment, write_result
 
 
@@ -138,6 +138,19 @@ def find_checkpoint(training_args):
     return path
 
 
+def show_penalty_weights(trainer, tokens):
+    """
+    Says what the weights of RBN's penalty are in the convention of its paper, whose loss is a sum over tokens: as many
+    times larger as a micro-batch has `tokens`. The distance `relative` is not in the paper.
+    """
+    for norm in trainer.model.modules():
+        if isinstance(norm, get_norm("rbn")) and norm.distance != "relative" and trainer.is_world_process_zero():
+            for name in ("lambda_mean", "lambda_var"):
+                value = getattr(norm, name)
+                print(f"RBN: {name} {value:g} of a mean loss is {value * tokens:g} of a sum over {tokens} tokens")
+            return
+
+
 def train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint):
     """Trains, saves the model, and writes and prints the result with the metrics that `score()` returns."""
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -149,7 +162,8 @@ def train_and_record(trainer, task, model_args, data_args, data, given, score, c
             "eval_examples": sum(map(len, data.values())) - len(data["train"]),
         }
         arguments = {"dataset_name": data_args.dataset_name, **examples, **given}
-        result = make_result(task, model_args.model_name_or_path, trainer, metrics, arguments)
+        name = model_args.model_name_or_path or f"{model_args.model_type} from scratch"
+        result = make_result(task, name, trainer, metrics, arguments)
         write_result(result, Path(trainer.args.output_dir, "result.json"))
         compare_results([result]).show()
 

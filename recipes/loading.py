@@ -65,16 +65,21 @@ def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
         raise ValueError(f"{args.model_name_or_path} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, swap_as_told(model, tokenizer, args, texts)
+
+
+def swap_as_told(model, tokenizer, args, texts):
+    """The model with its norms swapped as the arguments say, or as they are if they are swapped already."""
     recorded = getattr(model.config, "norm_swap", None)
     if recorded is None:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
         sample = texts.shuffle(seed=0).take(min(args.calibrate, len(texts))) if args.calibrate else None
         where = args.where or "blocks"
-        return tokenizer, swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
+        return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
         if not same_norm or args.where or not args.norm_options.items() <= entry["options"].items():
             raise ValueError(
                 f"{args.model_name_or_path} is swapped already, to {entry['norm']}: leave out norm options."
             )
-    return tokenizer, model
+    return model

@@ -1,0 +1,126 @@
+"""The recipe of language modelling, on tiny data."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+
+import lm
+from hf_normswap.results import load_results
+from tests.recipes.conftest import sentences
+
+
+SIZES = {
+    "gpt2": '{"n_embd": 16, "n_layer": 1, "n_head": 2}',
+    "bert": '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}',
+    "roberta": '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}',
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for number, (split, count) in enumerate({"train": 120, "validation": 30, "test": 25}.items()):
+        rows = {"text": [*sentences(count, number), "", "  "]}
+        Dataset.from_dict(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, text):
+    def run(*options, norm="rbn"):
+        fixed = ["--max_steps=3", "--learning_rate=0.01", "--logging_steps=1", "--use_cpu", "--block_size=16"]
+        names = [f"--dataset_name={text}", f"--norm={norm}", f"--output_dir={tmp_path / 'output'}"]
+        lm.main([*names, *fixed, "--disable_tqdm=true", *options])
+        return load_results(tmp_path / "output" / "result.json")[0]
+
+    return run
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_from_scratch(family, run, tmp_path):
+    options = [f"--model_type={family}", f"--config_overrides={SIZES[family]}", "--vocab_size=300"]
+    result = run(*options, "--test_split=test", "--where=all", "--eval_strategy=steps", "--eval_steps=3")
+    metrics = result["metrics"]
+    assert set(metrics) == {"loss", "perplexity", "test_loss", "test_perplexity"}
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert result["model"] == f"{family} from scratch"
+    last = [entry for entry in result["history"] if "eval_perplexity" in entry][-1]
+    assert last["eval_perplexity"] == pytest.approx(metrics["perplexity"], rel=1e-5)
+    auto = AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM
+    assert auto.from_pretrained(tmp_path / "output").config.norm_swap["norms"][0]["norm"] == "rbn"
+
+
+def test_the_perplexity_is_that_of_the_saved_model(run, tmp_path, text):
+    """Over the words of the validation split, in blocks, each but the first predicted from those before it."""
+    options = ["--model_type=gpt2", f"--config_overrides={SIZES['gpt2']}", "--vocabulary=words", "--vocab_size=50"]
+    result = run(*options, norm="powernorm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output").eval()
+    words = " </s> ".join(sentences(30, 1)).split() + ["</s>"]
+    ids = tokenizer.convert_tokens_to_ids(words)
+    blocks = torch.tensor([ids[start : start + 16] for start in range(0, len(ids) - 15, 16)])
+    with torch.no_grad():
+        logits = model(blocks).logits[:, :-1]
+    loss = functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    assert result["metrics"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert len(tokenizer) < 30
+
+
+def test_a_trained_model_goes_on(run, tmp_path, model_folder):
+    BertForMaskedLM.from_pretrained(model_folder).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "bert")
+    first = run(f"--model_name_or_path={tmp_path / 'bert'}")
+    second = run(f"--model_name_or_path={tmp_path / 'bert'}", norm="layernorm")
+    assert first["norm"] == "rbn"
+    # The masks of the evaluation are the same ones.
+    assert first["metrics"]["loss"] != second["metrics"]["loss"]
+    assert run(f"--model_name_or_path={tmp_path / 'bert'}", norm="layernorm")["metrics"] == second["metrics"]
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path):
+    weights = tmp_path / "output" / "model.safetensors"
+    options = ["--model_type=bert", f"--config_overrides={SIZES['bert']}", "--vocab_size=300", "--max_steps=4"]
+    run(*options, "--save_strategy=steps", "--save_steps=2")
+    uninterrupted = weights.read_bytes()
+    weights.unlink()
+    run(*options, f"--resume_from_checkpoint={tmp_path}/output/checkpoint-2")
+    assert weights.read_bytes() == uninterrupted
+
+
+def test_the_weights_of_the_paper_are_said(run, capsys):
+    options = ["--model_type=gpt2", f"--config_overrides={SIZES['gpt2']}", "--per_device_train_batch_size=4"]
+    run(*options, '--norm_options={"distance": "reference", "lambda_mean": 0.5}')
+    assert "lambda_mean 0.5 of a mean loss is 32 of a sum over 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either model_name_or_path"),
+        (["--model_type=gpt2", "--model_name_or_path=x"], "either model_name_or_path"),
+        (["--model_type=t5"], "invalid choice: 't5'"),
+        (["--model_type=gpt2", "--config_overrides=[1]"], "no JSON object"),
+        (["--model_type=gpt2", "--block_size=4000"], "less than one block"),
+        (["--model_type=gpt2", "--text_column=words"], "has no column 'words'"),
+    ],
+)
+def test_bad_input_is_refused(run, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*options)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_real_data_is_read():
+    root = os.environ.get("NORMSWAP_DATA")
+    if not root or not Path(root, "ptb-text-only").is_dir():
+        pytest.skip("NORMSWAP_DATA names no folder with ptb-text-only/ptb_text_only")
+    data = lm.load_splits(str(Path(root, "ptb-text-only/ptb_text_only")), None, ["train", "validation"], ["text"])
+    assert len(data["train"]) == 42068
