@@ -36,18 +36,21 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.norm_options, str):
-            try:
-                self.norm_options = dict(json.loads(self.norm_options))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"norm_options is no JSON object ({error}): {self.norm_options}") from error
-        self.norm_options = self.norm_options or {}
+        self.norm_options = read_json_object("norm_options", self.norm_options)
         if self.calibrate < 0:
             raise ValueError(f"calibrate is a number of examples, not {self.calibrate}.")
         if not 0 <= self.progressive <= 1:
             raise ValueError(f"progressive is a share of the training between 0 and 1, not {self.progressive}.")
         if self.progressive and self.calibrate:
             raise ValueError("calibrate and progressive are two ways to one end: choose one of them.")
+
+
+def read_json_object(name, value):
+    """The object that the option `name` gives as JSON; the shell gives a string, a YAML file more likely an object."""
+    try:
+        return dict(json.loads(value) if isinstance(value, str) else value or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no JSON object ({error}): {value}") from error
 
 
 def progressive_callbacks(model_args):
@@ -143,6 +146,8 @@ def show_penalty_weights(trainer, tokens):
     Says what the weights of RBN's penalty are in the convention of its paper, whose loss is a sum over tokens: as many
     times larger as a micro-batch has `tokens`. The distance `relative` is not in the paper.
     """
+    if not tokens:
+        return
     for norm in trainer.model.modules():
         if isinstance(norm, get_norm("rbn")) and norm.distance != "relative" and trainer.is_world_process_zero():
             for name in ("lambda_mean", "lambda_var"):
@@ -162,7 +167,8 @@ def train_and_record(trainer, task, model_args, data_args, data, given, score, c
             "eval_examples": sum(map(len, data.values())) - len(data["train"]),
         }
         arguments = {"dataset_name": data_args.dataset_name, **examples, **given}
-        name = model_args.model_name_or_path or f"{model_args.model_type} from scratch"
+        family = trainer.model.config.model_type.removeprefix("normswap_")
+        name = model_args.model_name_or_path or f"{family} from scratch"
         result = make_result(task, name, trainer, metrics, arguments)
         write_result(result, Path(trainer.args.output_dir, "result.json"))
         compare_results([result]).show()

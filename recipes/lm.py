@@ -13,7 +13,6 @@ mode.
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,6 +35,7 @@ from common import (
     one_sentence_errors,
     parse_arguments,
     progressive_callbacks,
+    read_json_object,
     show_penalty_weights,
     train_and_record,
 )
@@ -67,11 +67,7 @@ class LanguageModelArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.config_overrides, str):
-            try:
-                self.config_overrides = dict(json.loads(self.config_overrides))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"config_overrides is no JSON object ({error}): {self.config_overrides}") from error
+        self.config_overrides = read_json_object("config_overrides", self.config_overrides)
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
 
@@ -101,7 +97,7 @@ def make_model(model_args, data_args, texts):
             "vocab_size": len(tokenizer),
             "max_position_embeddings": data_args.block_size + 2,  # RoBERTa counts positions from 2
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-            **(model_args.config_overrides or {}),
+            **model_args.config_overrides,
         },
     )
     auto_class = AutoModelForCausalLM if model_args.model_type in CAUSAL else AutoModelForMaskedLM
