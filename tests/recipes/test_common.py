@@ -1,5 +1,6 @@
 """What recipes share."""
 
+import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 import common
-from hf_normswap import NormSwapTrainingArguments, get_norm, swap_norm
+from hf_normswap import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments, get_norm, swap_norm
 
 
 CONFIGS = sorted((Path(common.__file__).parent / "configs").rglob("*.yaml"))
@@ -80,12 +81,19 @@ def test_a_configuration_file_that_is_none(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_can_be_read(path):
-    import glue
-
-    groups = [common.ModelArguments, glue.DataArguments, NormSwapTrainingArguments]
-    model, data, training, _ = common.parse_arguments(groups, [str(path), "--model_name_or_path=m"])
+    recipe = importlib.import_module(path.parent.name)
+    model_class = {"lm": "LanguageModelArguments", "translation": "TranslationModelArguments"}.get(recipe.__name__)
+    model_class = getattr(recipe, model_class) if model_class else common.ModelArguments
+    training_class = NormSwapTrainingArguments
+    if recipe.__name__ == "translation":
+        training_class = NormSwapSeq2SeqTrainingArguments
+    more = [] if model_class is not common.ModelArguments else ["--model_name_or_path=m"]
+    model, data, training, _ = common.parse_arguments(
+        [model_class, recipe.DataArguments, training_class], [str(path), *more]
+    )
     norm = get_norm(model.norm)
-    assert path.stem == f"{data.task_name}-{norm.norm_name}"
+    assert path.stem.endswith(f"-{norm.norm_name}")
+    assert path.stem.startswith(getattr(data, "task_name", ""))
     assert set(model.norm_options) <= norm.option_names()
     assert training.output_dir == f"outputs/{path.stem}"
     assert path.read_text().startswith("# ")
