@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .statistics import sum_over_ranks
+from .modeling.ranks import sum_over_ranks
 
 
 _LABELS = ("labels", "label", "label_ids")

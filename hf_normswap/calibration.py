@@ -23,9 +23,9 @@ from .conversion import (
 from .least_squares import out_features
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
+from .modeling.ranks import has_ranks
 from .modeling.replace import new_layer_norm, place_norms
 from .modeling.sites import NormSite, find_norms
-from .statistics import has_ranks
 from .walk import ActivationStore, Walk, call_order
 
 

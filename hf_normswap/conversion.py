@@ -11,8 +11,8 @@ from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .modeling.layernorm import LayerNorm
 from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
+from .modeling.ranks import gather_over_ranks, sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
-from .statistics import gather_over_ranks, sum_over_ranks
 from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
 
@@ -179,8 +179,8 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     norm = site.module
     if not isinstance(norm, BatchStatisticNorm):
         return
-    before = norm.deferred, norm.frozen
-    norm.deferred, norm.frozen = True, False
+    before = norm.deferred, norm.frozen, norm.process_group
+    norm.deferred, norm.frozen, norm.process_group = True, False, None  # ranks may have other numbers of batches
     norm.discard_pending()
     norm.train()
     try:
@@ -190,7 +190,7 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     finally:
         norm.eval()
         norm.discard_pending()
-        (norm.deferred, norm.frozen), norm.statistics = before, None
+        (norm.deferred, norm.frozen, norm.process_group), norm.statistics = before, None
     moments = merge_moments(Moments.unpack(gather_over_ranks(pending)))
     _check_finite(site.name, *moments)
     norm.update_statistics(moments, weight=1)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .batches import complete_batches, make_batches
 from .conversion import check_model, check_teacher, linears_of_blocks
 from .modeling.norm import Norm
+from .modeling.ranks import gather_over_ranks, has_ranks, sum_over_ranks
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
-from .statistics import gather_over_ranks, has_ranks, sum_over_ranks
 from .walk import run_model
 
 

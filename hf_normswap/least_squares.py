@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .modeling.moments import Moments, masked_moments, merge_moments
-from .statistics import gather_over_ranks, sum_over_ranks
+from .modeling.ranks import gather_over_ranks, sum_over_ranks
 
 
 # How strongly a correction holds to the present weights where there are as many tokens as inputs, in units of the mean

@@ -7,6 +7,7 @@ from .modeling.discrepancy import Statistics, training_inference_discrepancy
 from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
 from .modeling.powernorm import PowerNorm
+from .modeling.ranks import gather_over_ranks, has_ranks
 from .modeling.rbn import RegularizedBatchNorm
 
 
@@ -114,43 +115,49 @@ def freeze_norm_statistics(model: nn.Module, frozen: bool = True) -> None:
         norm.train(model.training)
 
 
+def synchronize_norms(model: nn.Module, process_group=None, synchronized: bool = True) -> None:
+    """Let norms normalise with the statistics of all ranks together, as one process would.
+
+    Each then takes part in one collective in a training forward and in one in its backward: every rank has to run the
+    same training forwards. PowerNorm needs that for its warm-up alone: afterwards it normalises with statistics from
+    before the batch. Call it on every rank, before training; [`NormSwapTrainer`] does, and ends it for PowerNorm with
+    the warm-up.
+
+    Args:
+        model (`torch.nn.Module`): with swapped norms, or one of them.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            the ranks to take together, for example those of one node; all of them by default.
+        synchronized (`bool`, *optional*, defaults to `True`): whether to do so; else each rank is on its own again.
+    """
+    if synchronized and has_ranks():
+        group = process_group or torch.distributed.group.WORLD
+    else:
+        group = None
+    for norm in statistic_norms(model):
+        norm.process_group = group
+
+
 @torch.no_grad()
 def sync_norm_statistics(model: nn.Module) -> None:
     """Update the running statistics of all layers with what was pooled since the last call, over all ranks.
 
-    One collective for the whole model. Call it once per optimizer step, on every rank, after
-    [`defer_norm_statistics`]; [`NormSwapTrainer`] does both.
+    One collective for the whole model, none where [`synchronize_norms`] has made the statistics those of all ranks
+    already. Call it once per optimizer step, on every rank, after [`defer_norm_statistics`]; [`NormSwapTrainer`] does
+    both.
     """
     norms = statistic_norms(model)
     if not norms:
         return
     power_norms = [norm for norm in norms if isinstance(norm, PowerNorm)]
     packed = [norm.pending for norm in norms] + [norm.pending_gradient for norm in power_norms]
-    parts = gather_over_ranks(torch.cat(packed)).split([pending.numel() for pending in packed], dim=1)
+    everywhere = not power_norms and has_ranks()
+    everywhere = everywhere and all(norm.process_group is torch.distributed.group.WORLD for norm in norms)
+    pending = torch.cat(packed)
+    gathered = pending.unsqueeze(0) if everywhere else gather_over_ranks(pending)
+    parts = gathered.split([pending.numel() for pending in packed], dim=1)
     # ν first: its step size belongs to the number of updates from before this one.
     for norm, part in zip(power_norms, parts[len(norms) :], strict=True):
         norm.update_gradient_statistic(part.sum(0))
     for norm, part in zip(norms, parts[: len(norms)], strict=True):
         norm.update_statistics(merge_moments(Moments.unpack(part)))
         norm.discard_pending()
-
-
-def gather_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """`values` of all ranks, of shape `(ranks, *values.shape)`."""
-    if not has_ranks():
-        return values.unsqueeze(0)
-    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, values)
-    return torch.stack(gathered)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all ranks, in place."""
-    if has_ranks():
-        torch.distributed.all_reduce(values)
-    return values
-
-
-def has_ranks() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -13,6 +13,7 @@ from .statistics import (
     norm_penalty,
     statistic_norms,
     sync_norm_statistics,
+    synchronize_norms,
 )
 
 
@@ -22,6 +23,7 @@ class NormStatisticsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._is_frozen = False
         defer_norm_statistics(model)
+        synchronize_norms(model)
         for module in model.modules():
             if isinstance(module, PowerNorm):
                 module.warmup_steps = round(args.norm_warmup_ratio * state.max_steps)
@@ -31,6 +33,9 @@ class NormStatisticsCallback(TrainerCallback):
         if freeze and not self._is_frozen:
             freeze_norm_statistics(model)
             self._is_frozen = True
+        for module in model.modules():
+            if isinstance(module, PowerNorm) and state.global_step >= module.warmup_steps:
+                module.process_group = None
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         sync_norm_statistics(model)
@@ -55,6 +60,7 @@ class _NormSwapTrainerMixin:
             return super().train(*args, **kwargs)
         finally:
             defer_norm_statistics(self.model, False)
+            synchronize_norms(self.model, synchronized=False)
             freeze_norm_statistics(self.model, False)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -16,9 +16,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .modeling.ranks import has_ranks
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
-from .statistics import has_ranks
 
 
 class ActivationStore:

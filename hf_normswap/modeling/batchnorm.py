@@ -45,7 +45,7 @@ class BatchNorm(BatchStatisticNorm):
             self.statistics = None
             return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
         running, is_first_run = self.frozen_running()
-        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, True)
+        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, True, self.process_group)
         self.observe(Moments(*moments), running, is_first_run)
         return x_hat
 

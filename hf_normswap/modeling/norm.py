@@ -8,6 +8,7 @@ from transformers import initialization as init
 
 from .discrepancy import Statistics
 from .moments import Moments, masked_moments, merge_moments, sum_tokens
+from .ranks import gather_over_ranks, sum_over_ranks
 from .recompute import replay_or_record, snapshot
 from .token_mask import current_mask
 
@@ -128,7 +129,8 @@ class BatchStatisticNorm(Norm):
 
     In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
-    While `frozen` is set the norm stays in evaluation mode, whatever its model is in.
+    While `frozen` is set the norm stays in evaluation mode, whatever its model is in. With a `process_group` the batch
+    is that of all its ranks together (see [`synchronize_norms`](hf_normswap.synchronize_norms)).
 
     Args:
         momentum (`float`, *optional*, defaults to 0.1): weight m of the batch in `r ← (1 − m) r + m · batch`.
@@ -146,6 +148,7 @@ class BatchStatisticNorm(Norm):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
         self._register_pending("pending", dtype, device)
         self.deferred = self.frozen = False
+        self.process_group = None
         self.statistics: Statistics | None = None
 
     def _register_pending(self, name, dtype, device):
@@ -212,8 +215,8 @@ class BatchStatisticNorm(Norm):
         self.num_batches_tracked.add_(valid.to(torch.long))
 
     def __getstate__(self):
-        # Part of an autograd graph: it can be neither pickled nor copied.
-        return {**self.__dict__, "statistics": None}
+        # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
+        return {**self.__dict__, "statistics": None, "process_group": None}
 
 
 class PowerStatisticNorm(BatchStatisticNorm):
@@ -238,11 +241,16 @@ class BatchStandardize(torch.autograd.Function):
 
     `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are outputs
     too, mean and m2 differentiable. At a pad the output is the same affine map, with its plain gradient.
+
+    With a process `group` the batch is that of its ranks together, and so is the gradient: that of the sum of the
+    losses of all ranks. One collective in the forward, one in the backward, of the same size on every rank.
     """
 
     @staticmethod
-    def forward(x, mask, eps, centered):
+    def forward(x, mask, eps, centered, group):
         moments = masked_moments(x, mask)
+        if group is not None:
+            moments = merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), group)))
         if centered:
             x_hat = (x - moments.mean) * torch.rsqrt(moments.var + eps)
         else:
@@ -251,7 +259,7 @@ class BatchStandardize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mask, ctx.eps, ctx.centered = inputs
+        _, mask, ctx.eps, ctx.centered, ctx.group = inputs
         x_hat, count, mean, m2 = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
@@ -264,11 +272,15 @@ class BatchStandardize(torch.autograd.Function):
         # From outputs that were saved, not saved itself: a second derivative sees that it depends on x.
         inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + ctx.eps)
         count = moments.count.clamp(min=1)
+        products = None if g is None else sum_tokens(g * x_hat, mask)
+        total = None if g is None or not ctx.centered else sum_tokens(g, mask)
+        if ctx.group is not None:
+            products, total, g_mean, g_m2 = _sum_gradients((products, total, g_mean, g_m2), inverse, ctx.group)
         real = torch.zeros_like(x_hat)  # the way through the statistics, which only real tokens have
-        if g is not None:
-            real = -x_hat * (sum_tokens(g * x_hat, mask) / count)
+        if products is not None:
+            real = -x_hat * (products / count)
             if ctx.centered:
-                real = real - sum_tokens(g, mask) / count
+                real = real - total / count
             real = real * inverse
         if g_mean is not None:
             real = real + g_mean / count
@@ -277,4 +289,10 @@ class BatchStandardize(torch.autograd.Function):
             real = real + 2 * g_m2 * (deviation if ctx.centered else deviation - moments.mean)
         if mask is not None:
             real = torch.where(mask.unsqueeze(-1), real, 0)
-        return real if g is None else g * inverse + real, None, None, None
+        return real if g is None else g * inverse + real, None, None, None, None
+
+
+def _sum_gradients(parts: tuple, like: torch.Tensor, group) -> tuple[torch.Tensor, ...]:
+    """Each of `parts`, of shape `(C,)` or `None` for zeros, summed over ranks, in one collective."""
+    packed = torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
+    return sum_over_ranks(packed, group).split(len(like))

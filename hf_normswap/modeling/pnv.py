@@ -25,6 +25,6 @@ class PowerNormV(PowerStatisticNorm):
             self.statistics = None
             return x * torch.rsqrt(self.running_power + self.eps)
         running, is_first_run = self.frozen_running()
-        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, False)
+        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, False, self.process_group)
         self.observe(Moments(*moments), running, is_first_run)
         return x_hat

@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments, count_tokens, masked_moments, sum_tokens
+from .moments import Moments, count_tokens, masked_moments, merge_moments, sum_tokens
 from .norm import PowerStatisticNorm
+from .ranks import gather_over_ranks, sum_over_ranks
 from .registry import register_norm
 
 
@@ -106,6 +107,8 @@ class PowerNorm(PowerStatisticNorm):
             return x * torch.rsqrt(self.running_power + self.eps)
         running, is_first_run = self.frozen_running()
         moments = masked_moments(x.detach(), mask)
+        if self.process_group is not None:
+            moments = merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), self.process_group)))
         warm = running["num_batches_tracked"] < self.warmup_steps
         batch_inverse = torch.rsqrt(moments.power + self.eps)
         inverse = torch.where(warm, batch_inverse, torch.rsqrt(running["running_power"] + self.eps))
@@ -168,7 +171,7 @@ class _PowerScale(torch.autograd.Function):
         ctx.deferred = layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
-        ctx.pending = layer.pending_gradient
+        ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
 
     @staticmethod
     @once_differentiable
@@ -181,6 +184,8 @@ class _PowerScale(torch.autograd.Function):
             ctx.pending.add_(sums)
         else:
             _update_nu(ctx.nu, ctx.largest_gamma, sums, weight, ctx.loss_scale)
+        if ctx.group is not None:
+            count, products = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), ctx.group).split([1, len(nu)])
         nu = torch.where(warm, products / count.clamp(min=1), nu)  # PN-V's own gradient during warm-up
         dx = (g - nu * x_hat) * grad_inverse
         if mask is not None:

@@ -8,8 +8,9 @@ from tests.invariant.test_accumulation import rows, train
 
 
 if __name__ == "__main__":
-    family, norm, folder = sys.argv[1:]
-    recorder = train(family, norm, rows(family, 16), folder, batch=4, accumulation=1)
+    family, norm, warmup, folder = sys.argv[1:]
+    options = {"batch": 4, "accumulation": 1, "norm_warmup_ratio": float(warmup)}
+    recorder = train(family, norm, rows(family, 16), folder, **options)
     rank = torch.distributed.get_rank()
     assert torch.distributed.get_world_size() == 2
     torch.save({"gradients": recorder.gradients, "buffers": recorder.buffers}, f"{folder}/rank{rank}.pt")
