@@ -1,0 +1,85 @@
+"""Bare norms whose tokens are on two ranks compute what one with all of them does: even, unequal and empty shares."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modeling.norms import make_norm, make_tokens, train_step
+
+
+ROOT = Path(__file__).parents[2]
+NORMS = ["batchnorm", "rbn", "rbn-reference", "pnv", "powernorm-warm-up"]
+SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
+CASES = list(itertools.product(NORMS, SHARES))
+
+
+def make(norm):
+    return make_norm(norm, eps=1e-3)
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(5)
+    return make_tokens(6, 5), make_tokens(6, 5, seed=1), torch.rand(6, 5, generator=generator) < 0.7
+
+
+def share(name, rank):
+    """The part of a rank. Where it has no real token, its share is padding alone."""
+    x, upstream, mask = tokens()
+    rows = slice(SHARES[name]) if rank == 0 else slice(SHARES[name], None)
+    if name == "empty" and rank == 0:
+        return x[:1], torch.zeros_like(x[:1]), torch.zeros_like(mask[:1])
+    return x[rows], upstream[rows], mask[rows]
+
+
+def step(norm, x, upstream, mask):
+    return train_step(norm, x, upstream, mask)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ran = subprocess.run(
+        [*command, "-m", "tests.distributed.norm_worker", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("norm", "division"), CASES)
+def test_two_ranks_are_one(ranks, norm, division):
+    alone = step(make(norm), *tokens())
+    first, second = (dict(rank[norm, division]) for rank in ranks)
+    assert first.pop("collectives") == second.pop("collectives") == ["all_gather", "all_reduce"]
+    rows = SHARES[division]
+    for name in ("y", "dx"):
+        together = torch.cat([first.pop(name)[:rows], second.pop(name)])
+        expected = alone.pop(name)
+        if name == "dx" and "penalty" in alone:
+            # Each rank adds the penalty to its loss: the gradient is that of the sum of both.
+            expected = gradient_with_two_penalties(norm)
+        torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-10)
+    for name in ("dweight", "dbias"):
+        torch.testing.assert_close(first.pop(name) + second.pop(name), alone.pop(name), rtol=1e-10, atol=1e-10)
+    for name, expected in alone.items():
+        if name not in ("pending", "pending_gradient", "nu", "largest_gamma"):
+            torch.testing.assert_close(first[name], expected, rtol=1e-10, atol=1e-10, msg=name)
+            assert torch.equal(first[name], second[name]), name
+
+
+def gradient_with_two_penalties(name):
+    norm, (x, upstream, mask) = make(name), tokens()
+    x.requires_grad_()
+    y = norm(x, mask)
+    (dx,) = torch.autograd.grad([y, norm.penalty()], x, [upstream, torch.tensor(2.0, dtype=x.dtype)])
+    return dx
