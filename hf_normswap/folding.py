@@ -109,7 +109,7 @@ class _Plan:
         self.affines: dict[str, tuple] = {}
         self.sites = find_norms(model)
         tied = [name] if (name := find_tied_head(model)) else []
-        untie = untie and isinstance(self.sites[-1].module, Norm)  # the one in front of the head
+        untie = untie and any(isinstance(site.module, Norm) for site in self.sites[-1:])  # the one before the head
         self.untied, self.tied = (tied, []) if untie else ([], tied)
         for stack in dict.fromkeys(site.stack for site in self.sites):
             sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]

@@ -176,17 +176,24 @@ def train_and_record(trainer, task, model_args, data_args, data, given, score, c
 
 def make_result(task, model_name, trainer, metrics, arguments):
     """The record of one run (see `hf_normswap.results`)."""
-    norm_swap, processes = trainer.model.config.norm_swap, trainer.args.world_size
-    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
     return {
         "task": task,
-        "model": Path(model_name).name if os.path.isdir(model_name) else model_name,
-        "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
-        "norm_swap": norm_swap,
-        "seed": trainer.args.seed,
+        **describe_run(trainer.model, model_name, trainer.args.seed, trainer.args.world_size),
         "metrics": metrics,
         "arguments": arguments,
         "history": trainer.state.log_history,
+    }
+
+
+def describe_run(model, model_name, seed, processes):
+    """What was run, on what, and how to repeat it."""
+    norm_swap = model.config.norm_swap
+    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    return {
+        "model": Path(model_name).name if os.path.isdir(model_name) else model_name,
+        "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
+        "norm_swap": norm_swap,
+        "seed": seed,
         "command": f"{launcher} {shlex.join(sys.argv)}",
         **describe_environment(),
     }

@@ -11,7 +11,7 @@ both. The output folder then holds the model, the tokenizer and `result.json`; `
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from common import (
     ModelArguments,
@@ -92,6 +92,7 @@ def main(argv=None):
         checkpoint = find_checkpoint(training_args)
         task = data_args.task_name
         data, head = load_task(data_args)
+        set_seed(training_args.seed)  # of the head too
         texts = data["train"].select_columns(TASKS[task])
         tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, texts, **head)
         model.config.pad_token_id = tokenizer.pad_token_id

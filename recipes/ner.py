@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import ClassLabel
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
 from transformers.utils import logging
 
 from common import (
@@ -117,6 +117,7 @@ def main(argv=None):
         data, names = load_tags(data_args)
         texts = data["train"].select_columns([words]).map(lambda row: {words: " ".join(row[words])}, desc="Joining")
         head = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        set_seed(training_args.seed)  # of the head too
         # Word by word byte-level tokenizers, such as RoBERTa's, have to be told that a space is before each.
         tokenizer, model = load_swapped(
             AutoModelForTokenClassification, model_args, texts, tokenizer_options={"add_prefix_space": True}, **head
