@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 from safetensors import safe_open
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_normswap import ProgressiveSwapCallback, get_norm
@@ -43,6 +43,23 @@ class ModelArguments:
             raise ValueError(f"progressive is a share of the training between 0 and 1, not {self.progressive}.")
         if self.progressive and self.calibrate:
             raise ValueError("calibrate and progressive are two ways to one end: choose one of them.")
+
+
+@dataclass
+class ScratchArguments(ModelArguments):
+    """Of recipes that train from scratch, too."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model to start from; none trains from scratch."}
+    )
+    config_overrides: dict | str | None = field(
+        default=None, metadata={"help": "Sizes and the like of a model from scratch, as JSON."}
+    )
+    vocab_size: int = field(default=8000, metadata={"help": "Tokens of a tokenizer from scratch."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.config_overrides = read_json_object("config_overrides", self.config_overrides)
 
 
 def read_json_object(name, value):
@@ -108,6 +125,16 @@ def one_sentence_errors():
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def begin(groups, argv):
+    """Reads and checks the options of a recipe, and seeds all that is random, such as the head of a model."""
+    *parsed, given = parse_arguments(groups, argv)
+    training_args = parsed[-1]
+    check_processes(training_args)
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+    return *parsed, given, checkpoint
 
 
 def check_processes(training_args):

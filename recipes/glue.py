@@ -11,14 +11,12 @@ both. The output folder then holds the model, the tokenizer and `result.json`; `
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from common import (
     ModelArguments,
-    check_processes,
-    find_checkpoint,
+    begin,
     one_sentence_errors,
-    parse_arguments,
     progressive_callbacks,
     train_and_record,
 )
@@ -87,12 +85,9 @@ def tokenize(data, tokenizer, data_args):
 def main(argv=None):
     with one_sentence_errors():
         groups = (ModelArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given = parse_arguments(groups, argv)
-        check_processes(training_args)
-        checkpoint = find_checkpoint(training_args)
+        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         task = data_args.task_name
         data, head = load_task(data_args)
-        set_seed(training_args.seed)  # of the head too
         texts = data["train"].select_columns(TASKS[task])
         tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, texts, **head)
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -25,17 +25,13 @@ from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     default_data_collator,
-    set_seed,
 )
 
 from common import (
-    ModelArguments,
-    check_processes,
-    find_checkpoint,
+    ScratchArguments,
+    begin,
     one_sentence_errors,
-    parse_arguments,
     progressive_callbacks,
-    read_json_object,
     show_penalty_weights,
     train_and_record,
 )
@@ -49,25 +45,17 @@ FROM_SCRATCH = ("bert", "gpt2", "roberta")
 
 
 @dataclass
-class LanguageModelArguments(ModelArguments):
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model to start from; none trains from scratch."}
-    )
+class LanguageModelArguments(ScratchArguments):
     model_type: str | None = field(
         default=None, metadata={"help": "Family of a model from scratch.", "choices": FROM_SCRATCH}
-    )
-    config_overrides: dict | str | None = field(
-        default=None, metadata={"help": "Sizes and the like of a model from scratch, as JSON."}
     )
     vocabulary: str = field(
         default="pieces",
         metadata={"help": "What the tokens of a model from scratch are.", "choices": ["pieces", "words"]},
     )
-    vocab_size: int = field(default=8000, metadata={"help": "How many of them there are."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.config_overrides = read_json_object("config_overrides", self.config_overrides)
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
 
@@ -169,14 +157,11 @@ def score_losses(evaluated):
 def main(argv=None):
     with one_sentence_errors():
         groups = (LanguageModelArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given = parse_arguments(groups, argv)
-        check_processes(training_args)
-        checkpoint = find_checkpoint(training_args)
+        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         splits = ["train", "validation", *filter(None, [data_args.test_split])]
         data = load_splits(
             data_args.dataset_name, data_args.dataset_config_name, splits, [data_args.text_column]
         ).select_columns(data_args.text_column)
-        set_seed(training_args.seed)
         if model_args.model_type:
             tokenizer, model = make_model(model_args, data_args, data["train"])
         else:

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import ClassLabel
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, set_seed
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 from transformers.utils import logging
 
 from common import (
     ModelArguments,
-    check_processes,
-    find_checkpoint,
+    begin,
     one_sentence_errors,
-    parse_arguments,
     progressive_callbacks,
     train_and_record,
 )
@@ -110,14 +108,11 @@ def score_entities(predictions, labels, names):
 def main(argv=None):
     with one_sentence_errors():
         groups = (ModelArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given = parse_arguments(groups, argv)
-        check_processes(training_args)
-        checkpoint = find_checkpoint(training_args)
+        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         words, tags = data_args.words_column, data_args.tags_column
         data, names = load_tags(data_args)
         texts = data["train"].select_columns([words]).map(lambda row: {words: " ".join(row[words])}, desc="Joining")
         head = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-        set_seed(training_args.seed)  # of the head too
         # Word by word byte-level tokenizers, such as RoBERTa's, have to be told that a space is before each.
         tokenizer, model = load_swapped(
             AutoModelForTokenClassification, model_args, texts, tokenizer_options={"add_prefix_space": True}, **head

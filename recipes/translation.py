@@ -18,16 +18,13 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import CHRF
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, set_seed
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, MarianConfig, MarianMTModel
 
 from common import (
-    ModelArguments,
-    check_processes,
-    find_checkpoint,
+    ScratchArguments,
+    begin,
     one_sentence_errors,
-    parse_arguments,
     progressive_callbacks,
-    read_json_object,
     show_penalty_weights,
     train_and_record,
 )
@@ -36,21 +33,6 @@ from hf_normswap.metrics import SacrebleuMetric
 from loading import load_splits, load_swapped, swap_as_told
 from token_batches import TokenBatches
 from vocabulary import train_tokenizer
-
-
-@dataclass
-class TranslationModelArguments(ModelArguments):
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the model to start from; none trains from scratch."}
-    )
-    config_overrides: dict | str | None = field(
-        default=None, metadata={"help": "Sizes and the like of a model from scratch, as JSON."}
-    )
-    vocab_size: int = field(default=8000, metadata={"help": "Pieces of a tokenizer from scratch."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.config_overrides = read_json_object("config_overrides", self.config_overrides)
 
 
 @dataclass
@@ -143,12 +125,9 @@ def score_texts(found, references):
 
 def main(argv=None):
     with one_sentence_errors():
-        groups = (TranslationModelArguments, DataArguments, NormSwapSeq2SeqTrainingArguments)
-        model_args, data_args, training_args, given = parse_arguments(groups, argv)
-        check_processes(training_args)
-        checkpoint = find_checkpoint(training_args)
+        groups = (ScratchArguments, DataArguments, NormSwapSeq2SeqTrainingArguments)
+        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         data = load_pairs(data_args)
-        set_seed(training_args.seed)
         if model_args.model_name_or_path:
             tokenizer, model = load_swapped(AutoModelForSeq2SeqLM, model_args, data["train"])
         else:

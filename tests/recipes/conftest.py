@@ -69,6 +69,21 @@ def sst2(tmp_path):
     return write_task(tmp_path / "glue", "sst2", {"train": 24, "validation": 10})
 
 
+@pytest.fixture
+def assert_resumes(tmp_path):
+    """Runs a recipe, then goes on from its checkpoint of step 2: the weights are the same, bit for bit."""
+
+    def assert_resumes(run, *options):
+        weights = tmp_path / "output" / "model.safetensors"
+        run(*options, "--max_steps=4", "--save_strategy=steps", "--save_steps=2")
+        uninterrupted = weights.read_bytes()
+        weights.unlink()
+        run(*options, "--max_steps=4", f"--resume_from_checkpoint={tmp_path}/output/checkpoint-2")
+        assert weights.read_bytes() == uninterrupted
+
+    return assert_resumes
+
+
 @pytest.fixture(scope="session")
 def real_glue():
     """The real data set, laid out as on the Hub."""

@@ -82,7 +82,7 @@ def test_a_configuration_file_that_is_none(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_can_be_read(path):
     recipe = importlib.import_module(path.parent.name)
-    model_class = {"lm": "LanguageModelArguments", "translation": "TranslationModelArguments"}.get(recipe.__name__)
+    model_class = {"lm": "LanguageModelArguments", "translation": "ScratchArguments"}.get(recipe.__name__)
     model_class = getattr(recipe, model_class) if model_class else common.ModelArguments
     training_class = NormSwapTrainingArguments
     if recipe.__name__ == "translation":

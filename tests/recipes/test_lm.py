@@ -84,14 +84,8 @@ def test_a_trained_model_goes_on(run, tmp_path, model_folder):
     assert run(f"--model_name_or_path={tmp_path / 'bert'}", norm="layernorm")["metrics"] == second["metrics"]
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path):
-    weights = tmp_path / "output" / "model.safetensors"
-    options = ["--model_type=bert", f"--config_overrides={SIZES['bert']}", "--vocab_size=300", "--max_steps=4"]
-    run(*options, "--save_strategy=steps", "--save_steps=2")
-    uninterrupted = weights.read_bytes()
-    weights.unlink()
-    run(*options, f"--resume_from_checkpoint={tmp_path}/output/checkpoint-2")
-    assert weights.read_bytes() == uninterrupted
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes):
+    assert_resumes(run, "--model_type=bert", f"--config_overrides={SIZES['bert']}", "--vocab_size=300")
 
 
 def test_the_weights_of_the_paper_are_said(run, capsys):

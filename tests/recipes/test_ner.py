@@ -1,5 +1,6 @@
 """The recipe of named entities, on tiny data."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def test_tags_may_be_words(run, tmp_path):
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "output")
     assert sorted(model.config.label2id) == sorted(NAMES)
     assert 0 <= result["metrics"]["f1"] <= 1
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes, tmp_path):
+    assert_resumes(functools.partial(run, write_data(tmp_path / "films")))
 
 
 def test_cut_words_are_counted(run, tmp_path, caplog):

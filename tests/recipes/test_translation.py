@@ -93,13 +93,8 @@ def test_token_batches(ranks):
         TokenBatches(lengths, 20, seed=3)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path):
-    weights = tmp_path / "output" / "model.safetensors"
-    run("--max_tokens=64", "--max_steps=4", "--save_strategy=steps", "--save_steps=2")
-    uninterrupted = weights.read_bytes()
-    weights.unlink()
-    run("--max_tokens=64", "--max_steps=4", f"--resume_from_checkpoint={tmp_path}/output/checkpoint-2")
-    assert weights.read_bytes() == uninterrupted
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes):
+    assert_resumes(run, "--max_tokens=64")
 
 
 @pytest.mark.parametrize(
