@@ -149,7 +149,8 @@ def main(argv=None):
             rows.append({**row, "ratio": ratio, "interval": [low, high], "peak_bytes": memory[kind]})
             milliseconds = f"{rows[-1]['milliseconds']:8.2f} ms"
             print(f"{task} {batch_size:3} {name:20} {milliseconds} {ratio:.3f} [{low:.3f}, {high:.3f}]")
-    result = {"arguments": vars(args), "threads": torch.get_num_threads(), "rows": rows, **describe_environment()}
+    arguments = {name: value for name, value in vars(args).items() if name != "output_file"}
+    result = {"arguments": arguments, "threads": torch.get_num_threads(), "rows": rows, **describe_environment()}
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output_file).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
