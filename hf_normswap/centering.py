@@ -1,7 +1,6 @@
 """LayerNorm as RMSNorm: where the residual stream has no mean over the channels, they are the same."""
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling.folded import untie_head
@@ -62,7 +61,6 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
 def _convert(model: PreTrainedModel) -> None:
     if tied := find_tied_head(model):
         untie_head(model, tied)
-        model.config.tie_word_embeddings = False  # of GPT-2 that is the head alone
     sites = find_norms(model)
     inside = model.base_model
     writers = {sublayer_of(model, site).writer for site in sites if site.block}
@@ -71,7 +69,8 @@ def _convert(model: PreTrainedModel) -> None:
             if values is not None:
                 # The channels of the stream are the last dimension of embeddings, biases and Conv1D.
                 exact = values.double()
-                dim = 0 if isinstance(module, nn.Linear) else -1
-                values.copy_(exact - exact.mean(dim, keepdim=True))
+                values.copy_(exact - exact.mean(-1, keepdim=True))
     (eps,) = {site.module.eps for site in sites}
-    swap_norm(model, NormSwapConfig("rmsnorm", eps=eps), where="all")
+    swap_norm(model, NormSwapConfig("rmsnorm", eps=eps), where="all")  # with a configuration of the model's own
+    if tied:
+        model.config.tie_word_embeddings = False  # of GPT-2 that is the head alone

@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .modeling.layernorm import LayerNorm
-from .modeling.moments import Moments, merge_moments
+from .modeling.moments import Moments, merge_over_ranks
 from .modeling.norm import BatchStatisticNorm
-from .modeling.ranks import gather_over_ranks, sum_over_ranks
+from .modeling.ranks import sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
 from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
@@ -191,7 +191,7 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
         norm.eval()
         norm.discard_pending()
         (norm.deferred, norm.frozen, norm.process_group), norm.statistics = before, None
-    moments = merge_moments(Moments.unpack(gather_over_ranks(pending)))
+    moments = merge_over_ranks(Moments.unpack(pending))
     _check_finite(site.name, *moments)
     norm.update_statistics(moments, weight=1)
 

@@ -21,7 +21,7 @@ class NormStatisticsCallback(TrainerCallback):
     """Updates running statistics once per optimizer step, from all its micro-batches and ranks."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._is_frozen = False
+        self._is_frozen, self._is_warming_up = False, True
         defer_norm_statistics(model)
         synchronize_norms(model)
         for module in model.modules():
@@ -33,9 +33,11 @@ class NormStatisticsCallback(TrainerCallback):
         if freeze and not self._is_frozen:
             freeze_norm_statistics(model)
             self._is_frozen = True
-        for module in model.modules():
-            if isinstance(module, PowerNorm) and state.global_step >= module.warmup_steps:
-                module.process_group = None
+        if self._is_warming_up and state.global_step >= round(args.norm_warmup_ratio * state.max_steps):
+            for module in model.modules():
+                if isinstance(module, PowerNorm):
+                    module.process_group = None
+            self._is_warming_up = False
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         sync_norm_statistics(model)

@@ -16,6 +16,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -199,7 +200,7 @@ def main(argv=None):
             metrics |= {prefix + name: scores[f"{split}_{name}"] for name in ("loss", "perplexity")}
         return metrics
 
-    task = data_args.dataset_name.rstrip("/").rpartition("/")[2]
+    task = Path(data_args.dataset_name).name
     train_and_record(trainer, task, model_args, data_args, blocks, given, score, checkpoint)
 
 

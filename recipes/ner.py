@@ -10,6 +10,7 @@ in the shell or in both. The output folder then holds the model, the tokenizer a
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel
@@ -145,7 +146,7 @@ def main(argv=None):
             metrics |= {f"test_{name}": value for name, value in scores.items()}
         return metrics
 
-    task = data_args.dataset_name.rstrip("/").rpartition("/")[2]
+    task = Path(data_args.dataset_name).name
     train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
 
 

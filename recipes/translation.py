@@ -178,7 +178,7 @@ def main(argv=None):
             path.write_text(json.dumps(texts, indent=2, ensure_ascii=False), encoding="utf-8")
         return metrics
 
-    task = f"{data_args.dataset_name.rstrip('/').rpartition('/')[2]} {data_args.source}-{data_args.target}"
+    task = f"{Path(data_args.dataset_name).name} {data_args.source}-{data_args.target}"
     train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
 
 

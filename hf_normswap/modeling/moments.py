@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .ranks import gather_over_ranks
+
 
 class Moments(NamedTuple):
     """First two moments of a set of tokens.
@@ -100,3 +102,8 @@ def merge_moments(parts: Moments) -> Moments:
     mean = (weight * parts.mean).sum(0)
     between = (parts.count.unsqueeze(-1) * (parts.mean - mean).square()).sum(0)
     return Moments(count, mean, parts.m2.sum(0) + between)
+
+
+def merge_over_ranks(moments: Moments, group=None) -> Moments:
+    """Moments of the tokens of all ranks of a process `group`, by default of all, in one collective."""
+    return merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), group)))

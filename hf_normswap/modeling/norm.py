@@ -7,8 +7,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .discrepancy import Statistics
-from .moments import Moments, masked_moments, merge_moments, sum_tokens
-from .ranks import gather_over_ranks, sum_over_ranks
+from .moments import Moments, masked_moments, merge_moments, merge_over_ranks, sum_tokens
+from .ranks import sum_over_ranks
 from .recompute import replay_or_record, snapshot
 from .token_mask import current_mask
 
@@ -250,7 +250,7 @@ class BatchStandardize(torch.autograd.Function):
     def forward(x, mask, eps, centered, group):
         moments = masked_moments(x, mask)
         if group is not None:
-            moments = merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), group)))
+            moments = merge_over_ranks(moments, group)
         if centered:
             x_hat = (x - moments.mean) * torch.rsqrt(moments.var + eps)
         else:

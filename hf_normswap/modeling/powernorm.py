@@ -3,9 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments, count_tokens, masked_moments, merge_moments, sum_tokens
+from .moments import Moments, count_tokens, masked_moments, merge_over_ranks, sum_tokens
 from .norm import PowerStatisticNorm
-from .ranks import gather_over_ranks, sum_over_ranks
+from .ranks import sum_over_ranks
 from .registry import register_norm
 
 
@@ -108,7 +108,7 @@ class PowerNorm(PowerStatisticNorm):
         running, is_first_run = self.frozen_running()
         moments = masked_moments(x.detach(), mask)
         if self.process_group is not None:
-            moments = merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), self.process_group)))
+            moments = merge_over_ranks(moments, self.process_group)
         warm = running["num_batches_tracked"] < self.warmup_steps
         batch_inverse = torch.rsqrt(moments.power + self.eps)
         inverse = torch.where(warm, batch_inverse, torch.rsqrt(running["running_power"] + self.eps))

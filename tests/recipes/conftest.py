@@ -84,6 +84,23 @@ def assert_resumes(tmp_path):
     return assert_resumes
 
 
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Asserts that a run is refused in one sentence, before anything is written."""
+
+    def refused(call, message):
+        before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+        with pytest.raises(SystemExit) as exit:
+            call()
+        assert exit.value.code == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert message in error[0]
+        assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+
+    return refused
+
+
 @pytest.fixture(scope="session")
 def real_glue():
     """The real data set, laid out as on the Hub."""

@@ -108,23 +108,6 @@ def test_gpt2_is_padded_with_its_end_of_text(run, sst2, model_folder, tmp_path):
     assert set(run("sst2", sst2, model=tmp_path / "gpt2")["metrics"]) == {"accuracy"}
 
 
-@pytest.fixture
-def refused(tmp_path, capsys):
-    """Asserts that a run is refused in one sentence, before anything is written."""
-
-    def refused(call, message):
-        before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
-        with pytest.raises(SystemExit) as exit:
-            call()
-        assert exit.value.code == 2
-        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(error) == 1
-        assert message in error[0]
-        assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
-
-    return refused
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

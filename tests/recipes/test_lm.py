@@ -105,11 +105,8 @@ def test_the_weights_of_the_paper_are_said(run, capsys):
         (["--model_type=gpt2", "--text_column=words"], "has no column 'words'"),
     ],
 )
-def test_bad_input_is_refused(run, options, message, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(*options)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "output").exists()
+def test_bad_input_is_refused(run, refused, options, message):
+    refused(lambda: run(*options), message)
 
 
 def test_the_real_data_is_read():

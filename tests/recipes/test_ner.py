@@ -122,12 +122,9 @@ def test_cut_words_are_counted(run, tmp_path, caplog):
         (["--max_length=4000"], lambda split, rows: rows, None, "24 tokens at most"),
     ],
 )
-def test_bad_input_is_refused(run, options, change, tags, message, tmp_path, capsys):
+def test_bad_input_is_refused(run, refused, options, change, tags, message, tmp_path):
     data = write_data(tmp_path / "films", change=change, tags=tags or TAGS)
-    with pytest.raises(SystemExit, match="2"):
-        run(data, *options)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "output").exists()
+    refused(lambda: run(data, *options), message)
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes)
         (['--config_overrides={"max_position_embeddings": 8}'], "has 8 positions"),
     ],
 )
-def test_bad_input_is_refused(run, options, message, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(*options)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "output").exists()
+def test_bad_input_is_refused(run, refused, options, message):
+    refused(lambda: run(*options), message)
 
 
 def test_the_real_data_is_read():
