@@ -1,0 +1,181 @@
+"""Whole models that two ranks train are those that one process trains with the tokens of both."""
+
+import contextlib
+import hashlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_normswap import (
+    PowerNorm,
+    defer_norm_statistics,
+    norm_penalty,
+    swap_norm,
+    sync_norm_statistics,
+    synchronize_norms,
+)
+from hf_normswap.statistics import statistic_norms
+from tests.models import tiny_batch, tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+HEADS = {"bert": "BertForMaskedLM", "marian": "MarianMTModel", "gpt2": "GPT2LMHeadModel"}
+NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm", "powernorm_warm"]
+SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
+MODES = ["plain", "accumulation", "checkpointing"]
+CASES = list(itertools.product(HEADS, NORMS, SHARES, MODES))
+STEPS, MICRO_BATCHES = 3, 2
+
+
+def take_share(batch, division, rank):
+    """The rows of a rank, or all of them; a rank without rows has one of padding alone."""
+    if rank is None:
+        return batch
+    rows = slice(SHARES[division]) if rank == 0 else slice(SHARES[division], None)
+    if division == "empty" and rank == 0:
+        nothing = {"attention_mask": 0, "labels": -100}
+        return {name: value[:1].clone().fill_(nothing.get(name, 1)) for name, value in batch.items()}
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def count_labels(head, labels):
+    return (labels[:, 1:] if head == "GPT2LMHeadModel" else labels).ne(-100).sum()
+
+
+def sum_losses(head, logits, labels):
+    if head == "GPT2LMHeadModel":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def train(family, norm, division, mode, rank=None):
+    """Three steps of SGD: gradients, penalty, saved buffers and the collectives of norms in each, weights in the end."""
+    world = 1 if rank is None else 2
+    head = HEADS[family]
+    model = swap_norm(tiny_model(family, head).double(), norm.removesuffix("_warm"), where="all")
+    if mode == "checkpointing":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, PowerNorm):
+            module.warmup_steps = STEPS if norm.endswith("_warm") else 0
+            module.loss_scale.fill_(world)  # DDP averages, the loss is a sum over ranks
+    synchronize_norms(model)
+    if norm == "powernorm":  # has statistics from before the batch: no need
+        synchronize_norms(model, synchronized=False)
+    defer_norm_statistics(model)
+    parallel = model if rank is None else DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    parts = MICRO_BATCHES if mode == "accumulation" else 1
+    recorded = []
+    with count_collectives() as calls:
+        for step in range(STEPS):
+            calls.clear()
+            batches = [
+                tiny_batch(model, (6, 3, 9, 5, 4, 7), seed=parts * step + number, columns=9) for number in range(parts)
+            ]
+            tokens = sum(count_labels(head, batch["labels"]) for batch in batches)
+            penalties = []
+            for number, batch in enumerate(batches):
+                batch = take_share(batch, division, rank)
+                later = rank is not None and number < parts - 1
+                with parallel.no_sync() if later else contextlib.nullcontext():
+                    labels = batch.pop("labels")
+                    if family == "marian":
+                        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+                        batch["decoder_attention_mask"] = labels.ne(-100)
+                    logits = parallel(**batch).logits
+                    penalty = norm_penalty(model)
+                    (sum_losses(head, logits, labels) / tokens * world + penalty / parts).backward()
+                penalties.append(penalty.detach())
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            optimizer.step()
+            optimizer.zero_grad()
+            sync_norm_statistics(model)
+            saved = model.state_dict()
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
+            recorded.append(
+                {"gradients": gradients, "penalty": torch.stack(penalties), "buffers": buffers, "calls": list(calls)}
+            )
+    return {"steps": recorded, "weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+
+@contextlib.contextmanager
+def count_collectives():
+    """Names of the collectives that Python code calls; those of DDP are not among them."""
+    calls, originals = [], {name: getattr(torch.distributed, name) for name in ("all_gather", "all_reduce")}
+
+    def counted(name):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(torch.distributed, name, counted(name))
+        yield calls
+    finally:
+        for name, function in originals.items():
+            setattr(torch.distributed, name, function)
+
+
+def hash_buffers(result):
+    values = [buffer.numpy().tobytes() for step in result["steps"] for buffer in step["buffers"].values()]
+    return hashlib.sha256(b"".join(values)).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ran = subprocess.run(
+        [*command, "-m", "tests.distributed.model_worker", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    print(ran.stdout)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "norm", "division", "mode"), CASES)
+def test_two_ranks_are_one(ranks, family, norm, division, mode):
+    case = family, norm, division, mode
+    alone = train(*case)
+    assert hash_buffers(ranks[0][case]) == hash_buffers(ranks[1][case])
+    for rank in (0, 1):
+        ours = ranks[rank][case]
+        torch.testing.assert_close(ours["weights"], alone["weights"], rtol=0, atol=1e-9)
+        for step, expected in zip(ours["steps"], alone["steps"], strict=True):
+            for kind in ("gradients", "penalty", "buffers"):
+                torch.testing.assert_close(step[kind], expected[kind], rtol=1e-9, atol=1e-9, msg=f"{kind}")
+    assert alone["steps"][-1]["penalty"].sum() > 0 or norm != "rbn"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_collectives_of_a_step(ranks, family, norm):
+    layers = len(statistic_norms(swap_norm(tiny_model(family, HEADS[family]), norm.removesuffix("_warm"), where="all")))
+    for steps in (rank[family, norm, "even", "plain"]["steps"] for rank in ranks):
+        for step in steps:
+            gathered, reduced = (step["calls"].count(name) for name in ("all_gather", "all_reduce"))
+            if norm in ("layernorm", "rmsnorm"):
+                assert (gathered, reduced) == (0, 0)
+            elif norm == "powernorm":
+                assert (gathered, reduced) == (1, 0)
+            elif norm == "powernorm_warm":
+                assert (gathered, reduced) == (layers + 1, layers)
+            else:
+                assert (gathered, reduced) == (layers, layers)
