@@ -1,8 +1,12 @@
 """Trainers for models with swapped norms."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
+from .checkpoints import LAST_FILE, find_last_checkpoint
 from .modeling.norm import Norm
 from .modeling.powernorm import PowerNorm
 from .modeling.rbn import RegularizedBatchNorm
@@ -57,13 +61,35 @@ class _NormSwapTrainerMixin:
     def _reset_norm_logs(self):
         self._penalty, self._discrepancy = _Mean(), _Mean()
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # Trainer would take the last one, also where it is half written
+            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             defer_norm_statistics(self.model, False)
             synchronize_norms(self.model, synchronized=False)
             freeze_norm_statistics(self.model, False)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            Path(folder, LAST_FILE).unlink(missing_ok=True)  # of an earlier run: this checkpoint is not whole yet
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # Python, torch and safetensors each have another one for a full disk
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            whole = find_last_checkpoint(folder.parent)
+            cure = f"make room, and resume from {whole}" if whole else "make room, and start again"
+            raise OSError(f"{folder} could not be written ({error}): {cure}.") from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What comes next is LAST_FILE, and the removal of older checkpoints: each rank has written its part before.
+        self.accelerator.wait_for_everyone()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_normswap import ProgressiveSwapCallback, get_norm
+from hf_normswap.checkpoints import check_checkpoint, find_last_checkpoint
 from hf_normswap.results import compare_results, describe_environment, write_result
 
 
@@ -117,11 +117,11 @@ def _read_yaml(path):
 
 
 @contextmanager
-def one_sentence_errors():
-    """Ends the recipe with one sentence and exit code 2 for what its user can cure, which shows before training."""
+def one_sentence_errors(kinds=(ImportError, OSError, ValueError)):
+    """Ends the recipe with one sentence and exit code 2 for what its user can cure: by default, before training."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except kinds as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -151,20 +151,13 @@ def check_processes(training_args):
 
 
 def find_checkpoint(training_args):
-    """The checkpoint that `--resume_from_checkpoint` names; `true` is the last one of the output folder."""
+    """The checkpoint that `--resume_from_checkpoint` names; `true` is the last whole one of the output folder."""
     path = training_args.resume_from_checkpoint
     if path is None:
         return None
     if path.lower() == "true":
-        path = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    weights = sorted(Path(path).glob("*.safetensors")) if path else []
-    if not weights:
-        raise ValueError(f"There is no checkpoint to resume from in {path or training_args.output_dir}.")
-    for file in weights:
-        try:
-            safe_open(file, "pt")
-        except Exception as error:
-            raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint.") from error
+        path = find_last_checkpoint(training_args.output_dir)
+    check_checkpoint(path or training_args.output_dir)
     return path
 
 
@@ -185,8 +178,9 @@ def show_penalty_weights(trainer, tokens):
 
 def train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint):
     """Trains, saves the model, and writes and prints the result with the metrics that `score()` returns."""
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with one_sentence_errors((OSError, SafetensorError)):  # a full disk
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
     metrics = score()
     if trainer.is_world_process_zero():
         examples = {

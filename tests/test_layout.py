@@ -18,12 +18,12 @@ MODELING = sorted((PACKAGE / "modeling").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 
 RUNTIME_DEPENDENCIES = {"torch", "transformers", "huggingface_hub", "safetensors"}
-PUBLIC_MODULES = {"metrics", "results", "plots", "card"}
+PUBLIC_MODULES = {"metrics", "results", "plots", "card", "checkpoints"}
 
 # From the bottom to the top: a file imports from its own layer and from those below.
 LAYERS = [
     {"modeling"},
-    {"auto", "statistics", "comparison", "metrics", "batches", "files"},
+    {"auto", "statistics", "comparison", "metrics", "batches", "files", "checkpoints"},
     {"surgery", "results", "walk", "least_squares", "residual", "probe"},
     {"conversion"},
     {"calibration", "distillation", "progressive", "folding", "placement", "export", "tid", "gradients", "plots"},

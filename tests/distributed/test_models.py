@@ -167,7 +167,9 @@ def test_two_ranks_are_one(ranks, family, norm, division, mode):
 @pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_collectives_of_a_step(ranks, family, norm):
-    layers = len(statistic_norms(swap_norm(tiny_model(family, HEADS[family]), norm.removesuffix("_warm"), where="all")))
+    layers = len(
+        statistic_norms(swap_norm(tiny_model(family, HEADS[family]), norm.removesuffix("_warm"), where="all"))
+    )
     for steps in (rank[family, norm, "even", "plain"]["steps"] for rank in ranks):
         for step in steps:
             gathered, reduced = (step["calls"].count(name) for name in ("all_gather", "all_reduce"))

@@ -143,14 +143,21 @@ def test_the_checkpoint_to_resume_from(tmp_path, model_folder):
     for path in ("true", str(tmp_path / "absent")):
         with pytest.raises(ValueError, match="no checkpoint to resume from"):
             find(path)
+    weights = Path(model_folder, "model.safetensors").read_bytes()
     for step in (2, 10):
         (output / f"checkpoint-{step}").mkdir(parents=True)
-        weights = Path(model_folder, "model.safetensors").read_bytes()
         (output / f"checkpoint-{step}" / "model.safetensors").write_bytes(weights)
+        (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert find("true") == str(output / "checkpoint-10")
     (output / "checkpoint-10" / "model.safetensors").write_bytes(weights[:-1000])
+    assert find("true") == str(output / "checkpoint-2")
     with pytest.raises(ValueError, match="is damaged"):
+        find(str(output / "checkpoint-10"))
+    (output / "checkpoint-2" / "trainer_state.json").write_text('{"epoch"')
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
         find("true")
+    with pytest.raises(ValueError, match="was not written to its end"):
+        find(str(output / "checkpoint-2"))
 
 
 def test_a_result_names_no_folder_of_the_machine(model_folder):
