@@ -55,7 +55,7 @@ def sum_losses(head, logits, labels):
 
 
 def train(family, norm, division, mode, rank=None):
-    """Three steps of SGD: gradients, penalty, saved buffers and the collectives of norms in each, weights in the end."""
+    """Three steps of SGD: gradients, penalty, buffers and collectives of norms in each, and weights in the end."""
     world = 1 if rank is None else 2
     head = HEADS[family]
     model = swap_norm(tiny_model(family, head).double(), norm.removesuffix("_warm"), where="all")

@@ -1,0 +1,113 @@
+"""The launch configurations, as they are: on one machine, and on two that know each other by address alone."""
+
+import os
+import re
+import socket
+import stat
+import sys
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from hf_normswap.results import load_results
+from tests.distributed.launch import ROOT, run, start
+from tests.recipes.conftest import model_folder, write_task  # noqa: F401
+
+
+FOLDER = ROOT / "recipes" / "accelerate"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+@pytest.fixture
+def command(tmp_path, model_folder):  # noqa: F811
+    data = write_task(tmp_path / "glue", "sst2", {"train": 64, "validation": 10})
+
+    def command(output, *options):
+        shared = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--task_name=sst2"]
+        shared += ["--max_length=20", "--max_steps=4", "--learning_rate=0.01", "--use_cpu=true", "--norm=rbn"]
+        return ["recipes/glue.py", *shared, "--report_to=none", f"--output_dir={output}", *options]
+
+    return command
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_them(path):
+    config = load_config_from_file(str(path))
+    assert vars(config).items() >= yaml.safe_load(path.read_text()).items()
+    assert f"recipes/accelerate/{path.name}" in path.read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu", "ddp"])
+def test_one_machine(name, command, tmp_path):
+    configured = ["--config_file", FOLDER / f"{name}.yaml", "--main_process_port", "0"]
+    run(*LAUNCH, *configured, *command(tmp_path / "output"), ACCELERATE_USE_CPU="true")
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    processes = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["num_processes"]
+    assert ("--num_processes 2" in result["command"]) == (processes == 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_machines(command, tmp_path, free_port):
+    launch = [*LAUNCH, "--config_file", FOLDER / "nodes.yaml", "--main_process_ip", "127.0.0.1"]
+    launch += ["--main_process_port", free_port]
+    machines = [
+        start(
+            *launch,
+            f"--machine_rank={rank}",
+            "--module",
+            "tests.distributed.recipe_worker",
+            *command(tmp_path / f"machine{rank}")[1:],
+            ACCELERATE_USE_CPU="true",
+            HF_HOME=str(tmp_path / f"home{rank}"),
+        )
+        for rank in (0, 1)
+    ]
+    ended = []
+    for machine in machines:
+        output, _ = machine.communicate(timeout=300)
+        assert machine.returncode == 0, output[-3000:]
+        ended += re.findall(r"^rank (\d) of (\d): (\w+)$", output, re.MULTILINE)
+    assert [(rank, world) for rank, world, _ in ended] == [("0", "2"), ("1", "2")]
+    assert ended[0][2] == ended[1][2]
+    assert [(tmp_path / f"machine{rank}" / "model.safetensors").exists() for rank in (0, 1)] == [True, False]
+    (result,) = load_results(tmp_path / "machine0" / "result.json")
+    assert "--num_processes 2" in result["command"]
+
+
+def test_the_slurm_script_starts_each_machine(tmp_path):
+    tools = {
+        "scontrol": "echo first; echo second",
+        "srun": 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": 'printf "%s\\n" "$*"',
+    }
+    for name, body in tools.items():
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    (tmp_path / "output" / "checkpoint-3").mkdir(parents=True)
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    arguments = ["recipes/glue.py", "a.yaml", f"--output_dir={tmp_path}/output", '--norm_options={"momentum": 0.2}']
+    printed = run(
+        "bash",
+        ROOT / "recipes" / "slurm" / "train.sbatch",
+        *arguments,
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        **slurm,
+    )
+    lines = printed.splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert f"--num_machines 2 --num_processes 8 --machine_rank {rank} --main_process_ip first" in line
+        assert line.endswith(" ".join([*arguments, "--resume_from_checkpoint true"]))
