@@ -140,7 +140,7 @@ def tiny_batch(
     The real tokens depend on `lengths` and `seed` alone: `columns`, `padding_side` and `filler` (the id at the pads,
     by default the padding token) say what stands around them. Labels are -100 at pads.
     """
-    head = type(model).__name__.removeprefix("NormSwap")
+    head = type(model).__name__.removeprefix("FSDP").removeprefix("NormSwap")
     config = model.config
     columns = columns or max(lengths)
     filler = config.pad_token_id if filler is None else filler

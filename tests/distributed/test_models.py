@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +33,7 @@ NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm", "powern
 SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
 MODES = ["plain", "accumulation", "checkpointing"]
 CASES = list(itertools.product(HEADS, NORMS, SHARES, MODES))
+CASES += itertools.product(HEADS, NORMS, ["unequal"], ["sharded", "sharded checkpointing"])
 STEPS, MICRO_BATCHES = 3, 2
 
 
@@ -59,7 +63,7 @@ def train(family, norm, division, mode, rank=None):
     world = 1 if rank is None else 2
     head = HEADS[family]
     model = swap_norm(tiny_model(family, head).double(), norm.removesuffix("_warm"), where="all")
-    if mode == "checkpointing":
+    if mode.endswith("checkpointing"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, PowerNorm):
@@ -69,7 +73,7 @@ def train(family, norm, division, mode, rank=None):
     if norm == "powernorm":  # has statistics from before the batch: no need
         synchronize_norms(model, synchronized=False)
     defer_norm_statistics(model)
-    parallel = model if rank is None else DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = model if rank is None else make_parallel(model, sharded=mode.startswith("sharded"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     parts = MICRO_BATCHES if mode == "accumulation" else 1
     recorded = []
@@ -93,7 +97,7 @@ def train(family, norm, division, mode, rank=None):
                     penalty = norm_penalty(model)
                     (sum_losses(head, logits, labels) / tokens * world + penalty / parts).backward()
                 penalties.append(penalty.detach())
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
             sync_norm_statistics(model)
@@ -102,7 +106,21 @@ def train(family, norm, division, mode, rank=None):
             recorded.append(
                 {"gradients": gradients, "penalty": torch.stack(penalties), "buffers": buffers, "calls": list(calls)}
             )
-    return {"steps": recorded, "weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
+    return {"steps": recorded, "weights": {name: whole(p.detach()) for name, p in model.named_parameters()}}
+
+
+def make_parallel(model, sharded):
+    if not sharded:
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in list(model.modules()):
+        if type(module).__name__.endswith(("Layer", "Block")):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
 @contextlib.contextmanager
