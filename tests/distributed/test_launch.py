@@ -11,7 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_normswap.results import load_results
-from tests.distributed.launch import ROOT, run, start
+from tests.distributed.launch import ROOT, TORCHRUN, run, start
 from tests.recipes.conftest import model_folder, write_task  # noqa: F401
 
 
@@ -55,6 +55,22 @@ def test_one_machine(name, command, tmp_path):
     (result,) = load_results(tmp_path / "output" / "result.json")
     processes = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["num_processes"]
     assert ("--num_processes 2" in result["command"]) == (processes == 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["rbn", "powernorm"])
+def test_deepspeed_zero_2_trains_as_data_parallel(norm, command, tmp_path):
+    pytest.importorskip("deepspeed")
+    options = [f"--norm={norm}", "--logging_steps=1", "--gradient_accumulation_steps=2", "--norm_warmup_ratio=0.5"]
+    more = {"plain": [], "zero": ["--deepspeed", FOLDER / "zero2.json"]}
+    losses = {}
+    for name, deepspeed in more.items():
+        run(*TORCHRUN, *command(tmp_path / name, *options, *deepspeed), DS_ACCELERATOR="cpu")
+        (result,) = load_results(tmp_path / name / "result.json")
+        losses[name] = [entry["loss"] for entry in result["history"] if "loss" in entry]
+    assert len(losses["plain"]) == 4
+    assert losses["zero"] == pytest.approx(losses["plain"], abs=1e-4)
 
 
 @pytest.mark.distributed

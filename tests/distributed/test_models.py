@@ -34,6 +34,7 @@ SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
 MODES = ["plain", "accumulation", "checkpointing"]
 CASES = list(itertools.product(HEADS, NORMS, SHARES, MODES))
 CASES += itertools.product(HEADS, NORMS, ["unequal"], ["sharded", "sharded checkpointing"])
+CASES += itertools.product(["bert"], NORMS[2:], ["even"], ["compiled"])
 STEPS, MICRO_BATCHES = 3, 2
 
 
@@ -73,11 +74,15 @@ def train(family, norm, division, mode, rank=None):
     if norm == "powernorm":  # has statistics from before the batch: no need
         synchronize_norms(model, synchronized=False)
     defer_norm_statistics(model)
+    if rank is not None and mode == "compiled":
+        torch._dynamo.reset()
+        model.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     parallel = model if rank is None else make_parallel(model, sharded=mode.startswith("sharded"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     parts = MICRO_BATCHES if mode == "accumulation" else 1
     recorded = []
-    with count_collectives() as calls:
+    # A counter would be traced, too.
+    with contextlib.nullcontext([]) if mode == "compiled" else count_collectives() as calls:
         for step in range(STEPS):
             calls.clear()
             batches = [
