@@ -36,6 +36,7 @@ _HOMES = {
     "modeling.recompute": ["tape_checkpoint"],
     "modeling.sites": ["NormSite", "find_norms"],
     "modeling.swap_config": ["NormSwapConfig"],
+    "placement": ["set_norm_placement"],
     "progressive": ["ProgressiveSwapCallback"],
     "statistics": [
         "defer_norm_statistics",

@@ -148,7 +148,22 @@ class _Plan:
 
     def _fold_pre(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
         for site in sites:
-            self._fold_into(site, sublayer_of(self.model, site).readers if site.block else readers)
+            if site.sublayer == "embedding":
+                self._fold_into_tables(site)
+            else:
+                self._fold_into(site, sublayer_of(self.model, site).readers if site.block else readers)
+
+    def _fold_into_tables(self, site: NormSite) -> None:
+        """Fold the norm of the embeddings, whose output is the residual stream."""
+        affine, tables = self._map(site), self._tables(site)
+        if affine is None:
+            return
+        if not tables:
+            self._keep(site, *affine, "the embeddings in front of it are needed as they are")
+            return
+        self._scale_tables(tables, affine[0])
+        self._shift_stream(site, affine[1])
+        self.report.folded.append(site.name)
 
     def _fold_into(self, site: NormSite, readers: tuple[str, ...]) -> None:
         """Fold a norm that nothing reads but linear layers."""

@@ -80,7 +80,7 @@ def swap_norm(
     ```
     """
     config = NormSwapConfig.of(norm)
-    swapped = _check_model(model)
+    check_model(model)
     sites = _select(model, where, filter_fn)
     norm_class = get_norm(config.norm)
     defaults = norm_class.default_options(model.config)
@@ -100,14 +100,12 @@ def swap_norm(
         )
     before = type(model), model.config
     place_norms(model, norms)
-    record = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
-    _set_config(model, swapped.config_class, [*_recorded(model), record])
-    model.__class__ = swapped
-    release_swapped(model)
-    prepare_swapped(model)
+    entry = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
+    record = recorded_swap(model)
+    set_recorded_swap(model, {**record, "norms": [*record["norms"], entry]})
     said = f" with {options}" if options else ""
     logger.info(
-        f"Swapped {len(sites)} of {len(find_norms(model))} norms of {swapped.__name__} to {config.norm}{said}."
+        f"Swapped {len(sites)} of {len(find_norms(model))} norms of {type(model).__name__} to {config.norm}{said}."
     )
     if calibrate_on is not None and norm_class is not LayerNorm:
         from .calibration import calibrate  # is made of what stands here
@@ -128,7 +126,7 @@ def swap_norm(
 def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     """Put LayerNorm back everywhere, in place: the class, configuration and eps from before the swap.
 
-    Gains and shifts stay what they have become; running statistics are dropped.
+    Gains and shifts stay what they have become; running statistics are dropped. Norms in another placement stay there.
 
     Returns:
         The same model.
@@ -142,21 +140,23 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     refuse_folded(model)
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
-    model.__class__ = stock_class(type(model))
-    _set_config(model, model.config_class, None)
-    release_swapped(model)
+    record = recorded_swap(model)
+    kept = {name: record[name] for name in ("format_version", "placement") if name in record}
+    if "placement" in kept:
+        set_recorded_swap(model, {**kept, "norms": []})
+    else:
+        become_stock(model)
     return model
 
 
-def _check_model(model) -> type:
+def check_model(model) -> None:
+    """Raises `ValueError` for a model whose norms cannot be changed."""
     refuse_wrapped(model)
     if isinstance(model, NormSwapMixin):
         refuse_folded(model)
-        swapped = type(model)
     else:
         find_norms(model)  # says which families there are
-        swapped = swapped_class(type(model))
-    if swapped is None:
+    if swapped_class_of(model) is None:
         raise ValueError(
             f"{type(model).__name__} is no model class of transformers: swap the transformers model inside it."
         )
@@ -164,7 +164,11 @@ def _check_model(model) -> type:
         raise ValueError(
             "chunk_size_feed_forward > 0 calls a norm once per chunk, which breaks its statistics: set it to 0."
         )
-    return swapped
+
+
+def swapped_class_of(model) -> type | None:
+    """The class that `model` has with swapped norms, `None` where there is none."""
+    return type(model) if isinstance(model, NormSwapMixin) else swapped_class(type(model))
 
 
 def refuse_training(model) -> None:
@@ -213,20 +217,34 @@ def _select(model, where, filter_fn) -> list[NormSite]:
     return sites
 
 
-def _recorded(model) -> list:
-    return (getattr(model.config, "norm_swap", None) or {}).get("norms", [])
+def recorded_swap(model) -> dict:
+    """What the configuration of a model says of its swap; of none, where it is not swapped."""
+    return getattr(model.config, "norm_swap", None) or {"format_version": FORMAT_VERSION, "norms": []}
 
 
-def _set_config(model, config_class, norms: list | None) -> None:
+def set_recorded_swap(model, record: dict) -> None:
+    """Make `model` one of the class of swapped models, whose configuration has this `record`."""
+    model.__class__ = swapped_class_of(model)
+    _set_config(model, model.config_class, record)
+    release_swapped(model)
+    prepare_swapped(model)
+
+
+def become_stock(model) -> None:
+    """Make a model without swapped norms one of its class of transformers."""
+    model.__class__ = stock_class(type(model))
+    _set_config(model, model.config_class, None)
+    release_swapped(model)
+
+
+def _set_config(model, config_class, record: dict | None) -> None:
     """Give the model, and every part that shares its configuration, a copy of the class `config_class`."""
-    old = model.config
-    new = copy.deepcopy(old)  # the caller's object may belong to another model too
+    new = copy.deepcopy(model.config)  # the caller's object may belong to another model too
     new.__class__ = config_class
-    before = getattr(new, "norm_swap", None) or {}
     for name in ("model_type", "auto_map", "norm_swap"):
         new.__dict__.pop(name, None)
-    if norms is not None:
-        new.norm_swap = {**before, "format_version": FORMAT_VERSION, "norms": norms}
+    if record is not None:
+        new.norm_swap = record
         new.register_models()
     share_config(model, new)
 

@@ -7,12 +7,21 @@ from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
 
 
 FORMAT_VERSION = 1
-OPTIONAL_ENTRIES = {"biases", "calibration", "folded", "layer_norm_share", "untied"}
+OPTIONAL_ENTRIES = {"biases", "calibration", "folded", "layer_norm_share", "placement", "untied"}
+PLACEMENTS = ("post", "pre")
+# Where the models of transformers have the norms of their blocks.
+STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
 
 
 def family_of(model_type: str) -> str:
     """`"bert"` for `"bert"` and for its swapped `"normswap_bert"`."""
     return model_type.removeprefix("normswap_")
+
+
+def placement_of(config) -> str:
+    """`"post"` or `"pre"`: where the norms of the blocks stand in a model with this configuration."""
+    record = getattr(config, "norm_swap", None) or {}
+    return record.get("placement", STOCK_PLACEMENTS[family_of(config.model_type)])
 
 
 def check_layer_norm_shares(shares: Mapping, swapped: Collection[str]) -> None:
@@ -65,6 +74,8 @@ class NormSwapConfigMixin:
             raise ValueError(
                 f"norm_swap in the model's configuration has unknown or missing entries {sorted(wrong)}: correct them."
             )
+        if record.get("placement", "pre") not in PLACEMENTS:
+            raise ValueError(f"placement is one of {', '.join(PLACEMENTS)}, not {record['placement']!r}.")
         swapped = {path for entry in record["norms"] for path in entry["modules"]}
         check_layer_norm_shares(record.get("layer_norm_share", {}), swapped)
 

@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .configuration import family_of
+from .configuration import family_of, placement_of
 from .norm import Norm
 
 
-# model_type: prefix of the base model, stack, and what each path (below a model with a head) is.
-# {stack} stands for the stack where a model has two, {i} for the layer.
+# model_type: prefix of the base model, and what each path (below a model with a head) is. {stack} stands for the stack
+# where a model has two, {i} for the layer. In the post placement there is no final norm.
 _ENCODER_LAYER = {
     "embedding": "embeddings.LayerNorm",
     "attention": "encoder.layer.{i}.attention.output.LayerNorm",
     "cross_attention": "encoder.layer.{i}.crossattention.output.LayerNorm",
     "ffn": "encoder.layer.{i}.output.LayerNorm",
+    "final": "encoder.LayerNorm",
 }
 _SITES = {
-    "bert": ("bert", "post", _ENCODER_LAYER, {"head": "cls.predictions.transform.LayerNorm"}),
-    "roberta": ("roberta", "post", _ENCODER_LAYER, {"head": "lm_head.layer_norm"}),
+    "bert": ("bert", _ENCODER_LAYER, {"head": "cls.predictions.transform.LayerNorm"}),
+    "roberta": ("roberta", _ENCODER_LAYER, {"head": "lm_head.layer_norm"}),
     "marian": (
         "model",
-        "post",
         {
             "attention": "{stack}.layers.{i}.self_attn_layer_norm",
             "cross_attention": "{stack}.layers.{i}.encoder_attn_layer_norm",
             "ffn": "{stack}.layers.{i}.final_layer_norm",
+            "final": "{stack}.layer_norm",
         },
         {},
     ),
     "gpt2": (
         "transformer",
-        "pre",
         {
             "attention": "h.{i}.ln_1",
             "cross_attention": "h.{i}.ln_cross_attn",
@@ -142,23 +142,25 @@ def find_norms(model: nn.Module) -> NormSites:
     family = _family_in_table(model)
     prefix = _SITES[family][0]
     is_base = not hasattr(model, prefix)
+    placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
     for name, module in model.named_modules():
         if not isinstance(module, nn.LayerNorm | Norm):
             continue
         path = f"{prefix}.{name}" if is_base else name
-        for sublayer, placement, pattern in _patterns(family):
+        for sublayer, pattern in _patterns(family):
             if match := pattern.fullmatch(path):
                 found = match.groupdict()
                 layer = int(found["i"]) if "i" in found else None
-                sites.append(NormSite(name, path, module, found.get("stack", one_stack), sublayer, layer, placement))
+                where = placement if sublayer in BLOCK_SUBLAYERS else None
+                sites.append(NormSite(name, path, module, found.get("stack", one_stack), sublayer, layer, where))
     return sites
 
 
 def is_site(model: nn.Module, path: str) -> bool:
     """Whether some model of the family of `model` can have a norm at `path`."""
-    return any(pattern.fullmatch(path) for _, _, pattern in _patterns(_family_in_table(model)))
+    return any(pattern.fullmatch(path) for _, pattern in _patterns(_family_in_table(model)))
 
 
 def _family_in_table(model: nn.Module) -> str:
@@ -171,9 +173,9 @@ def _family_in_table(model: nn.Module) -> str:
 
 @functools.cache
 def _patterns(family: str) -> list[tuple]:
-    prefix, placement, inside, beside = _SITES[family]
+    prefix, inside, beside = _SITES[family]
     paths = {**{sublayer: f"{prefix}.{path}" for sublayer, path in inside.items()}, **beside}
-    return [(sub, placement if sub in BLOCK_SUBLAYERS else None, _pattern(path)) for sub, path in paths.items()]
+    return [(sublayer, _pattern(path)) for sublayer, path in paths.items()]
 
 
 def _pattern(path: str) -> re.Pattern:

@@ -15,6 +15,7 @@ from .blend import blend_norm
 from .configuration import CONFIGS, family_of
 from .folded import add_bias, remove_norms, untie_head
 from .norm import BatchStatisticNorm, Norm
+from .placement import place_blocks
 from .rbn import RegularizedBatchNorm
 from .recompute import tape_checkpoint
 from .replace import new_norm, place_norms
@@ -37,6 +38,8 @@ class NormSwapMixin:
         config.validate_norm_swap()  # an override given to from_pretrained is set after the configuration's own check
         super().__init__(config, *args, **kwargs)
         record = config.norm_swap or {}
+        if "placement" in record:
+            place_blocks(self, record["placement"])
         place_norms(self, norms_of_record(self, record))
         fold_as_recorded(self, record)
         shares = record.get("layer_norm_share", {})

@@ -1,0 +1,323 @@
+"""Pre- and Post-LN, against the models of transformers that have their norms in the other place."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    MegatronBertConfig,
+    OpenAIGPTConfig,
+    PegasusConfig,
+    RobertaPreLayerNormConfig,
+)
+from transformers.models.megatron_bert import modeling_megatron_bert
+from transformers.models.openai import modeling_openai
+from transformers.models.pegasus import modeling_pegasus
+from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
+
+from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
+from tests.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
+from tests.persistence import outputs, run_fresh, same, train
+
+
+OTHER = {"bert": "pre", "roberta": "pre", "marian": "pre", "gpt2": "post"}
+NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm"]
+BERT_HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
+ORACLES = {
+    "bert": [*BERT_HEADS, "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining"],
+    "roberta": [*BERT_HEADS, "ForMultipleChoice"],
+    "marian": ["Model", "MTModel"],
+    "gpt2": ["Model", "LMHeadModel", "ForSequenceClassification"],
+}
+# Parts of the names of our weights, and those of the oracle.
+RENAMED = {
+    "bert": [
+        (r"attention\.output\.LayerNorm", "attention.ln"),
+        (r"(\d)\.output\.LayerNorm", r"\1.ln"),
+        (r"encoder\.LayerNorm", "encoder.ln"),
+    ],
+    "roberta": [
+        (r"attention\.output\.LayerNorm", "attention.LayerNorm"),
+        (r"(\d)\.output\.LayerNorm", r"\1.intermediate.LayerNorm"),
+        (r"encoder\.LayerNorm", "LayerNorm"),
+        (r"^roberta\.", "roberta_prelayernorm."),
+    ],
+    "marian": [],
+    "gpt2": [("wte", "tokens_embed"), ("wpe", "positions_embed")],
+}
+
+
+def make_oracle(family, head, config):
+    shared = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "initializer_range"}
+    shared |= {"vocab_size", "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob"}
+    shared |= {"num_labels", "pad_token_id", "bos_token_id", "eos_token_id", "layer_norm_eps", "type_vocab_size"}
+    if family == "marian":
+        shared = {"vocab_size", "d_model", "max_position_embeddings", "dropout", "init_std", "scale_embedding"}
+        shared |= {f"{stack}_{part}" for stack in ("encoder", "decoder") for part in ("layers", "ffn_dim")}
+        shared |= {"encoder_attention_heads", "decoder_attention_heads", "activation_function"}
+        shared |= {"pad_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"}
+    if family == "gpt2":
+        shared = {"vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "num_labels", "pad_token_id"}
+        shared |= {"attn_pdrop", "embd_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"}
+    fields = {name: getattr(config, name) for name in shared}
+    made = {
+        "bert": (MegatronBertConfig, modeling_megatron_bert, f"MegatronBert{head}"),
+        "roberta": (RobertaPreLayerNormConfig, modeling_roberta_prelayernorm, f"RobertaPreLayerNorm{head}"),
+        "marian": (PegasusConfig, modeling_pegasus, {"MTModel": "PegasusForConditionalGeneration"}.get(head)),
+        "gpt2": (OpenAIGPTConfig, modeling_openai, f"OpenAIGPT{head}"),
+    }
+    config_class, module, name = made[family]
+    oracle = getattr(module, name or "PegasusModel")(config_class(**fields)).train()
+    if family == "gpt2":
+        for block in oracle.modules():
+            if hasattr(block, "act"):
+                block.act = nn.GELU(approximate="tanh")
+    return oracle
+
+
+def rename(family, name):
+    for ours, theirs in RENAMED[family]:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def real_outputs(output, batch):
+    """What is returned for real tokens, and for whole rows."""
+    real = batch["attention_mask"].bool()
+    if "decoder_input_ids" in batch or output.get("encoder_last_hidden_state") is not None:
+        real = batch["labels"].ne(-100) if "labels" in batch else torch.ones_like(batch["decoder_input_ids"]).bool()
+    names = [name for name in output if name.endswith(("logits", "last_hidden_state", "pooler_output"))]
+    values = {name: output[name] for name in names if name != "encoder_last_hidden_state"}
+    return {name: value[real] if value.shape[:2] == real.shape else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("family", "head"), [(family, head) for family in ORACLES for head in ORACLES[family]])
+def test_the_other_placement_is_that_of_another_family(family, head, dtype):
+    prefix = {"bert": "Bert", "roberta": "Roberta", "marian": "Marian", "gpt2": "GPT2"}[family]
+    overrides = {"n_inner": None, "use_cache": False} if family == "gpt2" else {}
+    model = tiny_model(family, prefix + head, **overrides)
+    if family == "bert":
+        model.base_model.embeddings.LayerNorm = nn.Identity()  # which Megatron has not
+    set_norm_placement(model, OTHER[family], drop_final=True)
+    for site in find_norms(model):
+        nn.init.uniform_(site.module.weight, 0.5, 1.5)
+        nn.init.uniform_(site.module.bias, -0.5, 0.5)
+    oracle = make_oracle(family, head, model.config)
+    model, oracle = model.to(dtype), oracle.to(dtype)
+    weights = {rename(family, name): value for name, value in model.state_dict().items()}
+    missing = oracle.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys
+    assert all("position" in name or "final_logits_bias" in name for name in missing.missing_keys)
+    if family == "marian":
+        for ours, theirs in zip(
+            (model.get_encoder(), model.get_decoder()), (oracle.get_encoder(), oracle.get_decoder()), strict=True
+        ):
+            theirs.embed_positions.weight.data = ours.embed_positions.weight.data.clone()
+    batch = tiny_batch(model, lengths=(7, 4, 5))
+    returned, expected = model(**batch), oracle(**batch)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    values, theirs = real_outputs(returned, batch), real_outputs(expected, batch)
+    assert values.keys() == theirs.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance)
+    for either in (values, theirs):
+        sum(value.square().mean() for value in either.values()).backward()
+    gradients = dict(oracle.named_parameters())
+    compared = 0
+    for name, parameter in model.named_parameters():
+        theirs = gradients[rename(family, name)].grad
+        assert (parameter.grad is None) == (theirs is None), name
+        if theirs is not None:
+            scale = max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(parameter.grad, theirs, rtol=0, atol=tolerance * scale, msg=name)
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize(("family", "head"), all_heads())
+@pytest.mark.parametrize("norm", [None, "batchnorm"])
+def test_there_and_back(family, head, norm):
+    model = tiny_model(family, head)
+    for site in find_norms(model):
+        if site.sublayer == "final":
+            nn.init.ones_(site.module.weight)
+            nn.init.zeros_(site.module.bias)
+    if norm:
+        swap_norm(model, norm)
+    stock, config = type(model), copy.deepcopy(model.config)
+    weights, before = dict(model.named_parameters()), outputs(model)
+    set_norm_placement(model, OTHER[family])
+    assert {site.placement for site in find_norms(model)} <= {OTHER[family], None}
+    assert not same(before, outputs(model))
+    assert type(model).__name__.startswith("NormSwap")
+    set_norm_placement(model, OTHER[family])
+    set_norm_placement(model, "pre" if OTHER[family] == "post" else "post")
+    assert same(before, outputs(model))
+    assert type(model) is stock
+    assert model.config.to_dict() == config.to_dict()
+    after = dict(model.named_parameters())
+    assert after.keys() == weights.keys()
+    assert all(after[name] is weights[name] for name in weights if "ln_f" not in name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_any_norm_in_any_place_is_saved_and_loaded(family, norm, tmp_path):
+    model = set_norm_placement(tiny_model(family), OTHER[family], drop_final=True)
+    model = train(swap_norm(model, norm, where="all"))
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert same(expected, outputs(loaded))
+    assert same(expected, outputs(copy.deepcopy(model)))
+    assert same(expected, outputs(pickle.loads(pickle.dumps(model))))
+    assert [(site.path, site.placement, site.kind) for site in find_norms(loaded)] == [
+        (site.path, site.placement, site.kind) for site in find_norms(model)
+    ]
+    # Norms go back to LayerNorm where they stand, then the blocks to where they were.
+    restore_norm(loaded)
+    assert {site.kind for site in find_norms(loaded)} == {"layernorm"}
+    assert {site.placement for site in find_norms(loaded)} <= {OTHER[family], None}
+    set_norm_placement(loaded, "pre" if family == "gpt2" else "post", drop_final=True)
+    assert type(loaded).__name__ == USUAL_HEAD[family]
+
+
+def test_a_placement_alone_is_saved_and_loaded(tmp_path):
+    model = set_norm_placement(tiny_model("bert"), "pre").eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.norm_swap == {"format_version": 1, "norms": [], "placement": "pre"}
+    assert same(outputs(model), outputs(loaded))
+
+
+def test_it_loads_without_the_package(tmp_path):
+    model = train(swap_norm(set_norm_placement(tiny_model("roberta"), "pre"), "rbn", where="all"))
+    model.save_pretrained(tmp_path / "model")
+    batch = tiny_batch(model, labels=False)
+    torch.save((batch, model(**batch).logits), tmp_path / "expected.pt")
+    script = """
+import torch
+from transformers import AutoModelForMaskedLM
+model = AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)
+batch, expected = torch.load("expected.pt")
+assert torch.equal(model(**batch).logits, expected)
+"""
+    run_fresh(script, tmp_path, package=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
+def test_checkpointing_is_exact(family, norm):
+    gradients = []
+    for checkpointing in (False, True):
+        model = set_norm_placement(tiny_model(family), OTHER[family], drop_final=True).double()
+        swap_norm(model, norm, where="all")
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        (model(**tiny_batch(model)).loss + norm_penalty(model)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients[-1] |= {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family):
+    model = set_norm_placement(tiny_model(family), OTHER[family], drop_final=True).double()
+    swap_norm(model, "batchnorm", where="all")
+    results = []
+    for options in ({}, {"columns": 12, "filler": 7}):
+        trained = copy.deepcopy(model)
+        trained(**tiny_batch(trained, **options)).loss.backward()
+        results.append([b for name, b in trained.named_buffers() if name.endswith(("_mean", "_var"))])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_model_is_the_same(family):
+    model = set_norm_placement(tiny_model(family), OTHER[family], drop_final=True).double()
+    swap_norm(model, "batchnorm", where="all")
+    batch, results = tiny_batch(model), []
+    for compiled in (False, True):
+        trained = copy.deepcopy(model)
+        call = torch.compile(trained, backend="aot_eager", fullgraph=True) if compiled else trained
+        call(**batch).loss.backward()
+        results.append({name: p.grad for name, p in trained.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "head"), all_heads())
+def test_a_calibrated_model_is_folded(family, head):
+    model = set_norm_placement(tiny_model(family, head).double().eval(), OTHER[family], drop_final=True)
+    model = train(swap_norm(model, "batchnorm", where="all"))
+    expected = outputs(model)
+    report = fold_norms(model, untie=True)
+    assert report.error < 1e-12
+    assert set(report.kept) <= {site.name for site in find_norms(model)}
+    returned = outputs(model)
+    for name in ("logits", "last_hidden_state", "pooler_output"):
+        if name in expected:
+            torch.testing.assert_close(returned[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_in_the_other_placement(family):
+    model = set_norm_placement(tiny_model(family).eval(), OTHER[family], drop_final=True)
+    layer_norms = copy.deepcopy(model)
+    batches = [tiny_batch(model, (6, 3, 9, 5), seed=seed) for seed in range(8)]
+    swap_norm(model, "batchnorm", where="all")
+    naive = relative(model, layer_norms, batches)
+    report = calibrate(model, batches)
+    assert len(report) == len(find_norms(model))
+    assert relative(model, layer_norms, batches) < 0.7 * naive
+
+
+@torch.no_grad()
+def relative(model, other, batches):
+    pairs = [(model.eval()(**batch).logits, other.eval()(**batch).logits) for batch in batches]
+    return sum((a - b).norm() for a, b in pairs) / sum(b.norm() for _, b in pairs)
+
+
+def test_marian_generates():
+    model = set_norm_placement(tiny_model("marian").eval(), "pre")
+    model = train(swap_norm(model, "batchnorm", where="all"))
+    batch = tiny_batch(model, labels=False)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    found = model.generate(**inputs, num_beams=3, max_new_tokens=6, use_cache=True)
+    assert torch.equal(found, model.generate(**inputs, num_beams=3, max_new_tokens=6, use_cache=False))
+
+
+def test_what_is_refused():
+    model = tiny_model("gpt2")
+    with pytest.raises(ValueError, match=r"placement is one of post, pre, not 'sandwich'"):
+        set_norm_placement(model, "sandwich")
+    with pytest.raises(ValueError, match=r"ln_f has a gain .* drop_final=True"):
+        set_norm_placement(model, "post")
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    with pytest.raises(ValueError, match="wrapped in"):
+        set_norm_placement(nn.DataParallel(model), "post")
+    folded = swap_norm(tiny_model("bert").eval(), "batchnorm", where="all")
+    fold_norms(folded)
+    with pytest.raises(ValueError, match="folded away"):
+        set_norm_placement(folded, "pre")
+    with pytest.raises(ValueError, match="placement is one of"):
+        type(set_norm_placement(tiny_model("bert"), "pre").config)(
+            norm_swap={"format_version": 1, "norms": [], "placement": 3}
+        )
+
+
+def test_what_is_known_of_a_lost_norm_is_forgotten():
+    model = set_norm_placement(tiny_model("bert").eval(), "pre")
+    swap_norm(model, "batchnorm", where="all", calibrate_on=[tiny_batch(model)])
+    path = "bert.encoder.LayerNorm"
+    assert path in model.config.norm_swap["calibration"]
+    with pytest.raises(ValueError, match="drop_final"):
+        set_norm_placement(model, "post")
+    set_norm_placement(model, "post", drop_final=True)
+    assert path not in str(model.config.norm_swap)
+    assert "placement" not in model.config.norm_swap
