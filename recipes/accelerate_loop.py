@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, get_scheduler
 
+from accelerate import Accelerator, DataLoaderConfiguration
 from common import ModelArguments, describe_run, one_sentence_errors, parse_arguments
-from glue import TASKS, DataArguments, load_task, tokenize
+from glue import DataArguments, load_task, tokenize
 from hf_normswap import (
     PowerNorm,
     defer_norm_statistics,
@@ -92,7 +92,7 @@ def evaluate(model, data, collator, task, accelerator):
     """Scores over the whole split, whatever the number of processes."""
     loader = accelerator.prepare(DataLoader(data, 64, collate_fn=collator))
     model.eval()
-    metric = GlueMetric(task)
+    metric = GlueMetric(task or "sst2")  # accuracy
     for batch in loader:
         labels = batch.pop("labels")
         logits = model(**batch).logits
@@ -116,7 +116,7 @@ def main(argv=None):
         )
         set_seed(args.seed)
         data, head = load_task(data_args)
-        texts = data["train"].select_columns(TASKS[data_args.task_name])
+        texts = data["train"].select_columns(data_args.columns)
         tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, texts, **head)
         model.config.pad_token_id = tokenizer.pad_token_id
         with accelerator.main_process_first():
@@ -124,13 +124,13 @@ def main(argv=None):
 
     collator = DataCollatorWithPadding(tokenizer)
     losses = train(model, data["train"], collator, args, accelerator)
-    metrics = evaluate(model, data["validation"], collator, data_args.task_name, accelerator)
+    metrics = evaluate(model, data[data_args.validation_split], collator, data_args.task_name, accelerator)
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
         run = describe_run(model, model_args.model_name_or_path, args.seed, accelerator.num_processes)
-        result = {"task": data_args.task_name, **run, "metrics": metrics, "arguments": given, "history": history}
+        result = {"task": data_args.task, **run, "metrics": metrics, "arguments": given, "history": history}
         write_result(result, Path(args.output_dir, "result.json"))
         print(metrics)
 

@@ -19,6 +19,9 @@ from hf_normswap.checkpoints import check_checkpoint, find_last_checkpoint
 from hf_normswap.results import compare_results, describe_environment, write_result
 
 
+PLACEMENTS = ("post", "pre")
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model to start from."})
@@ -26,6 +29,10 @@ class ModelArguments:
     norm_options: dict | str | None = field(default=None, metadata={"help": "Options of the norm, as JSON."})
     where: list[str] | None = field(
         default=None, metadata={"help": "Which norms to swap; those of the blocks if not given."}
+    )
+    placement: str | None = field(
+        default=None,
+        metadata={"help": "Where the norms of the blocks stand; as in the model if not given.", "choices": PLACEMENTS},
     )
     calibrate: int = field(
         default=0, metadata={"help": "Fit the swapped norms on the texts of so many training examples; 0 does not."}
@@ -210,8 +217,10 @@ def describe_run(model, model_name, seed, processes):
     """What was run, on what, and how to repeat it."""
     norm_swap = model.config.norm_swap
     launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    placement = {"placement": norm_swap["placement"]} if "placement" in norm_swap else {}
     return {
         "model": Path(model_name).name if os.path.isdir(model_name) else model_name,
+        **placement,
         "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
         "norm_swap": norm_swap,
         "seed": seed,

@@ -1,5 +1,6 @@
 """
-Fine-tunes a model with swapped norms on one of the nine GLUE tasks, and scores it with the task's own metrics.
+Fine-tunes a model with swapped norms on one of the nine GLUE tasks, and scores it with the task's own metrics; or, with
+--text_columns, on any data set of texts with a column `label`, and scores its accuracy.
 
     python recipes/glue.py recipes/configs/glue/sst2-powernorm.yaml --model_name_or_path google-bert/bert-base-uncased
     accelerate launch recipes/glue.py --task_name mrpc --norm rbn --model_name_or_path google-bert/bert-base-uncased
@@ -9,6 +10,7 @@ both. The output folder then holds the model, the tokenizer and `result.json`; `
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -43,7 +45,11 @@ MNLI_SPLITS = {"matched": "validation_matched", "mismatched": "validation_mismat
 
 @dataclass
 class DataArguments:
-    task_name: str = field(metadata={"help": "Task of GLUE.", "choices": list(TASKS)})
+    task_name: str | None = field(default=None, metadata={"help": "Task of GLUE.", "choices": list(TASKS)})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "One or two columns of text of a data set that is no task of GLUE."}
+    )
+    validation_split: str = field(default="validation", metadata={"help": "The split of that one to score."})
     dataset_name: str = field(
         default="nyu-mll/glue", metadata={"help": "Data set of the Hub, or a local folder laid out like one."}
     )
@@ -52,13 +58,26 @@ class DataArguments:
     )
     max_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
 
+    def __post_init__(self):
+        if (self.task_name is None) == (self.text_columns is None):
+            raise ValueError("Say either task_name, of GLUE, or text_columns, of another data set.")
+
+    @property
+    def task(self):
+        """Name of the task in the results."""
+        return self.task_name or Path(self.dataset_name).name
+
+    @property
+    def columns(self):
+        return self.text_columns or TASKS[self.task_name]
+
 
 def load_task(data_args):
     """Returns the splits, and what the head of the model needs to know of the labels."""
     task = data_args.task_name
-    validation = MNLI_SPLITS.values() if task == "mnli" else ["validation"]
+    validation = MNLI_SPLITS.values() if task == "mnli" else [data_args.validation_split]
     config = data_args.dataset_config_name or task
-    data = load_splits(data_args.dataset_name, config, ["train", *validation], [*TASKS[task], "label"])
+    data = load_splits(data_args.dataset_name, config, ["train", *validation], [*data_args.columns, "label"])
     for name, split in data.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} is empty.")
@@ -73,9 +92,10 @@ def load_task(data_args):
 
 def tokenize(data, tokenizer, data_args):
     check_length(data_args.max_length, tokenizer)
-    columns = TASKS[data_args.task_name]
     return data.map(
-        lambda rows: tokenizer(*(rows[name] for name in columns), truncation=True, max_length=data_args.max_length),
+        lambda rows: tokenizer(
+            *(rows[name] for name in data_args.columns), truncation=True, max_length=data_args.max_length
+        ),
         batched=True,
         remove_columns=[name for name in data["train"].column_names if name != "label"],
         desc="Tokenizing",
@@ -88,13 +108,13 @@ def main(argv=None):
         model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         task = data_args.task_name
         data, head = load_task(data_args)
-        texts = data["train"].select_columns(TASKS[task])
+        texts = data["train"].select_columns(data_args.columns)
         tokenizer, model = load_swapped(AutoModelForSequenceClassification, model_args, texts, **head)
         model.config.pad_token_id = tokenizer.pad_token_id
         with training_args.main_process_first(desc="tokenizing"):
             data = tokenize(data, tokenizer, data_args)
 
-        metric = GlueMetric(task)
+        metric = GlueMetric(task or "sst2")  # accuracy
 
         def compute_metrics(evaluated):
             logits = evaluated.predictions
@@ -104,7 +124,7 @@ def main(argv=None):
         if task == "mnli":
             validation = {name: data[split] for name, split in MNLI_SPLITS.items()}
         else:
-            validation = data["validation"]
+            validation = data[data_args.validation_split]
         trainer = NormSwapTrainer(
             model,
             training_args,
@@ -123,7 +143,7 @@ def main(argv=None):
             metrics |= {f"{name}_{score}".lstrip("_"): value for score, value in scores.items()}
         return metrics
 
-    train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
+    train_and_record(trainer, data_args.task, model_args, data_args, data, given, score, checkpoint)
 
 
 if __name__ == "__main__":

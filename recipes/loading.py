@@ -9,7 +9,7 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer
 
-from hf_normswap import NormSwapConfig, get_norm, swap_norm
+from hf_normswap import NormSwapConfig, get_norm, set_norm_placement, swap_norm
 
 
 def load_splits(name, config, splits, columns):
@@ -70,15 +70,18 @@ def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
 
 def swap_as_told(model, tokenizer, args, texts):
     """The model with its norms swapped as the arguments say, or as they are if they are swapped already."""
-    recorded = getattr(model.config, "norm_swap", None)
-    if recorded is None:
+    recorded = getattr(model.config, "norm_swap", None) or {"norms": []}
+    if not recorded["norms"]:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
         sample = texts.shuffle(seed=0).take(min(args.calibrate, len(texts))) if args.calibrate else None
         where = args.where or "blocks"
+        if args.placement:
+            set_norm_placement(model, args.placement, drop_final=True)
         return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
-        if not same_norm or args.where or not args.norm_options.items() <= entry["options"].items():
+        same_place = args.placement in (None, recorded.get("placement"))
+        if not same_norm or not same_place or args.where or not args.norm_options.items() <= entry["options"].items():
             raise ValueError(
                 f"{args.model_name_or_path} is swapped already, to {entry['norm']}: leave out norm options."
             )

@@ -14,6 +14,7 @@ from datasets import Value, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 import glue
+from hf_normswap import find_norms
 from hf_normswap.results import load_results
 from tests.recipes.conftest import RECIPES, write_task
 
@@ -196,6 +197,27 @@ def test_the_real_data_is_read(real_glue, task, labels):
     sizes = {"cola": 8551, "sst2": 67349, "mrpc": 3668, "rte": 2490, "stsb": 5749}
     assert len(data["train"]) == sizes[task]
     assert set(json.loads(json.dumps(head))) >= {"num_labels"}
+
+
+def test_any_data_set_of_labelled_texts(tmp_path, model_folder):
+    columns = ("headline", "body")
+    data = write_task(tmp_path / "news", "default", {"train": 24, "test": 10}, columns=columns, classes=4)
+    options = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--norm=batchnorm", "--use_cpu"]
+    options += ["--text_columns", *columns, "--validation_split=test", "--max_length=20", "--max_steps=2"]
+    glue.main([*options, f"--output_dir={tmp_path / 'output'}"])
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    assert result["task"] == "news"
+    assert set(result["metrics"]) == {"accuracy"}
+    with pytest.raises(SystemExit):
+        glue.main([*options, "--task_name=sst2", f"--output_dir={tmp_path / 'output'}"])
+
+
+def test_placement_without_warm_up(run, sst2, tmp_path):
+    result = run("sst2", sst2, "--placement=pre", "--where=all", "--warmup_steps=0")
+    assert result["placement"] == "pre"
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output")
+    assert {site.placement for site in find_norms(loaded)} == {"pre", None}
+    assert {site.kind for site in find_norms(loaded)} == {"batchnorm"}
 
 
 def test_the_progressive_swap_ends_as_the_norm(run, tmp_path, model_folder):
