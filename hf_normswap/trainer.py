@@ -1,5 +1,6 @@
 """Trainers for models with swapped norms."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from .checkpoints import LAST_FILE, find_last_checkpoint
 from .modeling.norm import Norm
 from .modeling.powernorm import PowerNorm
+from .modeling.ranks import has_ranks
 from .modeling.rbn import RegularizedBatchNorm
 from .statistics import (
     defer_norm_statistics,
@@ -27,7 +29,8 @@ class NormStatisticsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._is_frozen, self._is_warming_up = False, True
         defer_norm_statistics(model)
-        synchronize_norms(model)
+        if args.norm_sync != "none":
+            synchronize_norms(model, _node_group() if args.norm_sync == "node" else None)
         for module in model.modules():
             if isinstance(module, PowerNorm):
                 module.warmup_steps = round(args.norm_warmup_ratio * state.max_steps)
@@ -45,6 +48,13 @@ class NormStatisticsCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         sync_norm_statistics(model)
+
+
+def _node_group():
+    """The processes of this machine, `None` where there is but one process."""
+    if not has_ranks():
+        return None
+    return torch.distributed.new_subgroups(int(os.environ["LOCAL_WORLD_SIZE"]))[0]
 
 
 class _NormSwapTrainerMixin:

@@ -1,6 +1,6 @@
 """
-Fine-tunes a model with swapped norms on one of the nine GLUE tasks, and scores it with the task's own metrics; or, with
---text_columns, on any data set of texts with a column `label`, and scores its accuracy.
+Fine-tunes a model with swapped norms on one of the nine GLUE tasks, and scores it with the task's own metrics.
+With --text_columns on any data set of texts with a column `label`, and scores its accuracy.
 
     python recipes/glue.py recipes/configs/glue/sst2-powernorm.yaml --model_name_or_path google-bert/bert-base-uncased
     accelerate launch recipes/glue.py --task_name mrpc --norm rbn --model_name_or_path google-bert/bert-base-uncased

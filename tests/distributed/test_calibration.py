@@ -1,17 +1,11 @@
 """Two processes that share the data calibrate as one that has it all."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hf_normswap import calibrate, reestimate_statistics, swap_norm
+from tests.distributed.launch import TORCHRUN, run
 from tests.models import tiny_batch, tiny_model
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def data(family):
@@ -34,10 +28,7 @@ def estimated(family, batches):
     ("family", "division"), [("bert", "even"), ("marian", "unequal"), ("gpt2", "empty"), ("bert", "unequal")]
 )
 def test_two_ranks_are_one(family, division, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed.calibration_worker", family, division, str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run(*TORCHRUN, "-m", "tests.distributed.calibration_worker", family, division, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for alone, *shared in zip(estimated(family, data(family)), *ranks, strict=True):
         for state in shared:

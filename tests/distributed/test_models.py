@@ -3,9 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +21,10 @@ from hf_normswap import (
     synchronize_norms,
 )
 from hf_normswap.statistics import statistic_norms
+from tests.distributed.launch import TORCHRUN, run
 from tests.models import tiny_batch, tiny_model
 
 
-ROOT = Path(__file__).parents[2]
 HEADS = {"bert": "BertForMaskedLM", "marian": "MarianMTModel", "gpt2": "GPT2LMHeadModel"}
 NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm", "powernorm_warm"]
 SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
@@ -157,17 +154,7 @@ def hash_buffers(result):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ran = subprocess.run(
-        [*command, "-m", "tests.distributed.model_worker", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    print(ran.stdout)
+    print(run(*TORCHRUN, "-m", "tests.distributed.model_worker", folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

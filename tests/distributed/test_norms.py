@@ -1,17 +1,14 @@
 """Bare norms whose tokens are on two ranks compute what one with all of them does: even, unequal and empty shares."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed.launch import TORCHRUN, run
 from tests.modeling.norms import make_norm, make_tokens, train_step
 
 
-ROOT = Path(__file__).parents[2]
 NORMS = ["batchnorm", "rbn", "rbn-reference", "pnv", "powernorm-warm-up"]
 SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
 CASES = list(itertools.product(NORMS, SHARES))
@@ -42,16 +39,7 @@ def step(norm, x, upstream, mask):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ran = subprocess.run(
-        [*command, "-m", "tests.distributed.norm_worker", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run(*TORCHRUN, "-m", "tests.distributed.norm_worker", folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
