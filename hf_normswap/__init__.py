@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use: importing the package costs no more than importing transformers.
 _HOMES = {
+    "activations": ["ActivationProbe", "ActivationReport", "probe_activations"],
     "batches": ["make_batches"],
     "calibration": ["calibrate", "reestimate_statistics"],
     "centering": ["convert_to_rmsnorm"],
@@ -16,6 +17,7 @@ _HOMES = {
     "distillation": ["distill"],
     "export": ["OnnxReport", "export_onnx"],
     "folding": ["FoldReport", "fold_norms"],
+    "gradients": ["DepthSlope", "DepthStudy", "GradientNorm", "GradientReport", "gradient_norms", "study_depth"],
     "modeling.norms": [
         "Affine",
         "BatchNorm",
@@ -46,6 +48,7 @@ _HOMES = {
         "synchronize_norms",
     ],
     "surgery": ["restore_norm", "swap_norm"],
+    "tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
     "trainer": ["NormSwapSeq2SeqTrainer", "NormSwapTrainer"],
     "training_args": ["NormSwapSeq2SeqTrainingArguments", "NormSwapTrainingArguments"],
 }

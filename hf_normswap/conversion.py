@@ -13,6 +13,7 @@ from .modeling.moments import Moments, merge_over_ranks
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
+from .statistics import observing
 from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
 
@@ -179,18 +180,10 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
     norm = site.module
     if not isinstance(norm, BatchStatisticNorm):
         return
-    before = norm.deferred, norm.frozen, norm.process_group
-    norm.deferred, norm.frozen, norm.process_group = True, False, None  # ranks may have other numbers of batches
-    norm.discard_pending()
-    norm.train()
-    try:
+    with observing([norm]):  # ranks may have other numbers of batches
         for x, mask in inputs:
             norm.forward(x, mask)
         pending = norm.pending.clone()
-    finally:
-        norm.eval()
-        norm.discard_pending()
-        (norm.deferred, norm.frozen, norm.process_group), norm.statistics = before, None
     moments = merge_over_ranks(Moments.unpack(pending))
     _check_finite(site.name, *moments)
     norm.update_statistics(moments, weight=1)

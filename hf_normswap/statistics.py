@@ -1,5 +1,8 @@
 """The statistics of a whole model: the penalty, the discrepancy, and one update for a whole optimizer step."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -58,7 +61,7 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     of_layers: dict[int, torch.Tensor] = {}
     for index, norm in enumerate(norms):
         if norm.statistics is None:
-            of_layers[index] = torch.full((2,), torch.nan, device=norm.weight.device)
+            of_layers[index] = torch.full((2,), torch.nan, device=norm.weight.device, dtype=norm.pending.dtype)
         else:
             has_mean = norm.statistics.batch_mean is not None
             groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
@@ -67,10 +70,35 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     for (_, eps, _), members in groups.items():
         fields = zip(*(norms[index].statistics for index in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
-        values = torch.stack(training_inference_discrepancy(stacked, eps)).float()
+        values = torch.stack(training_inference_discrepancy(stacked, eps))
         for index, value in zip(members, values.unbind(1), strict=True):
             of_layers[index] = value
     return torch.stack([of_layers[index] for index in range(len(norms))], dim=1)
+
+
+@contextmanager
+def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
+    """Let `norms` see batches as in training, each process its own, and put them back as they were afterwards.
+
+    What they saw is in [`BatchStatisticNorm.pending`](hf_normswap.BatchStatisticNorm), and nowhere else.
+    """
+    norms = list(norms)
+    flags = "training", "frozen", "deferred", "process_group", "statistics"
+    before = [{name: getattr(norm, name) for name in flags} for norm in norms]
+    buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    try:
+        for norm in norms:
+            norm.deferred, norm.frozen, norm.process_group = True, False, None
+            norm.discard_pending()
+            norm.train()
+        yield
+    finally:
+        for norm, values, saved in zip(norms, before, buffers, strict=True):
+            for name, value in values.items():
+                setattr(norm, name, value)
+            with torch.no_grad():
+                for name, buffer in norm.named_buffers():
+                    buffer.copy_(saved[name])
 
 
 def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:

@@ -21,6 +21,7 @@ from .statistics import (
     sync_norm_statistics,
     synchronize_norms,
 )
+from .tid import TidHistory
 
 
 class NormStatisticsCallback(TrainerCallback):
@@ -67,6 +68,7 @@ class _NormSwapTrainerMixin:
         super().__init__(model, args, *more, **kwargs)
         self.add_callback(NormStatisticsCallback())
         self._reset_norm_logs()
+        self.tid_history = self._new_tid_history()
 
     def _reset_norm_logs(self):
         self._penalty, self._discrepancy = _Mean(), _Mean()
@@ -76,8 +78,13 @@ class _NormSwapTrainerMixin:
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
+        self.tid_history = self._new_tid_history()
+        if resume_from_checkpoint and Path(resume_from_checkpoint, TidHistory.FILE).exists():
+            self.tid_history = TidHistory.read(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._write_tid_history(self.args.output_dir)
+            return result
         finally:
             defer_norm_statistics(self.model, False)
             synchronize_norms(self.model, synchronized=False)
@@ -88,6 +95,7 @@ class _NormSwapTrainerMixin:
         if self.args.should_save:
             Path(folder, LAST_FILE).unlink(missing_ok=True)  # of an earlier run: this checkpoint is not whole yet
         try:
+            self._write_tid_history(folder)
             super()._save_checkpoint(model, trial)
         except Exception as error:  # Python, torch and safetensors each have another one for a full disk
             if self.args.should_save:
@@ -146,11 +154,23 @@ class _NormSwapTrainerMixin:
             entries["rbn_penalty"] = self._mean_over_ranks(self._penalty).item()
         if self._discrepancy.count:
             of_layers = self._mean_over_ranks(self._discrepancy)
+            without_mean = ["running_mean" not in norm.running for norm in self._statistic_norms()]
+            history = of_layers.clone()
+            history[0, without_mean] = torch.nan  # PN-V and PowerNorm have none
+            self.tid_history.add(self.state.global_step, history)
             for name, layers in zip(("mean", "var"), of_layers, strict=True):
                 layers = layers[~layers.isnan()]
                 entries[f"tid_{name}_max"] = layers.max().item() if len(layers) else float("nan")
                 entries[f"tid_{name}_avg"] = layers.mean().item()
         return entries
+
+    def _new_tid_history(self) -> TidHistory:
+        norms = {id(norm) for norm in self._statistic_norms()}
+        return TidHistory([name for name, module in self._unwrapped().named_modules() if id(module) in norms])
+
+    def _write_tid_history(self, folder) -> None:
+        if self.tid_history.steps and self.args.should_save:
+            self.tid_history.write(folder)
 
     def _mean_over_ranks(self, mean: "_Mean") -> torch.Tensor:
         return self.accelerator.reduce(mean.total / mean.count, "mean")
@@ -191,7 +211,8 @@ class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):
       ranks.
     - PowerNorm is PN-V for the first `norm_warmup_ratio` of the run.
     - `rbn_penalty`, `tid_mean_max`, `tid_mean_avg`, `tid_var_max` and `tid_var_avg` stand in the logs beside `loss`:
-      means over the forwards since the last entry; largest and average over layers.
+      means over the forwards since the last entry; largest and average over layers. `tid.json`, in the output folder
+      and in each checkpoint, has them layer by layer ([`TidHistory`](hf_normswap.TidHistory)).
     - Gains and shifts of norms have no weight decay, in GPT-2 either.
     """
 
