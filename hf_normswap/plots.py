@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .gradients import DepthStudy
+    from .tid import TidHistory
+
 # Colours that stay apart for colour-blind eyes (Okabe and Ito), and lines and markers that do so in grey print.
 _STYLES = {
     "layernorm": ("#000000", "-", "o"),
@@ -57,12 +60,6 @@ def plot_curves(results: Iterable[dict[str, Any]], metric: str | None = None) ->
 
     ```
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: install it with `pip install 'hf_normswap[plots]'`.") from error
-
     results = list(results)
     if len(tasks := {result["task"] for result in results}) != 1:
         raise ValueError(f"Curves are of the runs of one task, not of {len(tasks)}: pass the results of one.")
@@ -71,37 +68,202 @@ def plot_curves(results: Iterable[dict[str, Any]], metric: str | None = None) ->
         raise ValueError("These results have no history to draw: pass those that the recipes wrote.")
     styles = _assign_styles(dict.fromkeys(result["norm"] for result in results))
 
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 0.4 + 2.9 * rows), layout="constrained")
+    figure, every_axes = _make_figure(len(panels))
     handles = {}
-    for index, (key, label) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, columns, index)
+    for axes, (key, label) in zip(every_axes, panels.items(), strict=True):
         logarithmic = key.startswith("tid_")
         for norm, points in _collect_points(results, key, positive=logarithmic).items():
-            color, dashes, marker = styles[norm]
             steps = sorted(points)
             mean = [sum(points[step]) / len(points[step]) for step in steps]
-            (handles[norm],) = axes.plot(
-                steps,
-                mean,
-                color=color,
-                linestyle=dashes,
-                marker=marker,
-                markevery=max(1, len(steps) // 6),
-                markersize=4.5,
-                linewidth=1.4,
-            )
+            handles[norm] = _draw_line(axes, list(zip(steps, mean, strict=True)), styles[norm])
             low, high = ([pick(points[step]) for step in steps] for pick in (min, max))
-            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="step", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
+            axes.fill_between(steps, low, high, color=styles[norm][0], alpha=0.15, linewidth=0)
+        _finish(axes, "step", label, logarithmic)
+    _add_legend(figure, styles, handles)
+    return figure
+
+
+def plot_tid(history: "TidHistory") -> "Figure":
+    """
+    Draws the training-inference discrepancy (TID) of every norm over a training, from the first (dark) to the last.
+
+    Args:
+        history (`TidHistory`):
+            What the trainers write, as `TidHistory.read("outputs/my-run")` reads it.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure; `figure.savefig("tid.png")` writes it.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_normswap import TidHistory
+    >>> from hf_normswap.plots import plot_tid
+
+    >>> history = TidHistory(["layer.0", "layer.1"])
+    >>> for step in (10, 20):
+    ...     history.add(step, torch.tensor([[0.2, 0.3], [0.1, 0.4]]))
+    >>> [axes.get_ylabel() for axes in plot_tid(history).axes]
+    ['TID of the mean', 'TID of the variance', 'norm']
+
+    ```
+    """
+    panels = {"TID of the mean": history.mean, "TID of the variance": history.variance}
+    panels = {label: rows for label, rows in panels.items() if any(value for row in rows for value in row)}
+    if not panels:
+        raise ValueError("This history has no entries: train a model with running statistics, and log.")
+    figure, every_axes = _make_figure(len(panels))
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colors, depth = colormaps["cividis"], max(1, len(history.layers) - 1)
+    for axes, (label, rows) in zip(every_axes, panels.items(), strict=True):
+        for index in range(len(history.layers)):
+            points = [(step, row[index]) for step, row in zip(history.steps, rows, strict=True) if row[index]]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colors(0.9 * index / depth), linewidth=1.2)
+        _finish(axes, "step", label, logarithmic=True)
+    scale = ScalarMappable(Normalize(0, depth / 0.9), colors)
+    bar = figure.colorbar(scale, ax=every_axes, label="norm", boundaries=range(len(history.layers) + 1))
+    bar.ax.set_ylabel("norm")
+    return figure
+
+
+def plot_layer(histories: "dict[str, TidHistory]", layer: int = -1) -> "Figure":
+    """
+    Draws the distance between batch and running statistics in one layer over training, a line for each norm.
+
+    Args:
+        histories (`dict[str, TidHistory]`):
+            History of the training with each norm, by its name.
+        layer (`int`, *optional*, defaults to -1):
+            Index of the norm in the model, the last one by default.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+    """
+    panels = {"mean": "TID of the mean", "variance": "TID of the variance"}
+    figure, every_axes = _make_figure(len(panels))
+    styles, handles = _assign_styles(histories), {}
+    for axes, (name, label) in zip(every_axes, panels.items(), strict=True):
+        for norm, history in histories.items():
+            rows = zip(history.steps, getattr(history, name), strict=True)
+            points = [(step, row[layer]) for step, row in rows if row[layer]]
+            if points:
+                handles[norm] = _draw_line(axes, points, styles[norm])
+        _finish(axes, "step", label, logarithmic=True)
+    _add_legend(figure, styles, handles)
+    return figure
+
+
+def plot_gap(results: Iterable[dict[str, Any]]) -> "Figure":
+    """
+    Draws the gap between the loss in evaluation and in training against the TID of the worst layer, a point for each
+    run, at the end of its training.
+
+    Args:
+        results (`Iterable[dict]`):
+            Results of runs that were evaluated while they trained.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        ValueError: when no run has both in its history.
+    """
+    panels = {key: label for key, label in _PANELS.items() if key.startswith("tid_")}
+    points = {key: defaultdict(list) for key in panels}
+    for result in results:
+        last = {}
+        for entry in result.get("history", []):
+            last |= {name: value for name, value in entry.items() if value is not None}
+        for key in panels:
+            if {key, "eval_loss", "loss"} <= last.keys() and last[key] > 0:
+                gap = last["eval_loss"] - (last["loss"] - last.get("rbn_penalty", 0.0))
+                points[key][result["norm"]].append((last[key], gap))
+    panels = {key: label for key, label in panels.items() if points[key]}
+    if not panels:
+        raise ValueError("No run has a TID and a loss in evaluation: train with --eval_strategy steps.")
+    styles, handles = _assign_styles(dict.fromkeys(norm for norms in points.values() for norm in norms)), {}
+    figure, every_axes = _make_figure(len(panels))
+    for axes, (key, label) in zip(every_axes, panels.items(), strict=True):
+        for norm, of_norm in points[key].items():
+            color, _, marker = styles[norm]
+            handles[norm] = axes.scatter(*zip(*of_norm, strict=True), color=color, marker=marker)
+        axes.set_xscale("log")
+        _finish(axes, label, "loss in evaluation − in training")
+    _add_legend(figure, styles, handles)
+    return figure
+
+
+def plot_depth(study: "DepthStudy") -> "Figure":
+    """
+    Draws the gradient of the last feed-forward layer against the depth of the model, a panel for each placement.
+
+    Args:
+        study (`DepthStudy`):
+            What `study_depth` returns.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+    """
+    placements = list(dict.fromkeys(slope.placement for slope in study))
+    styles, handles = _assign_styles(dict.fromkeys(slope.norm for slope in study)), {}
+    figure, every_axes = _make_figure(len(placements))
+    for axes, placement in zip(every_axes, placements, strict=True):
+        for slope in study:
+            if slope.placement == placement:
+                points = [(depth, sum(values) / len(values)) for depth, values in slope.gradients.items()]
+                handles[slope.norm] = _draw_line(axes, points, styles[slope.norm])
+        axes.set_xscale("log", base=2)
+        _finish(axes, "blocks", f"gradient of the last layer, {placement}", logarithmic=True)
+    _add_legend(figure, styles, handles)
+    return figure
+
+
+def _make_figure(panels: int) -> tuple["Figure", list]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: install it with `pip install 'hf_normswap[plots]'`.") from error
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.4 + 2.9 * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, index) for index in range(1, panels + 1)]
+
+
+def _draw_line(axes, points: list[tuple], style: tuple):
+    color, dashes, marker = style
+    xs, ys = zip(*points, strict=True)
+    (line,) = axes.plot(
+        xs,
+        ys,
+        color=color,
+        linestyle=dashes,
+        marker=marker,
+        markevery=max(1, len(xs) // 6),
+        markersize=4.5,
+        linewidth=1.4,
+    )
+    return line
+
+
+def _finish(axes, xlabel: str, ylabel: str, logarithmic: bool = False) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _add_legend(figure, styles: dict, handles: dict) -> None:
     figure.legend(
         [handles[norm] for norm in styles if norm in handles],
         [norm for norm in styles if norm in handles],
@@ -110,7 +272,6 @@ def plot_curves(results: Iterable[dict[str, Any]], metric: str | None = None) ->
         frameon=False,
         handlelength=4,
     )
-    return figure
 
 
 def _find_panels(results, metric) -> dict[str, str]:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_normswap.cli.calibrate as verb
-from hf_normswap import calibrate, find_norms, swap_norm
+from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, swap_norm
 from hf_normswap.cli import main
 from tests.models import VOCABULARY, tiny_model
 from tests.persistence import ROOT, outputs, run_fresh, same
@@ -446,3 +446,74 @@ def test_a_baseline_of_the_recipes_is_one_with_layer_norms(tmp_path, texts):
     )
     assert same(of_stock.state_dict(), of_baseline.state_dict())
     assert of_stock.config.norm_swap == of_baseline.config.norm_swap
+
+
+def save_calibrated(tmp_path, texts, norm="batchnorm"):
+    stock, output = save_stock(tmp_path / "stock"), str(tmp_path / "calibrated")
+    assert main(["calibrate", stock, output, "--norm", norm, "--where", "all", "--texts", texts]) == 0
+    return output
+
+
+def test_inspect_lists_every_norm(tmp_path, texts, capsys):
+    output = save_calibrated(tmp_path, texts)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "stock")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.split("\n")[0].split() == ["norm", "stack", "sublayer", "layer", "placement", "name"]
+    assert printed.count("layernorm") == 5
+    assert main(["inspect", output, "--texts", texts, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert report["class"] == "NormSwapBertForSequenceClassification"
+    for norm, site in zip(report["norms"], find_norms(model), strict=True):
+        assert (norm["name"], norm["norm"], norm["placement"]) == (site.name, "batchnorm", site.placement)
+        assert norm["sigma_max"] == pytest.approx(site.module.running_var.max().sqrt().item())
+        assert norm["r2"] == model.config.norm_swap["calibration"][site.path]
+        assert norm["batches"] == site.module.num_batches_tracked
+        assert norm["tid_mean"] > 0
+
+
+def test_tid_is_that_of_python(tmp_path, texts, capsys):
+    output = save_calibrated(tmp_path, texts, "powernorm")
+    capsys.readouterr()
+    assert main(["tid", output, "--texts", texts, "--batch_size", "8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["batch_size"] == 8
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    sample = Dataset.from_dict({"text": TEXTS}).shuffle(seed=0)
+    expected = measure_tid(model, sample, tokenizer=tokenizer, batch_size=8)
+    for norm, tid in zip(report["norms"], expected, strict=True):
+        assert (norm["name"], norm["mean"]) == (tid.name, None)
+        assert norm["variance"] == pytest.approx(tid.variance)
+    assert main(["tid", output, "--texts", texts]) == 0
+    assert "TID of variance" in capsys.readouterr().out
+
+
+def test_the_tid_of_a_training_is_drawn_and_printed(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert "nothing to measure or to draw" in refusal(capsys, "tid", tmp_path)
+    assert "no history of the TID" in refusal(capsys, "tid", tmp_path, "--plot", tmp_path / "tid.png")
+    history = TidHistory(["a", "b"])
+    for step in (10, 20):
+        history.add(step, torch.tensor([[math.nan, 0.25], [0.5, 2.0 / step]]))
+    history.write(tmp_path)
+    assert main(["tid", str(tmp_path), "--plot", str(tmp_path / "tid.png")]) == 0
+    assert (tmp_path / "tid.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [["-", "0.5000", "a"], ["0.2500", "0.1000", "b"]]
+    assert main(["tid", str(tmp_path), "--plot", str(tmp_path / "tid.svg"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == [10, 20]
+
+
+def test_depth(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    command = ["depth", "--norms", "layernorm", "--depths", "1", "2", "--width", "16", "--seeds", "2"]
+    assert main([*command, "--plot", str(tmp_path / "depth.png")]) == 0
+    assert capsys.readouterr().out.split("\n")[0].split() == ["norm", "placement", "slope", "L=1", "L=2"]
+    assert (tmp_path / "depth.png").exists()
+    assert main([*command, "--placements", "pre", "--json"]) == 0
+    (slope,) = json.loads(capsys.readouterr().out)["slopes"]
+    assert slope["placement"] == "pre"
+    assert [len(values) for values in slope["gradients"].values()] == [2, 2]
+    assert "placement is one of" in refusal(capsys, *command, "--placements", "sandwich")

@@ -1,10 +1,13 @@
 """Figures of runs."""
 
+import math
 import sys
 
 import pytest
+import torch
 
-from hf_normswap.plots import plot_curves
+from hf_normswap import DepthSlope, DepthStudy, TidHistory
+from hf_normswap.plots import plot_curves, plot_depth, plot_gap, plot_layer, plot_tid
 
 
 def run(norm, seed, losses, accuracy=(), tid=(), **entries):
@@ -111,3 +114,52 @@ def test_a_missing_matplotlib_is_an_error_that_names_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"hf_normswap\[plots\]"):
         plot_curves(RESULTS)
+
+
+def history(*values):
+    made = TidHistory([f"layer.{index}" for index in range(len(values[0]))])
+    for number, row in enumerate(values, start=1):
+        made.add(10 * number, torch.tensor([row, [2 * value for value in row]]))
+    return made
+
+
+def test_every_layer_has_a_line_over_the_training():
+    figure = plot_tid(history([0.1, math.nan, 0.4], [0.2, math.nan, 0.3]))
+    mean, variance = panels(figure)["TID of the mean"], panels(figure)["TID of the variance"]
+    assert [list(line.get_ydata()) for line in mean.lines] == [pytest.approx([0.1, 0.2]), pytest.approx([0.4, 0.3])]
+    assert [list(line.get_xdata()) for line in variance.lines] == [[10, 20], [10, 20]]
+    luminance = [sum(line.get_color()[:3]) for line in mean.lines]
+    assert luminance == sorted(luminance)
+    powernorm = TidHistory(["layer.0"])
+    powernorm.add(10, torch.tensor([[math.nan], [0.5]]))
+    assert "TID of the mean" not in panels(plot_tid(powernorm))
+    with pytest.raises(ValueError, match="no entries"):
+        plot_tid(TidHistory(["layer.0"]))
+
+
+def test_one_layer_for_several_norms():
+    figure = plot_layer({"batchnorm": history([0.1, 0.3]), "rbn": history([0.2, 0.05])})
+    found = {norm: list(line.get_ydata()) for norm, line in lines(figure, "TID of the mean").items()}
+    assert found == {"batchnorm": pytest.approx([0.3]), "rbn": pytest.approx([0.05])}
+
+
+def test_the_gap_is_evaluation_less_training_without_the_penalty():
+    more = {"eval_loss": 0.9, "step": 20}
+    results = [run("rbn", 0, [1.0, 0.5], tid=[0.2, 0.1]), run("layernorm", 0, [0.9, 0.6])]
+    for result in results:
+        result["history"].append(more)
+    results[0]["history"][1]["rbn_penalty"] = 0.1
+    figure = plot_gap(results)
+    (points,) = panels(figure)["loss in evaluation − in training"].collections
+    assert points.get_offsets().tolist() == [pytest.approx([0.1, 0.9 - 0.4])]
+    with pytest.raises(ValueError, match="No run has a TID"):
+        plot_gap(results[1:])
+
+
+def test_a_panel_for_each_placement():
+    study = DepthStudy(
+        DepthSlope("layernorm", placement, 0.0, 0.1, {2: [1.0, 3.0], 4: [1.0, 1.0]}) for placement in ("post", "pre")
+    )
+    figure = plot_depth(study)
+    line = lines(figure, "gradient of the last layer, pre")["layernorm"]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [2.0, 1.0])

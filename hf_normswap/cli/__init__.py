@@ -3,6 +3,7 @@
 Examples:
 
     normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
+    normswap inspect sst2-rbn --texts reviews.txt
     normswap fold sst2-rbn sst2-without-norms --onnx
     normswap fold --help
 """
@@ -10,12 +11,12 @@ Examples:
 import argparse
 import sys
 
-from . import calibrate, fold
+from . import calibrate, depth, fold, inspect, tid
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (calibrate, fold)
+VERBS = (inspect, calibrate, tid, depth, fold)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,16 +16,14 @@ import argparse
 import copy
 import json
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 from hf_normswap.files import new_folder
 
-from .checkpoints import load_checkpoint, reading
+from .checkpoints import load_checkpoint, prepare_reader
+from .data import add_data_arguments, count, read_data
 from .reports import print_json, print_table
 
 
@@ -49,34 +47,17 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
         help="options of the norm, for example '{\"momentum\": 0.2}'",
     )
     parser.add_argument("--where", nargs="+", help="which norms to swap, one or several names (default: blocks)")
-    source = parser.add_mutually_exclusive_group(required=required)
-    source.add_argument("--texts", metavar="FILE", help="text file, one text a line; - is the standard input")
-    source.add_argument("--dataset_name", metavar="NAME", help="Hub id or folder of a data set")
-    parser.add_argument("--dataset_config_name", metavar="NAME", help="its configuration, if it has several")
-    parser.add_argument("--split", help="its split (default: train)")
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        metavar="COLUMN",
-        help="its one or two columns of text, or, of a column `translation`, the source and the target language",
-    )
-    parser.add_argument(
-        "--examples",
-        type=_count,
-        default=512,
-        help="texts to calibrate on, a seeded sample of them (default: %(default)s)",
-    )
-    parser.add_argument("--batch_size", type=_count, default=32, help="texts of a batch (default: %(default)s)")
+    add_data_arguments(parser, required)
     parser.add_argument(
         "--memory_budget",
-        type=_count,
+        type=count,
         default=2**30,
         metavar="BYTES",
         help="activations to keep in memory, more are memory-mapped (default: %(default)s)",
     )
     parser.add_argument(
         "--distillation_steps",
-        type=_count,
+        type=count,
         default=0,
         metavar="STEPS",
         help="then train the model so many steps against the original, on the same texts (default: none)",
@@ -99,12 +80,10 @@ def convert(args: argparse.Namespace) -> tuple:
     """Model, tokenizer and report of the calibration."""
     from hf_normswap import NormSwapConfig, calibrate, distill, get_norm, restore_norm, swap_norm
 
-    if args.texts is not None and (args.dataset_config_name or args.split or args.columns):
-        raise ValueError("dataset_config_name, split and columns are of a data set: leave them out with texts.")
     if args.norm:
         # swap_norm(calibrate_on=...) takes these options by itself, but keeps the report.
         norm = NormSwapConfig(args.norm, **{**get_norm(args.norm).calibrated_options, **(args.norm_options or {})})
-    data = _read_data(args)
+    data = read_data(args)
     model, tokenizer = load_checkpoint(args.model)
     record = getattr(model.config, "norm_swap", None)
     if record and {entry["norm"] for entry in record["norms"]} == {"layernorm"}:  # the baseline of the recipes
@@ -121,46 +100,11 @@ def convert(args: argparse.Namespace) -> tuple:
     elif args.norm or args.norm_options or args.where:
         norms = " and ".join(dict.fromkeys(entry["norm"] for entry in record["norms"]))
         raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
-    reader = copy.deepcopy(tokenizer)  # saved is what came
-    if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
-        reader.pad_token = reader.eos_token
-    options = {"tokenizer": reader, "batch_size": args.batch_size}
+    options = {"tokenizer": prepare_reader(tokenizer), "batch_size": args.batch_size}
     report = calibrate(model, data, memory_budget=args.memory_budget, **options)
     if args.distillation_steps:
         distill(model, original, data, steps=args.distillation_steps, **options)
     return model, tokenizer, report
-
-
-def _read_data(args):
-    """The sample of texts, as a data set with nothing but them where the columns are known."""
-    from datasets import Dataset, load_dataset
-
-    if args.texts is not None:
-        with reading(args.texts):
-            text = sys.stdin.read() if args.texts == "-" else Path(args.texts).read_text(encoding="utf-8")
-        texts = [line.strip() for line in text.split("\n") if line.strip()]
-        if not texts:
-            raise ValueError(f"{args.texts} has no text in it: give a file with a text on each line.")
-        return _sample(Dataset.from_dict({"text": texts}), args.examples)
-    # The cache of `datasets` does not notice that the files of a folder have changed.
-    mode = "reuse_cache_if_exists" if os.path.isdir(args.dataset_name) else None
-    with reading(args.dataset_name):
-        data = load_dataset(
-            args.dataset_name, args.dataset_config_name, split=args.split or "train", download_mode=mode
-        )
-    data = _sample(data, args.examples)
-    if "translation" in data.column_names:
-        data = Dataset.from_list(data["translation"])
-        if not args.columns:
-            languages = " ".join(data.column_names)
-            raise ValueError(
-                f"{args.dataset_name} has translations: say from and to what, as in --columns {languages}."
-            )
-    return data.select_columns(args.columns) if args.columns else data
-
-
-def _sample(data, count):
-    return data.shuffle(seed=0).take(min(count, len(data)))
 
 
 @contextmanager
@@ -180,9 +124,3 @@ def _json_object(text: str) -> dict:
         return dict(json.loads(text))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object.") from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0.")
-    return int(text)

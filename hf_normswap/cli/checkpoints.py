@@ -1,5 +1,6 @@
 """Checkpoints that a verb reads."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,14 @@ def load_checkpoint(name):
                 f"its configuration names no model of transformers, but architectures {config.architectures}."
             )
         return model_class.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
+
+
+def prepare_reader(tokenizer):
+    """A copy of a tokenizer that can pad; what is saved is the tokenizer that came."""
+    reader = copy.deepcopy(tokenizer)
+    if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
+        reader.pad_token = reader.eos_token
+    return reader
 
 
 @contextmanager
