@@ -218,7 +218,11 @@ def plot_depth(study: "DepthStudy") -> "Figure":
                 points = [(depth, sum(values) / len(values)) for depth, values in slope.gradients.items()]
                 handles[slope.norm] = _draw_line(axes, points, styles[slope.norm])
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         _finish(axes, "blocks", f"gradient of the last layer, {placement}", logarithmic=True)
+    limits = [axes.get_ylim() for axes in every_axes]
+    for axes in every_axes:  # of one scale: a slope can be seen
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     _add_legend(figure, styles, handles)
     return figure
 
