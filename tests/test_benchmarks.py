@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
 
+from tests.distributed.launch import TORCHRUN
+from tests.distributed.launch import run as run_command
 from tests.test_cli import TEXTS, save_stock
 
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Pytho
 import conversion  # noqa: E402
 import finetuning  # noqa: E402
 import inference  # noqa: E402
+import training  # noqa: E402
 
 
 # GPT-2: two in the block and the final one. RoBERTa: embedding, two, head. Marian: two and three.
@@ -173,3 +176,22 @@ def test_inference_without_norms(tmp_path, capsys):
     for row in rows:
         assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
         assert row["peak_bytes"] > 2**20
+
+
+@pytest.mark.parametrize("compare", ["layernorm", "logging"])
+def test_training_steps_are_compared_in_pairs(compare, tmp_path):
+    output = tmp_path / "training.json"
+    sizes = ["--hidden_size=64", "--layers=1", "--batch_size=4", "--length=8", "--pairs=3"]
+    training.main([f"--compare={compare}", "--norm=rbn", f"--output_file={output}", *sizes])
+    result = json.loads(output.read_text())
+    low, high = result["interval"]
+    assert 0 < low <= result["ratio"] <= high
+    assert (result["norm"], result["processes"]) == ("rbn", 1)
+
+
+@pytest.mark.distributed
+def test_synchronization_is_measured_on_two_processes(tmp_path):
+    output = tmp_path / "training.json"
+    sizes = ["--hidden_size=64", "--layers=1", "--batch_size=4", "--length=8", "--pairs=3"]
+    run_command(*TORCHRUN, "benchmarks/training.py", "--compare=synchronization", f"--output_file={output}", *sizes)
+    assert json.loads(output.read_text())["processes"] == 2

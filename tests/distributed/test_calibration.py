@@ -1,9 +1,9 @@
-"""Two processes that share the data calibrate as one that has it all."""
+"""Two processes that share the data calibrate, and measure, as one that has it all."""
 
 import pytest
 import torch
 
-from hf_normswap import calibrate, reestimate_statistics, swap_norm
+from hf_normswap import calibrate, measure_tid, reestimate_statistics, swap_norm
 from tests.distributed.launch import TORCHRUN, run
 from tests.models import tiny_batch, tiny_model
 
@@ -14,12 +14,14 @@ def data(family):
 
 
 def estimated(family, batches):
-    """The states of a calibrated model, and of one whose statistics alone were estimated."""
+    """The states of a calibrated model, and of one whose statistics alone were estimated, and the TID of that one."""
     states = []
     for estimate in (calibrate, reestimate_statistics):
         model = swap_norm(tiny_model(family).double().eval(), "batchnorm", where="all")
         estimate(model, batches)
         states.append(model.state_dict())
+    report = measure_tid(model, batches)
+    states.append({tid.name: torch.tensor([tid.mean, tid.variance, tid.batches]) for tid in report})
     return states
 
 

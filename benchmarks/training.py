@@ -1,0 +1,144 @@
+"""
+What swapped norms cost in a training step of BERT: against LayerNorm, with their logs, and on several processes.
+
+    python benchmarks/training.py --compare layernorm --norm powernorm
+    python benchmarks/training.py --compare logging --norm rbn
+    torchrun --nproc_per_node 2 benchmarks/training.py --compare synchronization --norm batchnorm
+
+Two kinds of steps take turns, ABBA, in one process; a quarter of the tokens is padding. What counts is the ratio of
+times within a pair: its median, and the 95 % interval of that.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from inference import median_with_interval
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import trange
+from transformers import BertConfig, BertForMaskedLM, HfArgumentParser
+
+from accelerate import PartialState
+from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
+from hf_normswap.results import describe_environment
+from hf_normswap.statistics import last_discrepancy, statistic_norms
+
+
+VOCABULARY = 30522
+COMPARISONS = {
+    "layernorm": "the step with LayerNorm",
+    "logging": "the step without logs",
+    "synchronization": "the step in which each process has statistics of its own",
+}
+
+
+@dataclass
+class Arguments:
+    compare: str = field(
+        metadata={
+            "help": "What the swapped step is compared with.",
+            "choices": ["layernorm", "logging", "synchronization"],
+        }
+    )
+    norm: str = field(default="batchnorm", metadata={"help": "Norm of the swapped model, all of them."})
+    output_file: str = field(default="outputs/training.json", metadata={"help": "Where the figures go."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the model."})
+    layers: int = field(default=12, metadata={"help": "Layers of the model."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of a step, in each process."})
+    length: int = field(default=64, metadata={"help": "Tokens of a row."})
+    pairs: int = field(default=30, metadata={"help": "Pairs of steps."})
+
+
+def make_step(norm, args):
+    """A function that trains for one step; with `logs` it takes the TID and the penalty as the trainer does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers}
+    sizes |= {"intermediate_size": 4 * args.hidden_size, "num_attention_heads": args.hidden_size // 64}
+    model = swap_norm(BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes)), norm, where="all")
+    model = model.to(args.device).train()
+    defer_norm_statistics(model)
+    norms = statistic_norms(model)
+    parallel = model
+    if torch.distributed.is_initialized():
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(VOCABULARY, (args.batch_size, args.length), device=args.device)
+    mask = (torch.arange(args.length) < torch.linspace(args.length / 2, args.length, args.batch_size)[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask.to(args.device), "labels": ids}
+    totals = [0, 0]
+
+    def step(logs=True, synchronized=True):
+        synchronize_norms(model, synchronized=synchronized)
+        loss = parallel(**batch).loss
+        if logs and norms:
+            totals[0] = totals[0] + last_discrepancy(norms)
+        penalty = norm_penalty(model)
+        if logs:
+            totals[1] = totals[1] + penalty.detach()
+        (loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync_norm_statistics(model)
+
+    return step
+
+
+def measure(args):
+    """Seconds of the two kinds of steps, each of shape `(pairs,)`."""
+    swapped = make_step(args.norm, args)
+    first, second = {
+        "logging": (swapped, lambda: swapped(logs=False)),
+        "synchronization": (swapped, lambda: swapped(synchronized=False)),
+        "layernorm": (swapped, make_step("layernorm", args) if args.compare == "layernorm" else None),
+    }[args.compare]
+    seconds = ([], [])
+    for _ in range(2):
+        first(), second()
+    for index in trange(args.pairs, desc="Pairs"):
+        order = (0, 1) if index % 2 else (1, 0)
+        for which in order:
+            wait(args)
+            start = time.perf_counter()
+            (first, second)[which]()
+            wait(args)
+            seconds[which].append(time.perf_counter() - start)
+    return [torch.tensor(values) for values in seconds]
+
+
+def wait(args):
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    if "WORLD_SIZE" in os.environ:
+        PartialState(cpu=args.device == "cpu")
+    first, second = measure(args)
+    ratio, low, high = median_with_interval((first / second).numpy())
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    result = {
+        **vars(args),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "threads": torch.get_num_threads(),
+        "ratio": ratio,
+        "interval": [low, high],
+        "seconds": second.median().item(),
+        **describe_environment(),
+    }
+    del result["output_file"]
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output_file).write_text(json.dumps(result, indent=2), encoding="utf-8")
+    of = f"{COMPARISONS[args.compare]}, {result['seconds']:.2f} s"
+    print(f"{args.norm}: {ratio:.3f} ({low:.3f} to {high:.3f}) of {of}")
+
+
+if __name__ == "__main__":
+    main()
