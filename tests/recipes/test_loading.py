@@ -70,3 +70,11 @@ def test_a_swapped_checkpoint_keeps_its_norms(model_folder, tmp_path):
     for options in ({"norm": "rbn"}, {"where": ["attention"]}, {"norm_options": {"num_groups": 1}}):
         with pytest.raises(ValueError, match="swapped already, to powernorm"):
             load(path, **options)
+
+
+def test_a_data_set_with_a_script_is_refused(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "old.py").write_text("raise SystemExit('this was run')\n")
+    with pytest.raises(ValueError, match="'.*old' cannot be read without running its code"):
+        load_splits(str(folder), None, ["train"], ["text"])
