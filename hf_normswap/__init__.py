@@ -18,6 +18,7 @@ _HOMES = {
     "export": ["OnnxReport", "export_onnx"],
     "folding": ["FoldReport", "fold_norms"],
     "gradients": ["DepthSlope", "DepthStudy", "GradientNorm", "GradientReport", "gradient_norms", "study_depth"],
+    "hub": ["push_folder", "push_model"],
     "modeling.norms": [
         "Affine",
         "BatchNorm",

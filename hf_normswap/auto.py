@@ -29,6 +29,12 @@ def register_models(config_class: type) -> None:
             table.setdefault(config_class.model_type, table[family])
 
 
+def _push(model, repo_id: str, **options):
+    from .hub import push_model
+
+    return push_model(model, repo_id, **options)
+
+
 @functools.cache
 def _register_heads(config_class: type) -> None:
     from transformers import AutoTokenizer
@@ -40,6 +46,7 @@ def _register_heads(config_class: type) -> None:
 
     for auto, head in auto_heads(config_class).items():
         getattr(modeling_auto, auto).register(config_class, getattr(swapped, head), exist_ok=True)
+    swapped.NormSwapMixin.push = _push
     stock_config = config_class.__bases__[-1]
     tokenizer = TOKENIZER_MAPPING.get(stock_config, None)
     if tokenizer is not None:  # that of Marian needs a package that few have

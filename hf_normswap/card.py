@@ -9,13 +9,17 @@ from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from .comparison import compare_results
+from .modeling.configuration import family_of
+from .modeling.travel import auto_heads
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 _PIPELINES = {
+    "AutoModel": "feature-extraction",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
@@ -147,7 +151,7 @@ def render_card(
         language=language,
         base_model=run["model"] if "/" in run["model"] else None,  # else it has no id on the Hub
         tags=["hf_normswap", norm, "custom_code"],
-        metrics=list(scores),
+        metrics=list(scores) or None,
         eval_results=[
             EvalResult(
                 task_type=_PIPELINES[auto_class],
@@ -158,7 +162,8 @@ def render_card(
                 metric_value=round(value, 4),
             )
             for metric, value in scores.items()
-        ],
+        ]
+        or None,
     )
     return ModelCard.from_template(
         data,
@@ -171,7 +176,10 @@ def render_card(
         auto_class=auto_class,
         run=run,
         swapped=[{**entry, "places": _describe_places(entry["modules"])} for entry in run["norm_swap"]["norms"]],
-        results_table=compare_results(results).to_markdown(),
+        placement=run["norm_swap"].get("placement"),
+        calibrated=_describe_range(run["norm_swap"].get("calibration", {}).values()),
+        folded=len(run["norm_swap"].get("folded", [])),
+        results_table=compare_results(results).to_markdown() if run["metrics"] else None,
         same_recipe=all(_recipe(result) == recipe for result in results),
         seeds=", ".join(str(run["seed"]) for run in runs),
         discrepancies=_final_discrepancies(runs),
@@ -179,6 +187,54 @@ def render_card(
         commands=list(dict.fromkeys(run["command"] for run in runs if "command" in run)),
         citation=_CITATIONS.get(norm),
     )
+
+
+def card_of_model(
+    model: PreTrainedModel, model_id: str, results: Iterable[dict[str, Any]] = (), **options
+) -> ModelCard:
+    """
+    Renders the card of a live model: with `results` as [`render_card`], else of what its configuration says of the
+    swap alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A swapped model.
+        model_id (`str`):
+            Where the model is, or will be.
+        results (`Iterable[dict]`, *optional*):
+            Results on one task, those of its norm among them.
+        options:
+            Of [`render_card`].
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card.
+
+    Raises:
+        ValueError: when the model is not swapped, or no result is of its norm.
+    """
+    record = getattr(model.config, "norm_swap", None)
+    if record is None:
+        raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
+    entries = sorted(record["norms"], key=lambda entry: len(entry["modules"]))
+    norm = entries[-1]["norm"] if entries else "layernorm"
+    base = model.name_or_path or f"{family_of(model.config.model_type)} from scratch"
+    run = {"task": None, "model": base, "norm": norm, "norm_swap": record, "seed": None, "metrics": {}}
+    auto_classes = [name for name, head in auto_heads(type(model.config)).items() if head == type(model).__name__]
+    known = [name for name in auto_classes if name in _PIPELINES]
+    return render_card(
+        list(results) or [run], norm=norm, model_id=model_id, **{"auto_class": (known or ["AutoModel"])[0], **options}
+    )
+
+
+def add_tags(card: ModelCard, tags: str | Iterable[str] | None) -> None:
+    """Add tags to those of a card."""
+    more = [tags] if isinstance(tags, str) else tags or []
+    card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
+
+
+def _describe_range(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}" if values else ""
 
 
 def _recipe(result: dict) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
+from .card import add_tags, card_of_model
 from .checkpoints import LAST_FILE, find_last_checkpoint
 from .modeling.norm import Norm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import has_ranks
 from .modeling.rbn import RegularizedBatchNorm
+from .results import load_results
 from .statistics import (
     defer_norm_statistics,
     freeze_norm_statistics,
@@ -108,6 +110,24 @@ class _NormSwapTrainerMixin:
         super()._save_rng_state(output_dir)
         # What comes next is LAST_FILE, and the removal of older checkpoints: each rank has written its part before.
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        token, self.args.hub_token = self.args.hub_token, None  # it would go into training_args.bin, and to the Hub
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def create_model_card(self, *args, tags=None, license=None, **kwargs):
+        """Write the card of this package; the results are those that a recipe left in the output folder."""
+        if not self.is_world_process_zero() or getattr(self._unwrapped().config, "norm_swap", None) is None:
+            return super().create_model_card(*args, tags=tags, license=license, **kwargs)
+        result = Path(self.args.output_dir, "result.json")
+        model_id = self.hub_model_id or Path(self.args.output_dir).name
+        results = load_results(result) if result.exists() else ()
+        card = card_of_model(self._unwrapped(), model_id, results, license=license)
+        add_tags(card, tags)
+        return card.save(Path(self.args.output_dir, "README.md"))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device

@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import BertForSequenceClassification
 
-from hf_normswap import swap_norm
-from hf_normswap.card import render_card
-from tests.models import tiny_model
+from hf_normswap import fold_norms, set_norm_placement, swap_norm
+from hf_normswap.card import card_of_model, render_card
+from tests.models import tiny_batch, tiny_model
 from tests.persistence import ROOT
 
 
@@ -127,7 +127,7 @@ def test_the_snippet_loads_the_model(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"norm": "rbn"}, "No result is of the norm 'rbn', only of powernorm, layernorm"),
-        ({"auto_class": "AutoModel"}, "auto_class 'AutoModel' is none of"),
+        ({"auto_class": "AutoModelForAll"}, "auto_class 'AutoModelForAll' is none of"),
         ({"results": [*RESULTS, run("powernorm", 0, 0.6, task="mrpc")]}, "2 tasks or models"),
     ],
 )
@@ -143,3 +143,23 @@ def test_the_cards_of_the_project_are_those_of_their_results():
     assert script.CARDS
     for name in script.CARDS:
         assert (ROOT / "model_cards" / f"{name}.md").read_bytes() == script.render(name).encode(), name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "marian", "gpt2"])
+def test_a_model_without_results_has_a_card_too(family):
+    model = set_norm_placement(tiny_model(family).eval(), "pre")
+    swap_norm(model, "rbn", where="all", calibrate_on=[tiny_batch(model, (6, 3, 9, 5))])
+    card = card_of_model(model, "someone/model-rbn", license="mit")
+    r2 = model.config.norm_swap["calibration"].values()
+    assert f"R² {min(r2):.2f} to {max(r2):.2f}" in card.text
+    assert ("pre placement" in card.text) == (family != "gpt2")
+    assert "## Results" not in card.text
+    assert card.data.eval_results is None
+    assert "rbn" in card.data.tags
+    fold_norms(model)
+    assert "norms were folded" in card_of_model(model, "someone/model-rbn").text
+
+
+def test_a_card_is_of_a_swapped_model():
+    with pytest.raises(ValueError, match="no swapped norms"):
+        card_of_model(tiny_model("bert"), "someone/model")

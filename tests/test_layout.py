@@ -27,8 +27,8 @@ LAYERS = [
     {"surgery", "results", "walk", "least_squares", "residual", "probe"},
     {"conversion"},
     {"calibration", "distillation", "progressive", "folding", "placement", "export", "tid", "activations", "plots"},
-    {"training_args", "trainer", "centering", "gradients"},
-    {"hub", "card"},
+    {"training_args", "centering", "gradients", "card"},
+    {"trainer", "hub"},
     {"cli", "__main__"},
     {"__init__"},
 ]

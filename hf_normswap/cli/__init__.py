@@ -11,12 +11,12 @@ Examples:
 import argparse
 import sys
 
-from . import calibrate, depth, fold, inspect, tid
+from . import calibrate, depth, fold, inspect, push, tid
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (inspect, calibrate, tid, depth, fold)
+VERBS = (inspect, calibrate, tid, depth, fold, push)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,6 +34,8 @@ _READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
 class NormSwapMixin:
     """What a swapped model has beside what its transformers class has."""
 
+    push = None  # the installed package sets it to `push_model`, which writes a model card
+
     def __init__(self, config, *args, **kwargs):
         config.validate_norm_swap()  # an override given to from_pretrained is set after the configuration's own check
         super().__init__(config, *args, **kwargs)
@@ -56,6 +58,10 @@ class NormSwapMixin:
             raise OSError(
                 f"The weights in {pretrained_model_name_or_path} are damaged ({error}): fetch or save them again."
             ) from error
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """Push this model: see `hf_normswap.push_model`; without the package, as any model of transformers."""
+        return super().push_to_hub(repo_id, **kwargs) if self.push is None else self.push(repo_id, **kwargs)
 
     def initialize_weights(self):
         super().initialize_weights()
