@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .modeling.norm import Norm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
-from .modeling.swapped import NormSwapMixin
 from .modeling.token_mask import current_mask, unwatch_masks, watch_masks
 from .surgery import refuse_training, refuse_wrapped
 from .walk import run_model
@@ -23,8 +23,9 @@ class ActivationProbe:
     Attributes:
         name (`str`): path of the norm in the model.
         input_scale, output_scale (`float`): root mean square of what comes in, and of what goes out.
-        condition (`float`): largest eigenvalue of the covariance of the outputs over the smallest, infinite where that
-            is 0. The curvature of the loss in the weights of the next linear layer has it as a factor.
+        condition (`float`): largest eigenvalue of the covariance of the outputs over the smallest that is not 0, as
+            one always is behind LayerNorm; NaN where there are no more tokens than channels. The curvature of the loss
+            in the weights of the next linear layer has it as a factor.
         tokens (`int`): over so many.
     """
 
@@ -80,16 +81,19 @@ def probe_activations(
     refuse_training(model)
     sites = find_norms(model)
     batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
-    sums = {site.name: None for site in sites}
+    sums = {}
+    for site in sites:
+        width = site.module.weight.shape[0]
+        sums[site.name] = torch.zeros(width + 3, width, dtype=torch.float64, device=model.device)
 
     def note(norm, args, output, name):
         mask = current_mask(args[0])
         x, y = (values.flatten(0, -2) if mask is None else values[mask] for values in (args[0], output))
         x, y = x.double(), y.double()
         squares = x.square().sum(0, keepdim=True)
-        new = torch.cat([y.T @ y, y.sum(0, keepdim=True), squares, torch.full_like(squares, len(y))])
-        sums[name] = new if sums[name] is None else sums[name] + new
+        sums[name] += torch.cat([y.T @ y, y.sum(0, keepdim=True), squares, torch.full_like(squares, len(y))])
 
+    is_watched = any(isinstance(site.module, Norm) for site in sites)
     watch_masks(model)
     handles = [site.module.register_forward_hook(partial(note, name=site.name)) for site in sites]
     try:
@@ -98,22 +102,23 @@ def probe_activations(
     finally:
         for handle in handles:
             handle.remove()
-        if not isinstance(model, NormSwapMixin):
+        if not is_watched:
             unwatch_masks(model)
-    return ActivationReport(_probe(name, values) for name, values in sums.items() if values is not None)
+    sums = {name: sum_over_ranks(values) for name, values in sums.items()}
+    return ActivationReport(_probe(name, values) for name, values in sums.items() if values[-1, 0])
 
 
 def _probe(name: str, sums: torch.Tensor) -> ActivationProbe:
-    products, total, inputs, counts = sum_over_ranks(sums).split([sums.shape[1], 1, 1, 1])
+    width = sums.shape[1]
+    products, total, inputs, counts = sums.split([width, 1, 1, 1])
     count = counts[0, 0]
     mean = total[0] / count
     eigenvalues = torch.linalg.eigvalsh(products / count - torch.outer(mean, mean))
-    largest, smallest = eigenvalues[-1], eigenvalues[0]
-    is_singular = smallest <= largest * len(eigenvalues) * torch.finfo(torch.float64).eps
+    nonzero = eigenvalues[eigenvalues > eigenvalues[-1] * width * torch.finfo(torch.float64).eps]
     return ActivationProbe(
         name,
         input_scale=(inputs.mean() / count).sqrt().item(),
         output_scale=(products.diagonal().mean() / count).sqrt().item(),
-        condition=float("inf") if is_singular else (largest / smallest).item(),
+        condition=(nonzero[-1] / nonzero[0]).item() if count > width and len(nonzero) else float("nan"),
         tokens=int(count),
     )

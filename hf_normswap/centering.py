@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+from .modeling.configuration import family_of
 from .modeling.folded import untie_head
 from .modeling.norm import Norm
 from .modeling.sites import find_norms
@@ -49,7 +50,9 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
     refuse_training(model)
     if any(site.placement == "post" for site in sites):
         raise ValueError("The residual stream of a post-norm model has a mean that matters: convert a pre-norm one.")
-    if getattr(model.config, "norm_swap", None) or any(isinstance(site.module, Norm) for site in sites):
+    if family_of(model.config.model_type) != "gpt2":
+        raise ValueError(f"Only GPT-2 is converted, not a {type(model).__name__} in the pre placement.")
+    if any(isinstance(site.module, Norm) for site in sites):
         raise ValueError("Some norms are swapped already: call restore_norm(model) first.")
     tied = find_tied_head(model)
     if tied and not untie:

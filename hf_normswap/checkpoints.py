@@ -18,7 +18,8 @@ def check_checkpoint(folder: str | Path) -> None:
         ValueError: when the checkpoint lacks weights, or was cut off while it was written.
     """
     weights = sorted(Path(folder).glob("*.safetensors"))
-    if not weights:
+    shards = [*Path(folder).glob("pytorch_model_fsdp*"), *Path(folder).glob("global_step*")]  # of FSDP and DeepSpeed
+    if not weights and not shards:
         raise ValueError(f"There is no checkpoint to resume from in {folder}.")
     for file in weights:
         try:

@@ -15,7 +15,7 @@ from .modeling.affine import Affine
 from .modeling.folded import add_bias, remove_norms, untie_head
 from .modeling.norm import Norm
 from .modeling.replace import has_hooks, place_norms
-from .modeling.sites import NormSite, find_norms, format_table
+from .modeling.sites import BLOCK_SUBLAYERS, NormSite, find_norms, format_table
 from .modeling.swapped import prepare_swapped, release_swapped
 from .probe import change_checked
 from .residual import embeddings_of, find_tied_head, reader_of_head_norm, readers_of_stack, sublayer_of
@@ -113,6 +113,7 @@ class _Plan:
         self.untied, self.tied = (tied, []) if untie else ([], tied)
         for stack in dict.fromkeys(site.stack for site in self.sites):
             sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
+            sites.sort(key=_forward_order)
             is_post = any(site.placement == "post" for site in sites)
             (self._fold_post if is_post else self._fold_pre)(sites, readers_of_stack(model, stack))
         for site in self.sites:
@@ -325,6 +326,13 @@ class _Plan:
                 raise ValueError(
                     f"Folded, {name} would leave the range of {_name(dtype)}: use a wider dtype, as in model.float()."
                 )
+
+
+def _forward_order(site: NormSite) -> tuple:
+    """Place in the forward; modules of GPT-2 stand in another order."""
+    if site.layer is None:
+        return (-1,) if site.sublayer == "embedding" else (math.inf,)
+    return site.layer, BLOCK_SUBLAYERS.index(site.sublayer)
 
 
 def _check_norms(model: PreTrainedModel) -> None:

@@ -193,10 +193,16 @@ def study_depth(
         width (`int`, *optional*, defaults to 128): channels of the model.
         seeds (`int`, *optional*, defaults to 4): models for each depth.
 
+    Raises:
+        ValueError: when there are fewer than two depths, or a norm or a placement is unknown.
+
     Returns:
         [`DepthStudy`]: a [`DepthSlope`] for each norm and placement; print it for a table.
     """
-    norms, depths, placements = [NormSwapConfig.of(norm) for norm in norms], list(depths), list(placements)
+    norms, placements = [NormSwapConfig.of(norm) for norm in norms], list(placements)
+    depths = sorted(set(depths))
+    if len(depths) < 2:
+        raise ValueError(f"A slope is between two depths at least, not of {depths}: give more of them.")
     cases = [(norm, placement) for norm in norms for placement in placements]
     study = DepthStudy()
     with tqdm(total=len(cases) * len(depths) * seeds, desc="Models") as progress:

@@ -88,8 +88,10 @@ def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
     buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
         for norm in norms:
-            norm.deferred, norm.frozen, norm.process_group = True, False, None
+            norm.deferred, norm.frozen, norm.process_group, norm.statistics = True, False, None, None
             norm.discard_pending()
+            if isinstance(norm, PowerNorm):
+                norm.loss_scale.fill_(1)
             norm.train()
         yield
     finally:

@@ -139,6 +139,10 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     refuse_folded(model)
     norms = [site for site in find_norms(model) if isinstance(site.module, Norm)]
+    if not norms:
+        raise ValueError(
+            f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
+        )
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}

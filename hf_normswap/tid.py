@@ -101,9 +101,9 @@ def measure_tid(
         with observing(norms.values()):
             for batch in batches:
                 run_model(model, batch)
+                ran = torch.tensor([norm.statistics is not None for norm in norms.values()], device=sums.device)
                 values = last_discrepancy(list(norms.values())).double()
-                reached = ~values[0].isnan()
-                sums += torch.cat([reached[None].double(), torch.where(reached, values, 0)])
+                sums += torch.cat([ran[None].double(), torch.where(ran, values, 0)])
                 for norm in norms.values():
                     norm.statistics = None
     finally:
@@ -162,5 +162,8 @@ class TidHistory:
             history = cls(content["layers"])
             history.steps, history.mean, history.variance = (content[name] for name in ("steps", "mean", "variance"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"There is no history of the TID in {folder}, or a damaged one ({error}).") from error
+            raise ValueError(
+                f"There is no history of the TID in {folder}, or a damaged one ({error}): give the output folder of a "
+                "training with running statistics."
+            ) from error
         return history

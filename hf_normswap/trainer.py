@@ -91,6 +91,7 @@ class _NormSwapTrainerMixin:
             defer_norm_statistics(self.model, False)
             synchronize_norms(self.model, synchronized=False)
             freeze_norm_statistics(self.model, False)
+            self._set_loss_scale(1.0)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
@@ -100,10 +101,12 @@ class _NormSwapTrainerMixin:
             self._write_tid_history(folder)
             super()._save_checkpoint(model, trial)
         except Exception as error:  # Python, torch and safetensors each have another one for a full disk
+            whole = find_last_checkpoint(folder.parent)
+            if whole == str(folder):  # it was written, and something else failed
+                raise
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            whole = find_last_checkpoint(folder.parent)
-            cure = f"make room, and resume from {whole}" if whole else "make room, and start again"
+            cure = f"mend that, and resume from {whole}" if whole else "mend that, and start again"
             raise OSError(f"{folder} could not be written ({error}): {cure}.") from error
 
     def _save_rng_state(self, output_dir):
@@ -132,11 +135,13 @@ class _NormSwapTrainerMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device
         if scale is not None or self.accelerator.num_processes > 1:
-            scale = (1.0 if scale is None else scale) * self.accelerator.num_processes
-            for norm in self._statistic_norms():
-                if isinstance(norm, PowerNorm):
-                    norm.loss_scale.fill_(scale)
+            self._set_loss_scale((1.0 if scale is None else scale) * self.accelerator.num_processes)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _set_loss_scale(self, scale) -> None:
+        for norm in self._statistic_norms():
+            if isinstance(norm, PowerNorm):
+                norm.loss_scale.fill_(scale)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

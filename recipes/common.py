@@ -158,12 +158,18 @@ def check_processes(training_args):
 
 
 def find_checkpoint(training_args):
-    """The checkpoint that `--resume_from_checkpoint` names; `true` is the last whole one of the output folder."""
+    """
+    The checkpoint that `--resume_from_checkpoint` names; `true` is the last whole one of the output folder, `auto` too,
+    or none where there is none yet.
+    """
     path = training_args.resume_from_checkpoint
     if path is None:
         return None
-    if path.lower() == "true":
-        path = find_last_checkpoint(training_args.output_dir)
+    if path.lower() in ("true", "auto"):
+        last = find_last_checkpoint(training_args.output_dir)
+        if last is None and path.lower() == "auto":
+            return None
+        path = last
     check_checkpoint(path or training_args.output_dir)
     return path
 

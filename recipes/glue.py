@@ -81,6 +81,8 @@ def load_task(data_args):
     for name, split in data.items():
         if len(split) == 0:
             raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} is empty.")
+        if task != "stsb" and not all(isinstance(label, int) for label in split.unique("label")):
+            raise ValueError(f"Labels of {data_args.dataset_name!r} are no class numbers: see class_encode_column.")
         if min(split["label"]) < 0:
             raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} has no labels, only -1.")
     if task == "stsb":

@@ -9,7 +9,7 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer
 
-from hf_normswap import NormSwapConfig, get_norm, set_norm_placement, swap_norm
+from hf_normswap import NormSwapConfig, find_norms, get_norm, set_norm_placement, swap_norm
 
 
 def load_splits(name, config, splits, columns):
@@ -80,7 +80,7 @@ def swap_as_told(model, tokenizer, args, texts):
         return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
-        same_place = args.placement in (None, recorded.get("placement"))
+        same_place = args.placement in {None, *(site.placement for site in find_norms(model))}
         if not same_norm or not same_place or args.where or not args.norm_options.items() <= entry["options"].items():
             raise ValueError(
                 f"{args.model_name_or_path} is swapped already, to {entry['norm']}: leave out norm options."

@@ -1,19 +1,23 @@
 """Scale and condition of activations, against a computation by hand."""
 
+import math
+
 import pytest
 import torch
 
-from hf_normswap import find_norms, probe_activations, swap_norm
+from hf_normswap import find_norms, probe_activations, set_norm_placement, swap_norm
 from tests.models import FAMILIES, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("norm", [None, "rmsnorm"])
+@pytest.mark.parametrize("norm", [None, "rmsnorm", "placement"])
 def test_they_are_those_of_real_tokens(family, norm):
     model = tiny_model(family).double().eval()
-    if norm:
+    if norm == "placement":
+        set_norm_placement(model, "pre")
+    elif norm:
         swap_norm(model, norm, where="all")
-    lengths = (9, 7, 8, 9)
+    lengths, before = (9, 7, 8, 9), count_hooks(model)
     plain, padded = (
         probe_activations(model, [tiny_batch(model, lengths, **options)])
         for options in ({}, {"columns": 14, "filler": 7})
@@ -23,22 +27,30 @@ def test_they_are_those_of_real_tokens(family, norm):
         assert ours.tokens == theirs.tokens
         for name in ("input_scale", "output_scale"):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name))
-    assert not model._forward_hooks or norm
+    assert count_hooks(model) == before
 
 
-def test_against_numbers_of_one_norm():
-    model = tiny_model("bert").double().eval()
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_against_numbers_of_one_norm(norm):
+    model = swap_norm(tiny_model("bert").double(), norm, where="all")
+    model(**tiny_batch(model))
     kept = {}
-    site = find_norms(model)[1]
+    site = find_norms(model.eval())[1]
     site.module.register_forward_hook(lambda module, args, output: kept.update(x=args[0], y=output))
-    batches = [tiny_batch(model, (9, 9, 9, 9, 9), seed=seed) for seed in range(1)]
-    probe = probe_activations(model, batches)[1]
+    probe = probe_activations(model, [tiny_batch(model, (9, 9, 9, 9, 9))])[1]
     x, y = kept["x"].flatten(0, -2), kept["y"].flatten(0, -2)
     assert probe.input_scale == pytest.approx(x.square().mean().sqrt().item())
     assert probe.output_scale == pytest.approx(y.square().mean().sqrt().item())
     assert probe.tokens == len(y) == 45
-    # LayerNorm takes one direction away, up to its gain and shift.
-    assert probe.condition > 1e6
+    values = torch.linalg.svdvals(y - y.mean(0)).square()
+    # LayerNorm takes one direction away.
+    smallest = values[-2 if norm == "layernorm" else -1]
+    assert probe.condition == pytest.approx((values[0] / smallest).item(), rel=1e-4)
+    assert math.isnan(probe_activations(model, [tiny_batch(model, (9,))])[1].condition)
+
+
+def count_hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_a_model_in_training_is_refused():

@@ -49,6 +49,14 @@ def test_a_full_disk_before_the_first_checkpoint(tmp_path, full_disk):
         make_trainer(tmp_path).train()
 
 
+def test_what_fails_after_a_checkpoint_leaves_it(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, save_total_limit=1)
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", lambda **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     make_trainer(tmp_path).train()
     assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")

@@ -52,3 +52,8 @@ def test_slopes_are_those_of_the_theorem():
     # PowerNorm is in its warm-up, which is PN-V with group scaling.
     assert slopes["powernorm", "pre"] == pytest.approx(slopes["pnv", "pre"], abs=0.1)
     assert [row[:2] for row in study.rows()] == [("norm", "placement"), *((i.norm, i.placement) for i in study)]
+
+
+def test_a_slope_needs_two_depths():
+    with pytest.raises(ValueError, match="two depths"):
+        study_depth(["layernorm"], depths=[2, 2])

@@ -19,6 +19,7 @@ from transformers.models.openai import modeling_openai
 from transformers.models.pegasus import modeling_pegasus
 from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
 
+from accelerate import dispatch_model
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
 from tests.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
 from tests.persistence import outputs, run_fresh, same, train
@@ -292,6 +293,26 @@ def test_marian_generates():
     assert torch.equal(found, model.generate(**inputs, num_beams=3, max_new_tokens=6, use_cache=False))
 
 
+def test_a_model_on_several_devices_is_refused():
+    model = dispatch_model(tiny_model("bert").eval(), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ValueError, match="without device_map"):
+        set_norm_placement(model, "pre")
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert {site.placement for site in find_norms(model)} == {"post", None}
+
+
+def test_post_norm_cross_attention_is_folded():
+    model = tiny_model("gpt2", add_cross_attention=True).double().eval()
+    set_norm_placement(model, "post", drop_final=True)
+    swap_norm(model, "batchnorm", where="all")
+    states = torch.randn(2, 5, 16, dtype=torch.float64)
+    batch = {**tiny_batch(model), "encoder_hidden_states": states}
+    model.train()(**batch)
+    expected = model.eval()(**batch).logits
+    assert fold_norms(model, untie=True).error < 1e-12
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_what_is_refused():
     model = tiny_model("gpt2")
     with pytest.raises(ValueError, match=r"placement is one of post, pre, not 'sandwich'"):
@@ -301,6 +322,8 @@ def test_what_is_refused():
     assert type(model).__name__ == "GPT2LMHeadModel"
     with pytest.raises(ValueError, match="wrapped in"):
         set_norm_placement(nn.DataParallel(model), "post")
+    with pytest.raises(ValueError, match="LayerNorms already"):
+        restore_norm(set_norm_placement(tiny_model("bert"), "pre"))
     folded = swap_norm(tiny_model("bert").eval(), "batchnorm", where="all")
     fold_norms(folded)
     with pytest.raises(ValueError, match="folded away"):

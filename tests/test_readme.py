@@ -50,3 +50,8 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder()
     examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
     assert len(examples) > 8
+
+
+def test_no_figure_is_missing():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")):
+        assert not re.search(r"\b[A-Z]+_(TABLE|OVERHEAD|FIGURE)\b", page.read_text(encoding="utf-8")), page.name

@@ -107,6 +107,24 @@ def test_padding_changes_nothing(family):
         assert ours.variance == pytest.approx(theirs.variance, rel=1e-10)
 
 
+def test_a_norm_that_exploded_is_in_the_report():
+    model = trained("bert", "batchnorm")
+    torch.nn.init.constant_(model.bert.encoder.layer[0].output.dense.weight, torch.nan)
+    report = measure_tid(model, [tiny_batch(model)])
+    assert [tid.name for tid in report] == [site.name for site in find_norms(model)]
+    assert [tid.variance == tid.variance for tid in report] == [True, True, False, False, False]
+
+
+def test_a_norm_that_no_batch_reaches_is_not():
+    model = tiny_model("bert", "BertLMHeadModel", add_cross_attention=True).double()
+    swap_norm(model, "rbn", where="all")
+    batch = tiny_batch(model)
+    model(**batch, encoder_hidden_states=torch.randn(2, 5, 16, dtype=torch.float64))
+    names = [tid.name for tid in measure_tid(model, [batch])]
+    assert names
+    assert not any("crossattention" in name for name in names)
+
+
 def test_what_is_frozen_or_in_training_stays_so():
     model = trained("bert", "rbn").train()
     norm = find_norms(model)[0].module

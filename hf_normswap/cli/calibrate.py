@@ -78,27 +78,36 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> tuple:
     """Model, tokenizer and report of the calibration."""
-    from hf_normswap import NormSwapConfig, calibrate, distill, get_norm, restore_norm, swap_norm
+    from hf_normswap import (
+        Norm,
+        NormSwapConfig,
+        calibrate,
+        distill,
+        find_norms,
+        get_norm,
+        restore_norm,
+        swap_norm,
+    )
 
     if args.norm:
         # swap_norm(calibrate_on=...) takes these options by itself, but keeps the report.
         norm = NormSwapConfig(args.norm, **{**get_norm(args.norm).calibrated_options, **(args.norm_options or {})})
     data = read_data(args)
     model, tokenizer = load_checkpoint(args.model)
-    record = getattr(model.config, "norm_swap", None)
-    if record and {entry["norm"] for entry in record["norms"]} == {"layernorm"}:  # the baseline of the recipes
+    kinds = {site.kind for site in find_norms(model) if isinstance(site.module, Norm)}
+    if kinds == {"layernorm"}:  # the baseline of the recipes
         restore_norm(model)
-        record = None
-    if record is None and not args.norm:
+        kinds = set()
+    if not kinds and not args.norm:
         raise ValueError(f"{args.model} has LayerNorms: say what they become, for example with --norm rbn.")
-    if record is not None and args.distillation_steps:
+    if kinds and args.distillation_steps:
         raise ValueError(f"{args.model} is swapped already, and there is no original to distill: leave that out.")
-    if record is None:
+    if not kinds:
         original = copy.deepcopy(model) if args.distillation_steps else None
         with _without_warning():
             swap_norm(model, norm, where=args.where or "blocks")
     elif args.norm or args.norm_options or args.where:
-        norms = " and ".join(dict.fromkeys(entry["norm"] for entry in record["norms"]))
+        norms = " and ".join(sorted(kinds))
         raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
     options = {"tokenizer": prepare_reader(tokenizer), "batch_size": args.batch_size}
     report = calibrate(model, data, memory_budget=args.memory_budget, **options)

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
         report = measure_tid(model.eval(), data, tokenizer=prepare_reader(tokenizer), batch_size=args.batch_size)
         tids = {tid.name: tid for tid in report}
     norms = [_describe(model, site, tids.get(site.name)) for site in find_norms(model)]
+    if not norms:
+        raise ValueError(f"{args.model} has no norms, they are folded away: inspect the model from before that.")
     if args.json:
         print_json({"model": args.model, "class": type(model).__name__, "norms": norms})
         return

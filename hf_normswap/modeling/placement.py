@@ -164,12 +164,20 @@ def place_blocks(model: nn.Module, placement: str) -> None:
     """Give the blocks of `model` the forward of a placement, and its stacks a final norm, or none.
 
     A new final norm is a LayerNorm with gain 1 and shift 0.
+
+    Raises:
+        ValueError: when a block has a forward of its own. Nothing was changed then.
     """
     family = family_of(model.config.model_type)
-    for module in list(model.modules()):
-        stock = _stock(type(module))
-        if stock.__module__ == _modeling(family) and stock.__name__ in _PLACED[family]:
-            module.__class__ = stock if placement == STOCK_PLACEMENTS[family] else _placed(family, stock.__name__)
+    changed = [(module, _stock(type(module))) for module in model.modules()]
+    changed = [(module, stock) for module, stock in changed if _is_placed_by(family, stock)]
+    if any("forward" in module.__dict__ for module, _ in changed):
+        raise ValueError(
+            "A block has a forward of its own, as accelerate gives it to models on several devices: load the model "
+            "without device_map."
+        )
+    for module, stock in changed:
+        module.__class__ = stock if placement == STOCK_PLACEMENTS[family] else _placed(family, stock.__name__)
     name = FINAL_NORMS[family]
     for stack in stacks_of(model):
         if placement == "post" and family == "gpt2":
@@ -177,7 +185,7 @@ def place_blocks(model: nn.Module, placement: str) -> None:
         elif placement == "post":
             stack._modules.pop(name, None)
         elif name not in stack._modules:
-            like = next(stack.parameters())
+            *_, like = stack.parameters()  # on the device of the last block
             eps = getattr(model.config, "layer_norm_eps", getattr(model.config, "layer_norm_epsilon", 1e-5))
             width = model.config.hidden_size
             norm = nn.LayerNorm(width, eps=eps, device=like.device, dtype=like.dtype)
@@ -190,6 +198,10 @@ def stacks_of(model: nn.Module) -> list[nn.Module]:
     names["marian"] = "MarianEncoder", "MarianDecoder"
     names = names[family_of(model.config.model_type)]
     return [module for module in model.modules() if any(base.__name__ in names for base in type(module).__mro__)]
+
+
+def _is_placed_by(family: str, stock: type) -> bool:
+    return stock.__module__ == _modeling(family) and stock.__name__ in _PLACED[family]
 
 
 def _modeling(family: str) -> str:

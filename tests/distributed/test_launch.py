@@ -112,7 +112,6 @@ def test_the_slurm_script_starts_each_machine(tmp_path):
         tool = tmp_path / name
         tool.write_text(f"#!/bin/bash\n{body}\n")
         tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
-    (tmp_path / "output" / "checkpoint-3").mkdir(parents=True)
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
     arguments = ["recipes/glue.py", "a.yaml", f"--output_dir={tmp_path}/output", '--norm_options={"momentum": 0.2}']
     printed = run(
@@ -126,4 +125,4 @@ def test_the_slurm_script_starts_each_machine(tmp_path):
     assert len(lines) == 2
     for rank, line in enumerate(lines):
         assert f"--num_machines 2 --num_processes 8 --machine_rank {rank} --main_process_ip first" in line
-        assert line.endswith(" ".join([*arguments, "--resume_from_checkpoint true"]))
+        assert line.endswith(" ".join([*arguments, "--resume_from_checkpoint auto"]))

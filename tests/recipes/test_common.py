@@ -140,6 +140,7 @@ def test_the_checkpoint_to_resume_from(tmp_path, model_folder):
         )
 
     assert find(None) is None
+    assert find("auto") is None
     for path in ("true", str(tmp_path / "absent")):
         with pytest.raises(ValueError, match="no checkpoint to resume from"):
             find(path)
@@ -148,7 +149,7 @@ def test_the_checkpoint_to_resume_from(tmp_path, model_folder):
         (output / f"checkpoint-{step}").mkdir(parents=True)
         (output / f"checkpoint-{step}" / "model.safetensors").write_bytes(weights)
         (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert find("true") == str(output / "checkpoint-10")
+    assert find("true") == find("auto") == str(output / "checkpoint-10")
     (output / "checkpoint-10" / "model.safetensors").write_bytes(weights[:-1000])
     assert find("true") == str(output / "checkpoint-2")
     with pytest.raises(ValueError, match="is damaged"):
