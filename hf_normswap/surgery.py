@@ -132,7 +132,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        ValueError: when the model is not swapped.
+        ValueError: when no norm of the model is swapped.
     """
     refuse_wrapped(model)
     if not isinstance(model, NormSwapMixin):

@@ -159,8 +159,8 @@ def check_processes(training_args):
 
 def find_checkpoint(training_args):
     """
-    The checkpoint that `--resume_from_checkpoint` names; `true` is the last whole one of the output folder, `auto` too,
-    or none where there is none yet.
+    The checkpoint that `--resume_from_checkpoint` names; `true` is the last whole one of the output folder, `auto`
+    too, or none where there is none yet.
     """
     path = training_args.resume_from_checkpoint
     if path is None:
