@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -85,14 +85,20 @@ def push_folder(
 ) -> CommitInfo:
     """Push all files of `folder` in one commit, with the retries and the errors of [`push_model`].
 
-    `commit` is what [`~huggingface_hub.HfApi.upload_folder`] takes beside.
+    `commit` is what [`~huggingface_hub.HfApi.create_commit`] takes beside.
     """
+
+    def operations():
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return [CommitOperationAdd(str(path.relative_to(folder).as_posix()), path) for path in files]
+
     api = HfApi(token=token)
     is_new = False
     try:
         is_new = not _insist(lambda: api.repo_exists(repo_id))
         url = _insist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        return _insist(lambda: api.upload_folder(repo_id=url.repo_id, folder_path=folder, **commit))
+        # Not upload_folder, which makes several commits of a large one.
+        return _insist(lambda: api.create_commit(url.repo_id, operations(), **commit))
     except HTTPError as error:
         if is_new:
             _withdraw(api, repo_id)

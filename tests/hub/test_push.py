@@ -1,0 +1,159 @@
+"""A swapped model on the loopback Hub: pushed, loaded with the package and without it, and what faults leave."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from hf_normswap import swap_norm
+from tests.hub.client import run_client
+from tests.hub.server import LoopbackHub
+from tests.models import tiny_batch, tiny_model
+from tests.persistence import _BLOCK, ROOT, train
+from tests.test_card import RESULTS
+from tests.test_cli import save_stock
+
+
+PUSH = """
+import sys
+import hf_normswap.hub
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+hf_normswap.hub.WAIT = 0.01
+model = AutoModelForSequenceClassification.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model")
+print(model.push_to_hub("user/name", tokenizer=tokenizer, license="mit"))
+"""
+LOAD = """
+import sys
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+options = {"trust_remote_code": True} if sys.argv[1] == "remote" else {}
+model = AutoModelForSequenceClassification.from_pretrained("user/name", **options).eval()
+batch, expected = torch.load("expected.pt")
+assert torch.equal(model(**batch).logits, expected)
+print(type(model).__module__)
+print(pipeline("text-classification", "user/name", **options)("w6 w7 w8"))
+"""
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny swapped model with its tokenizer in `model`, and what it returns in `expected.pt`."""
+    stock = save_stock(tmp_path / "model")
+    model = train(swap_norm(tiny_model("bert"), "batchnorm", where="all"))
+    model.save_pretrained(stock)
+    batch = tiny_batch(model, labels=False)
+    torch.save((batch, model(**batch).logits.detach()), tmp_path / "expected.pt")
+    return tmp_path
+
+
+def test_pushed_and_loaded_by_name(hub, folder):
+    done = run_client(hub, PUSH, folder)
+    files = hub.files("user/name")
+    assert {"README.md", "config.json", "model.safetensors", "swapped.py", "batchnorm.py", "tokenizer.json"} <= set(
+        files
+    )
+    assert len(hub.commits("user/name")) == 1
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.license) == ("transformers", "mit")
+    assert 'from_pretrained("user/name")' in card.text
+    assert "hf_test" not in done.stdout + done.stderr
+    assert not any(b"hf_test" in content for content in files.values())
+    (folder / "model").rename(folder / "gone")
+    with_package = run_client(hub, "import hf_normswap\n" + LOAD, folder, "package")
+    without = run_client(hub, _BLOCK + LOAD, folder, "remote")
+    assert with_package.stdout.startswith("hf_normswap")
+    assert without.stdout.startswith("transformers_modules")
+    refused = run_client(hub, _BLOCK + LOAD, folder, "package", check=False)
+    assert refused.returncode != 0
+    assert "trust_remote_code" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "effect"),
+    [
+        ("POST /api/models/user/name/commit", {"status": 500}),
+        ("POST /api/models/user/name/commit", {"status": 429, "headers": {"Retry-After": "0"}}),
+        ("POST /api/repos/create", {"status": 503}),
+        ("PUT .*lfs", {"after_bytes": 1000}),
+        ("POST /api/models/user/name/commit", {}),
+    ],
+    ids=["500", "429", "503 at first", "cut upload", "lost answer"],
+)
+def test_a_fault_that_passes_is_overcome(what, effect, hub, folder):
+    hub.fail(what, **effect) if "status" in effect else hub.cut(what, **effect)
+    run_client(hub, PUSH, folder)
+    assert len(hub.commits("user/name")) == 1
+    assert "model.safetensors" in hub.files("user/name")
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("status", [500, 403])
+def test_a_fault_that_stays_leaves_the_hub_as_it_was(status, existing, hub, folder):
+    if existing:
+        hub.add("user/name", {"notes.txt": b"of somebody"})
+    before = dict(hub.repos)
+    hub.fail("POST /api/models/user/name/commit", status=status, times=None)
+    done = run_client(hub, PUSH, folder, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: user/name could not be pushed (")
+    assert str(status) in last
+    assert "is as it was before: check the name, your token and the connection, and push again." in last
+    assert "hf_test" not in done.stdout + done.stderr
+    assert hub.repos.keys() == before.keys()
+    if existing:
+        assert hub.files("user/name") == {"notes.txt": b"of somebody"}
+
+
+@pytest.mark.parametrize("private_by_default", [False, True])
+def test_a_new_repo_is_as_private_as_the_account_has_it(private_by_default, folder):
+    with LoopbackHub(private_by_default=private_by_default) as hub:
+        run_client(hub, PUSH, folder)
+        assert hub.repos["model", "user/name"].private == private_by_default
+
+
+def test_the_command_line(hub, folder):
+    results = folder / "results.json"
+    for index, result in enumerate(RESULTS):
+        (folder / f"{index}.json").write_text(
+            json.dumps({**result, "norm": "batchnorm", "format_version": 1, "seed": index})
+        )
+    script = "import sys; from hf_normswap.cli import main; sys.exit(main(sys.argv[1:]))"
+    paths = [str(folder / f"{index}.json") for index in range(len(RESULTS))]
+    done = run_client(hub, script, folder, "push", "model", "user/name", "--private", "--json", "--results", *paths)
+    assert json.loads(done.stdout)["commit"] == hub.commits("user/name")[0].sha
+    assert hub.repos["model", "user/name"].private
+    files = hub.files("user/name")
+    card, pushed = ModelCard(files["README.md"].decode()), json.loads(files["results.json"])
+    assert len(pushed) == len(RESULTS)
+    mean = sum(result["metrics"]["accuracy"] for result in pushed) / len(pushed)
+    assert card.data.eval_results[0].metric_value == round(mean, 4)
+    refused = run_client(hub, script, folder, "push", "model", "user/name", token="hf_wrong", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: user/name could not be pushed (401")
+    assert not results.exists()
+
+
+TRAIN = """
+from tests.test_checkpoints import make_trainer
+trainer = make_trainer("run", hub_model_id="user/name", hub_token="hf_test", save_strategy="no")
+trainer.train()
+trainer.push_to_hub(tags="mine")
+"""
+
+
+def test_the_trainer_pushes_the_card_of_this_package_and_no_token(hub, tmp_path):
+    run_client(hub, f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + TRAIN, tmp_path)
+    files = hub.files("user/name")
+    card = ModelCard(files["README.md"].decode())
+    assert {"hf_normswap", "rbn", "mine"} <= set(card.data.tags)
+    assert not any(b"hf_test" in content for content in files.values())
+    assert "tid.json" not in files or json.loads(files["tid.json"])["steps"]
