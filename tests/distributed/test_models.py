@@ -29,9 +29,14 @@ HEADS = {"bert": "BertForMaskedLM", "marian": "MarianMTModel", "gpt2": "GPT2LMHe
 NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm", "powernorm_warm"]
 SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
 MODES = ["plain", "accumulation", "checkpointing"]
-CASES = list(itertools.product(HEADS, NORMS, SHARES, MODES))
-CASES += itertools.product(HEADS, NORMS, ["unequal"], ["sharded", "sharded checkpointing"])
-CASES += itertools.product(["bert"], NORMS[2:], ["even"], ["compiled"])
+CASES = {
+    family: [
+        *itertools.product([family], NORMS, SHARES, MODES),
+        *itertools.product([family], NORMS, ["unequal"], ["sharded", "sharded checkpointing"]),
+    ]
+    for family in HEADS
+}
+CASES["bert"] += itertools.product(["bert"], NORMS[2:], ["even"], ["compiled"])
 STEPS, MICRO_BATCHES = 3, 2
 
 
@@ -151,43 +156,37 @@ def hash_buffers(result):
     return hashlib.sha256(b"".join(values)).hexdigest()[:16]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    print(run(*TORCHRUN, "-m", "tests.distributed.model_worker", folder))
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "norm", "division", "mode"), CASES)
-def test_two_ranks_are_one(ranks, family, norm, division, mode):
-    case = family, norm, division, mode
-    alone = train(*case)
-    assert hash_buffers(ranks[0][case]) == hash_buffers(ranks[1][case])
-    for rank in (0, 1):
-        ours = ranks[rank][case]
-        torch.testing.assert_close(ours["weights"], alone["weights"], rtol=0, atol=1e-9)
-        for step, expected in zip(ours["steps"], alone["steps"], strict=True):
-            for kind in ("gradients", "penalty", "buffers"):
-                torch.testing.assert_close(step[kind], expected[kind], rtol=1e-9, atol=1e-9, msg=f"{kind}")
-    assert alone["steps"][-1]["penalty"].sum() > 0 or norm != "rbn"
-
-
-@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("family", HEADS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_collectives_of_a_step(ranks, family, norm):
-    layers = len(
-        statistic_norms(swap_norm(tiny_model(family, HEADS[family]), norm.removesuffix("_warm"), where="all"))
-    )
-    for steps in (rank[family, norm, "even", "plain"]["steps"] for rank in ranks):
-        for step in steps:
-            gathered, reduced = (step["calls"].count(name) for name in ("all_gather", "all_reduce"))
-            if norm in ("layernorm", "rmsnorm"):
-                assert (gathered, reduced) == (0, 0)
-            elif norm == "powernorm":
-                assert (gathered, reduced) == (1, 0)
-            elif norm == "powernorm_warm":
-                assert (gathered, reduced) == (layers + 1, layers)
-            else:
-                assert (gathered, reduced) == (layers, layers)
+def test_two_ranks_are_one(family, tmp_path):
+    print(run(*TORCHRUN, "-m", "tests.distributed.model_worker", family, tmp_path))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for case in CASES[family]:
+        alone = train(*case)
+        assert hash_buffers(ranks[0][case]) == hash_buffers(ranks[1][case])
+        for rank in ranks:
+            assert_close(rank[case]["weights"], alone["weights"], case)
+            for step, expected in zip(rank[case]["steps"], alone["steps"], strict=True):
+                for kind in ("gradients", "penalty", "buffers"):
+                    assert_close(step[kind], expected[kind], (*case, kind))
+            if case[2:] == ("even", "plain"):
+                check_collectives(*case[:2], rank[case]["steps"])
+        assert alone["steps"][-1]["penalty"].sum() > 0 or case[1] != "rbn"
+
+
+def assert_close(ours, theirs, case):
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda text: f"{' '.join(case)}: {text}")
+
+
+def check_collectives(family, norm, steps):
+    model = swap_norm(tiny_model(family, HEADS[family]), norm.removesuffix("_warm"), where="all")
+    layers = len(statistic_norms(model))
+    expected = {
+        "layernorm": (0, 0),
+        "rmsnorm": (0, 0),
+        "powernorm": (1, 0),
+        "powernorm_warm": (layers + 1, layers),
+    }.get(norm, (layers, layers))
+    for step in steps:
+        assert tuple(step["calls"].count(name) for name in ("all_gather", "all_reduce")) == expected, norm
