@@ -15,7 +15,7 @@ from tests.distributed.launch import ROOT, TORCHRUN, run, start
 from tests.recipes.conftest import model_folder, write_task  # noqa: F401
 
 
-FOLDER = ROOT / "recipes" / "accelerate"
+FOLDER = ROOT / "recipes" / "launch"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 
@@ -43,7 +43,7 @@ def free_port():
 def test_accelerate_reads_them(path):
     config = load_config_from_file(str(path))
     assert vars(config).items() >= yaml.safe_load(path.read_text()).items()
-    assert f"recipes/accelerate/{path.name}" in path.read_text()
+    assert f"recipes/launch/{path.name}" in path.read_text()
 
 
 @pytest.mark.distributed
@@ -116,7 +116,7 @@ def test_the_slurm_script_starts_each_machine(tmp_path):
     arguments = ["recipes/glue.py", "a.yaml", f"--output_dir={tmp_path}/output", '--norm_options={"momentum": 0.2}']
     printed = run(
         "bash",
-        ROOT / "recipes" / "slurm" / "train.sbatch",
+        FOLDER / "slurm.sbatch",
         *arguments,
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         **slurm,
