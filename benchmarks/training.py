@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from inference import median_with_interval
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import trange
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser
 
-from accelerate import PartialState
 from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
 from hf_normswap.results import describe_environment
 from hf_normswap.statistics import last_discrepancy, statistic_norms

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, get_scheduler
 
-from accelerate import Accelerator, DataLoaderConfiguration
 from common import ModelArguments, describe_run, one_sentence_errors, parse_arguments
 from glue import DataArguments, load_task, tokenize
 from hf_normswap import (

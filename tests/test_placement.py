@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,7 +20,6 @@ from transformers.models.openai import modeling_openai
 from transformers.models.pegasus import modeling_pegasus
 from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
 
-from accelerate import dispatch_model
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
 from tests.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
 from tests.persistence import outputs, run_fresh, same, train

@@ -3,8 +3,8 @@
 import sys
 
 import torch
-
 from accelerate import PartialState
+
 from tests.distributed.test_models import CASES, hash_buffers, train
 
 
