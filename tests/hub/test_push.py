@@ -38,12 +38,6 @@ print(pipeline("text-classification", "user/name", **options)("w6 w7 w8"))
 
 
 @pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A tiny swapped model with its tokenizer in `model`, and what it returns in `expected.pt`."""
     stock = save_stock(tmp_path / "model")

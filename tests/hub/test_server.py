@@ -23,12 +23,6 @@ print(api.upload_folder(repo_id="user/name", folder_path=sys.argv[1], commit_mes
 
 
 @pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A text file and a large one, which travels by itself."""
     folder = tmp_path / "upload"

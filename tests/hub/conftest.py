@@ -1,0 +1,11 @@
+"""A Hub for each test."""
+
+import pytest
+
+from tests.hub.server import LoopbackHub
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
