@@ -15,7 +15,7 @@ from tests.distributed.launch import TORCHRUN, run, start
 from tests.recipes.conftest import model_folder, write_task  # noqa: F401
 
 
-STEPS = 36
+STEPS = 24
 
 
 @pytest.fixture
