@@ -37,12 +37,7 @@ COMPARISONS = {
 
 @dataclass
 class Arguments:
-    compare: str = field(
-        metadata={
-            "help": "What the swapped step is compared with.",
-            "choices": ["layernorm", "logging", "synchronization"],
-        }
-    )
+    compare: str = field(metadata={"help": "What the swapped step is compared with.", "choices": list(COMPARISONS)})
     norm: str = field(default="batchnorm", metadata={"help": "Norm of the swapped model, all of them."})
     output_file: str = field(default="outputs/training.json", metadata={"help": "Where the figures go."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})

@@ -14,7 +14,7 @@ from .modeling.sites import find_norms, format_table
 from .modeling.swap_config import NormSwapConfig
 from .placement import set_norm_placement
 from .residual import sublayer_of
-from .statistics import norm_penalty, observing, statistic_norms
+from .statistics import evaluating, norm_penalty, observing, statistic_norms
 from .surgery import refuse_wrapped, swap_norm
 from .walk import run_model
 
@@ -94,17 +94,11 @@ def gradient_norms(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Gr
 
 
 def _gradients(model, batch: dict, parameters: list) -> tuple:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with observing(statistic_norms(model)), torch.enable_grad():
-            loss = getattr(run_model(model, batch), "loss", None)
-            if loss is None:
-                raise ValueError("The model returns no loss for this batch: pass a model with a head, and labels.")
-            return torch.autograd.grad(loss + norm_penalty(model), parameters, allow_unused=True)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), observing(statistic_norms(model)), torch.enable_grad():
+        loss = getattr(run_model(model, batch), "loss", None)
+        if loss is None:
+            raise ValueError("The model returns no loss for this batch: pass a model with a head, and labels.")
+        return torch.autograd.grad(loss + norm_penalty(model), parameters, allow_unused=True)
 
 
 def _groups(model) -> dict[str, tuple]:

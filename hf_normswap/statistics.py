@@ -77,6 +77,18 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode, and every module of it back in its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
     """Let `norms` see batches as in training, each process its own, and put them back as they were afterwards.
 

@@ -14,7 +14,7 @@ from .batches import complete_batches, make_batches
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
-from .statistics import last_discrepancy, observing
+from .statistics import evaluating, last_discrepancy, observing
 from .surgery import refuse_wrapped
 from .walk import run_model
 
@@ -93,9 +93,7 @@ def measure_tid(
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
     if not norms:
         raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there is no discrepancy.")
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
         sums = torch.zeros(3, len(norms), dtype=torch.float64, device=model.device)
         with observing(norms.values()):
@@ -106,18 +104,16 @@ def measure_tid(
                 sums += torch.cat([ran[None].double(), torch.where(ran, values, 0)])
                 for norm in norms.values():
                     norm.statistics = None
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     counts, means, variances = sum_over_ranks(sums).tolist()
     return TidReport(
-        LayerTid(name, mean / count if _has_mean(norm) else None, variance / count, int(count))
+        LayerTid(name, mean / count if has_mean(norm) else None, variance / count, int(count))
         for (name, norm), count, mean, variance in zip(norms.items(), counts, means, variances, strict=True)
         if count
     )
 
 
-def _has_mean(norm: BatchStatisticNorm) -> bool:
+def has_mean(norm: BatchStatisticNorm) -> bool:
+    """Whether there is a TID of the mean: PN-V and PowerNorm have none."""
     return "running_mean" in norm.running
 
 

@@ -23,7 +23,7 @@ from .statistics import (
     sync_norm_statistics,
     synchronize_norms,
 )
-from .tid import TidHistory
+from .tid import TidHistory, has_mean
 
 
 class NormStatisticsCallback(TrainerCallback):
@@ -179,9 +179,8 @@ class _NormSwapTrainerMixin:
             entries["rbn_penalty"] = self._mean_over_ranks(self._penalty).item()
         if self._discrepancy.count:
             of_layers = self._mean_over_ranks(self._discrepancy)
-            without_mean = ["running_mean" not in norm.running for norm in self._statistic_norms()]
             history = of_layers.clone()
-            history[0, without_mean] = torch.nan  # PN-V and PowerNorm have none
+            history[0, [not has_mean(norm) for norm in self._statistic_norms()]] = torch.nan
             self.tid_history.add(self.state.global_step, history)
             for name, layers in zip(("mean", "var"), of_layers, strict=True):
                 layers = layers[~layers.isnan()]
