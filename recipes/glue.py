@@ -6,7 +6,7 @@ With --text_columns on any data set of texts with a column `label`, and scores i
     accelerate launch recipes/glue.py --task_name mrpc --norm rbn --model_name_or_path google-bert/bert-base-uncased
 
 Options are those of the dataclasses below and of `transformers.TrainingArguments`, in a YAML file, in the shell or in
-both. The output folder then holds the model, the tokenizer and `result.json`; `recipes/compare.py` compares results.
+both. The output folder then holds the model, the tokenizer and `result.json`; `normswap compare` compares results.
 """
 
 from dataclasses import dataclass, field

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 import hf_normswap.cli.calibrate as verb
-from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, swap_norm
+from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, set_norm_placement, swap_norm
 from hf_normswap.cli import main
+from hf_normswap.results import compare_results, load_results, write_result
 from tests.models import VOCABULARY, tiny_model
 from tests.persistence import ROOT, outputs, run_fresh, same
 
@@ -339,6 +340,7 @@ import sys
 import hf_normswap
 before = set(sys.modules)
 from hf_normswap.cli import main
+from hf_normswap.results import compare_results, load_results, write_result
 for arguments in (["--help"], ["calibrate", "--help"]):
     try:
         main(arguments)
@@ -517,3 +519,41 @@ def test_depth(tmp_path, capsys):
     assert slope["placement"] == "pre"
     assert [len(values) for values in slope["gradients"].values()] == [2, 2]
     assert "placement is one of" in refusal(capsys, *command, "--placements", "sandwich")
+
+
+@pytest.mark.parametrize(("family", "norm"), [("bert", "rbn"), ("marian", "powernorm")])
+def test_swap(family, norm, tmp_path, capsys):
+    stock, output = save_stock(tmp_path / "stock", family), tmp_path / "new"
+    command = ["swap", stock, str(output), "--norm", norm, "--where", "encoder", "--placement", "pre"]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = AUTO_CLASSES[family].from_pretrained(output)
+    expected = set_norm_placement(AUTO_CLASSES[family].from_pretrained(stock), "pre")
+    swap_norm(expected, norm, where="encoder")
+    assert model.config.norm_swap == expected.config.norm_swap
+    assert same(model.state_dict(), expected.state_dict())
+    assert [norm["name"] for norm in report["norms"]] == [site.name for site in find_norms(model)]
+    assert {norm["norm"] for norm in report["norms"]} == {norm, "layernorm"}
+    assert AutoTokenizer.from_pretrained(output)("w7")["input_ids"][0] == 7
+
+    command[2] = str(tmp_path / "other")
+    assert "--norm" in refusal(capsys, *command[:3])
+    assert "placement is one of" in refusal(capsys, *command[:-1], "middle")
+    assert "already swapped to" in refusal(capsys, "swap", output, *command[2:-2])
+    assert not (tmp_path / "other").exists()
+
+
+def test_compare(tmp_path, capsys):
+    for norm in ("layernorm", "rbn"):
+        run = {"task": "rte", "model": "bert", "norm": norm, "seed": 0, "metrics": {"accuracy": 0.5, "loss": 1.0}}
+        write_result(run, tmp_path / f"{norm}.json")
+    table = compare_results(load_results(tmp_path))
+    assert main(["compare", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{table}\n"
+    assert main(["compare", str(tmp_path), "--markdown", "--metrics", "accuracy"]) == 0
+    only_accuracy = compare_results(load_results(tmp_path), ["accuracy"])
+    assert capsys.readouterr().out == f"{only_accuracy.to_markdown()}\n"
+    assert main(["compare", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == table.to_dict()
+    (tmp_path / "empty").mkdir()
+    assert "run a recipe first" in refusal(capsys, "compare", tmp_path / "empty")

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_normswap.results import compare_results, describe_environment, load_results, write_result
-
-
-COMPARE = Path(__file__).parents[1] / "recipes" / "compare.py"
 
 
 def make_run(norm="rbn", seed=0, task="rte", model="bert", **entries):
@@ -272,23 +268,3 @@ def test_the_environment_names_no_machine():
     text = json.dumps(environment)
     assert platform.node() not in text
     assert str(Path.home()) not in text
-
-
-def run_compare(*arguments):
-    return subprocess.run([sys.executable, COMPARE, *arguments], capture_output=True, text=True)
-
-
-def test_the_script_prints_every_style(tmp_path):
-    for norm in ("layernorm", "rbn"):
-        write_result(make_run(norm), tmp_path / f"{norm}.json")
-    table = compare_results(load_results(tmp_path))
-    assert run_compare(tmp_path).stdout == f"{table}\n"
-    assert run_compare(tmp_path, "--markdown", "--metrics", "accuracy").stdout == f"{table.to_markdown()}\n"
-    assert json.loads(run_compare(tmp_path, "--json").stdout) == table.to_dict()
-
-
-def test_the_script_fails_in_one_sentence(tmp_path):
-    failed = run_compare(tmp_path)
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].endswith("run a recipe first.")
-    assert "Traceback" not in failed.stderr

@@ -11,12 +11,12 @@ Examples:
 import argparse
 import sys
 
-from . import calibrate, depth, fold, inspect, push, tid
+from . import calibrate, compare, depth, fold, inspect, push, swap, tid
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (inspect, calibrate, tid, depth, fold, push)
+VERBS = (inspect, swap, calibrate, tid, depth, fold, compare, push)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ Examples:
 
 import argparse
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from hf_normswap.files import new_folder
 
 from .checkpoints import load_checkpoint, prepare_reader
 from .data import add_data_arguments, count, read_data
+from .norms import add_norm_arguments
 from .reports import print_json, print_table
 
 
@@ -39,14 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add what [`convert`] takes; whether texts are `required`."""
-    parser.add_argument("--norm", help="norm to swap in, for example rbn, batchnorm or powernorm")
-    parser.add_argument(
-        "--norm_options",
-        type=_json_object,
-        metavar="JSON",
-        help="options of the norm, for example '{\"momentum\": 0.2}'",
-    )
-    parser.add_argument("--where", nargs="+", help="which norms to swap, one or several names (default: blocks)")
+    add_norm_arguments(parser, required=False)
     add_data_arguments(parser, required)
     parser.add_argument(
         "--memory_budget",
@@ -126,10 +119,3 @@ def _without_warning() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _json_object(text: str) -> dict:
-    try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object.") from error

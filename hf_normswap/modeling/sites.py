@@ -98,10 +98,13 @@ class NormSite:
 class NormSites(list):
     """A list of [`NormSite`] that prints as a table."""
 
+    def rows(self) -> list[tuple]:
+        """Cells of the table, the first row its heading."""
+        heading = ("norm", "stack", "sublayer", "layer", "placement", "name")
+        return [heading, *((s.kind, s.stack, s.sublayer, s.layer, s.placement, s.name) for s in self)]
+
     def __str__(self):
-        rows = [("norm", "stack", "sublayer", "layer", "placement", "name")]
-        rows += [(s.kind, s.stack, s.sublayer, s.layer, s.placement, s.name) for s in self]
-        return format_table(rows)
+        return format_table(self.rows())
 
 
 def format_table(rows: list[tuple]) -> str:
