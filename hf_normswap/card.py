@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from .comparison import compare_results
 from .modeling.configuration import family_of
+from .modeling.norms import get_norm
 from .modeling.travel import auto_heads
+from .training_args import NormSwapTrainingArguments
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -80,6 +83,7 @@ def render_card(
     limits: str | None = None,
     license: str | None = None,
     language: str | None = "en",
+    base_model: str | None = None,
 ) -> ModelCard:
     """
     Renders the card of a model with swapped norms. Every figure of it comes from `results`.
@@ -103,6 +107,8 @@ def render_card(
             License of the weights.
         language (`str`, *optional*, defaults to `"en"`):
             Language of the text.
+        base_model (`str`, *optional*):
+            Id on the Hub of the model that it was trained from, where the results name a folder.
 
     Returns:
         `huggingface_hub.ModelCard`: The card; `card.save("README.md")` writes it.
@@ -138,6 +144,10 @@ def render_card(
         raise ValueError(f"auto_class {auto_class!r} is none of {', '.join(_PIPELINES)}: choose one of them.")
 
     run, recipe = runs[0], _recipe(runs[0])
+    base_model = base_model or (run["model"] if "/" in run["model"] else None)
+    dataset = recipe.get("dataset_name", run["task"])
+    if norm == "powernorm" and recipe:
+        recipe = {"norm_warmup_ratio": NormSwapTrainingArguments.norm_warmup_ratio} | recipe
     scores = {
         metric: fmean(values)
         for metric in run["metrics"]
@@ -149,15 +159,18 @@ def render_card(
         pipeline_tag=_PIPELINES[auto_class],
         license=license,
         language=language,
-        base_model=run["model"] if "/" in run["model"] else None,  # else it has no id on the Hub
+        base_model=base_model,
+        base_model_relation="finetune" if base_model and run["metrics"] else None,
+        datasets=[dataset] if dataset and "/" in dataset else None,
         tags=["hf_normswap", norm, "custom_code"],
-        metrics=list(scores) or None,
+        metrics=list(dict.fromkeys(metric.removeprefix("test_") for metric in scores)) or None,
         eval_results=[
             EvalResult(
                 task_type=_PIPELINES[auto_class],
-                dataset_type=recipe.get("dataset_name", run["task"]),
+                dataset_type=dataset,
                 dataset_name=run["task"],
-                metric_type=metric,
+                dataset_split=_split_of(metric, scores),
+                metric_type=metric.removeprefix("test_"),
                 metric_name=f"{metric} (mean over {len(runs)} seeds)" if len(runs) > 1 else metric,
                 metric_value=round(value, 4),
             )
@@ -175,14 +188,17 @@ def render_card(
         model_id=model_id,
         auto_class=auto_class,
         run=run,
-        swapped=[{**entry, "places": _describe_places(entry["modules"])} for entry in run["norm_swap"]["norms"]],
+        swapped=[
+            {**entry, "options": _options(entry), "places": _describe_places(entry["modules"])}
+            for entry in run["norm_swap"]["norms"]
+        ],
         placement=run["norm_swap"].get("placement"),
         calibrated=_describe_range(run["norm_swap"].get("calibration", {}).values()),
         folded=len(run["norm_swap"].get("folded", [])),
         results_table=compare_results(results).to_markdown() if run["metrics"] else None,
-        same_recipe=all(_recipe(result) == recipe for result in results),
+        differing=_differing(map(_recipe, results)),
         seeds=", ".join(str(run["seed"]) for run in runs),
-        discrepancies=_final_discrepancies(runs),
+        discrepancies=_discrepancies(runs),
         arguments={name: value if isinstance(value, str) else json.dumps(value) for name, value in recipe.items()},
         commands=list(dict.fromkeys(run["command"] for run in runs if "command" in run)),
         citation=_CITATIONS.get(norm),
@@ -232,6 +248,13 @@ def add_tags(card: ModelCard, tags: str | Iterable[str] | None) -> None:
     card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
 
 
+def _split_of(metric: str, metrics: Iterable[str]) -> str | None:
+    """The split of a metric, where there are several."""
+    if not any(name.startswith("test_") for name in metrics):
+        return None
+    return "test" if metric.startswith("test_") else "validation"
+
+
 def _describe_range(values: Iterable[float]) -> str:
     values = list(values)
     return f"{min(values):.2f} to {max(values):.2f}" if values else ""
@@ -253,11 +276,30 @@ def _describe_places(modules: list[str]) -> str:
     return ", ".join(f"{count} × `{place}`" for place, count in counts.items())
 
 
-def _final_discrepancies(runs: list[dict]) -> dict[str, float]:
-    """The last TID of each run, averaged. A norm without a mean logs none of it, or zeros."""
-    means = {}
-    for name in ("tid_mean_max", "tid_var_max"):
-        logged = [[entry[name] for entry in run.get("history", []) if entry.get(name)] for run in runs]
-        if all(logged):
-            means[name] = fmean(values[-1] for values in logged)
-    return means
+def _options(entry: dict) -> dict[str, Any]:
+    """All options of a norm, those that are not its own too. `eps` and `bias` are those of the LayerNorm."""
+    try:
+        defaults = get_norm(entry["norm"]).option_defaults()
+    except ValueError:  # a norm of somebody else's
+        defaults = {}
+    known = {name: value for name, value in defaults.items() if name not in ("eps", "bias")}
+    return known | entry["options"]
+
+
+def _differing(recipes: Iterable[dict]) -> list[str]:
+    """Arguments that are not the same in all recipes."""
+    recipes = list(recipes)
+    return [
+        name for name in dict.fromkeys(chain(*recipes)) if any(r.get(name) != recipes[0].get(name) for r in recipes)
+    ]
+
+
+def _discrepancies(runs: list[dict]) -> list[dict[str, float]]:
+    """The TID over the training in up to six points, averaged over the runs. A norm without a mean logs none of it."""
+    logs = [[entry for entry in run.get("history", []) if entry.get("tid_var_max")] for run in runs]
+    points = min(map(len, logs))
+    chosen = sorted({round(i * (points - 1) / 5) for i in range(6)}) if points else []
+    names = [name for name in ("tid_mean_max", "tid_var_max") if points and all(log[-1].get(name) for log in logs)]
+    return [
+        {"step": logs[0][i]["step"], **{name: fmean(log[i][name] for log in logs) for name in names}} for i in chosen
+    ]

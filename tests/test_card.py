@@ -2,8 +2,11 @@
 
 import copy
 import importlib.util
+import json
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -50,15 +53,20 @@ def render(results=RESULTS, **options):
     return render_card(results, **{"norm": "powernorm", "model_id": "someone/bert-rte", **options})
 
 
+def numbers_of(text):
+    return re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", text)
+
+
 def test_the_card_tells_what_the_results_say():
     text = render().text
     for expected in (
-        "| powernorm | `num_groups=4` | 2 × `bert.encoder.layer.*.attention.output.LayerNorm`, ",
+        "| powernorm | `num_groups=4`, `group_scaling=True`, `grad_scale=running`, `alpha_fwd=0.9`, ",
         "| rte | google-bert/bert-base-uncased | powernorm | 2 | 0.6300 ± 0.0283 |",
         "| rte | google-bert/bert-base-uncased | layernorm | 1 | 0.6700 |",
         "majority class 0.5271",
         "277 examples of rte; all norms with the same recipe. Seeds of powernorm: 0, 1.",
-        "`tid_var_max` 0.75",
+        "| step | tid_var_max |\n|---|---|\n| 1 | 0.75 |\n\n",
+        "| `norm_warmup_ratio` | `0.1` |",
         "| `learning_rate` | `3e-05` |",
         "python recipes/glue.py rte.yaml --seed 0\npython recipes/glue.py rte.yaml --seed 1\n",
         "Versions: python 3.12.9, torch 2.9.1. Hardware: one kind of CPU.",
@@ -91,11 +99,10 @@ def test_every_number_comes_from_the_results():
     for entry in ("baselines", "arguments", "history", "versions", "hardware", "command"):
         del bare[entry]
     bare = bare | {"model": "model", "seed": 0}
-    bare["norm_swap"]["norms"][0] |= {"options": {}}
+    bare["norm_swap"]["norms"][0] |= {"norm": "a norm of somebody else's", "options": {}}
     text = render([bare]).text.partition("## Citation")[0]
-    numbers = re.findall(r"(?<![\w-])\d+(?:\.\d+)?", text)
     # The seed, the number of runs, and how many norms are in either place.
-    assert sorted(numbers) == ["0", "1", "2", "2"]
+    assert sorted(numbers_of(text)) == ["0", "1", "2", "2"]
 
 
 def test_a_result_that_changes_changes_the_card():
@@ -103,7 +110,7 @@ def test_a_result_that_changes_changes_the_card():
     changed[0]["metrics"]["accuracy"] = 0.69
     assert "0.6700 ± 0.0283" in render(changed).text
     changed[2]["arguments"]["learning_rate"] = 1e-4
-    assert "same recipe" not in render(changed).text
+    assert "the recipes of the norms differ in `learning_rate`. Seeds" in render(changed).text
 
 
 def test_a_base_model_without_an_id_on_the_hub_is_not_linked():
@@ -136,13 +143,44 @@ def test_bad_arguments_are_refused(options, message):
         render(**options)
 
 
-def test_the_cards_of_the_project_are_those_of_their_results():
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
     script = importlib.util.module_from_spec(spec)
+    sys.modules["render"] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
-    assert script.CARDS
-    for name in script.CARDS:
-        assert (ROOT / "model_cards" / f"{name}.md").read_bytes() == script.render(name).encode(), name
+    return script
+
+
+def test_the_cards_of_the_project_are_those_of_their_results(script):
+    written = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "model_cards").glob("*.md")}
+    assert written == script.render_all()
+
+
+def test_every_figure_of_a_card_is_in_a_result(script):
+    """Each number under Results: as it stands in a result, or mean or deviation over the seeds, worked out anew."""
+    for name, variant in script.VARIANTS.items():
+        by_norm = {norm: variant.load(norm) for norm in ("layernorm", *variant.norms)}
+        columns = [
+            [run["metrics"][metric] for run in runs] for runs in by_norm.values() for metric in runs[0]["metrics"]
+        ]
+        known = [np.mean(column) for column in columns]
+        known += [np.std(column, ddof=1) for column in columns if len(column) > 1]
+        known += [len(runs) for runs in by_norm.values()]
+        for runs in by_norm.values():
+            for entries in zip(*(run["history"] for run in runs)):
+                known += [np.mean([entry.get(key, 0) for entry in entries]) for key in entries[0]]
+        known += [float(number) for number in numbers_of(json.dumps([run["arguments"] for run in runs]))]
+        known += [run["seed"] for run in runs]
+        known = np.array(known)
+        for norm in variant.norms:
+            card = (ROOT / "model_cards" / f"{name}-{norm}.md").read_text(encoding="utf-8")
+            shown = numbers_of(card.partition("## Results")[2].partition("## Training")[0])
+            shown += re.findall(r"^ +value: (\S+)$", card, re.MULTILINE)
+            assert len(shown) > 5
+            for number in shown:
+                last_digit = 10.0 ** -len(number.partition(".")[2])
+                assert np.abs(known - float(number)).min() <= 0.51 * last_digit, (name, norm, number)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "marian", "gpt2"])

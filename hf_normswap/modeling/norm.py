@@ -1,6 +1,7 @@
 """What all norms share: gain and shift, precision, padding; and running statistics of those that use the batch."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,14 +90,14 @@ class Norm(nn.Module):
         return {}
 
     @classmethod
-    def option_names(cls) -> set[str]:
-        """Names of the options, of this class and its bases."""
-        names = set()
-        for base in cls.__mro__:
+    def option_defaults(cls) -> dict[str, Any]:
+        """The options, of this class and its bases, and their defaults."""
+        defaults = {}
+        for base in reversed(cls.__mro__):
             if issubclass(base, Norm):
                 parameters = inspect.signature(base.__init__).parameters.values()
-                names |= {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        return names - {"device", "dtype"}
+                defaults |= {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {name: default for name, default in defaults.items() if name not in ("device", "dtype")}
 
     def initialize(self) -> None:
         """Set parameters and statistics to those of a new norm, except what was just loaded from a checkpoint."""

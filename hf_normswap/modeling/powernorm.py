@@ -84,8 +84,8 @@ class PowerNorm(PowerStatisticNorm):
             self.register_buffer(name, torch.full((), value, dtype=dtype, device=device), persistent=False)
 
     @classmethod
-    def option_names(cls):
-        return super().option_names() - {"momentum"}
+    def option_defaults(cls):
+        return {name: default for name, default in super().option_defaults().items() if name != "momentum"}
 
     @classmethod
     def default_options(cls, config):

@@ -27,7 +27,7 @@ class NormSwapConfig:
 
     def __init__(self, norm: str, **options):
         cls = get_norm(norm)
-        known = cls.option_names()
+        known = cls.option_defaults()
         for name in options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

@@ -73,7 +73,7 @@ def test_a_norm_of_ones_own():
             return x.clamp(-self.limit, self.limit)
 
     assert get_norm("Clip Norm") is get_norm("clipped") is get_norm("clippednorm") is ClippedNorm
-    assert ClippedNorm.option_names() == {"eps", "bias", "limit"}
+    assert ClippedNorm.option_defaults().keys() == {"eps", "bias", "limit"}
     assert NormSwapConfig("clipped", limit=2.0).options == {"limit": 2.0}
     with pytest.raises(ValueError, match="has no option 'limits': did you mean 'limit'"):
         NormSwapConfig("clipped", limits=2.0)
@@ -108,12 +108,12 @@ def test_a_reloaded_module_may_register_again():
 
 
 def test_options_are_the_keyword_arguments():
-    assert get_norm("layernorm").option_names() == {"eps", "bias"}
-    assert get_norm("batchnorm").option_names() == {"eps", "bias", "momentum"}
+    assert get_norm("layernorm").option_defaults().keys() == {"eps", "bias"}
+    assert get_norm("batchnorm").option_defaults().keys() == {"eps", "bias", "momentum"}
     rbn = {"eps", "bias", "momentum", "lambda_mean", "lambda_var", "distance"}
-    assert get_norm("rbn").option_names() == rbn
+    assert get_norm("rbn").option_defaults().keys() == rbn
     powernorm = {"eps", "bias", "num_groups", "group_scaling", "grad_scale", "alpha_fwd", "alpha_bwd"}
-    assert get_norm("powernorm").option_names() == powernorm
+    assert get_norm("powernorm").option_defaults().keys() == powernorm
 
 
 @pytest.mark.parametrize("base", [Norm, BatchStatisticNorm])

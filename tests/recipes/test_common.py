@@ -94,7 +94,7 @@ def test_the_configurations_can_be_read(path):
     norm = get_norm(model.norm)
     assert path.stem.endswith(f"-{norm.norm_name}")
     assert path.stem.startswith(getattr(data, "task_name", None) or "")
-    assert set(model.norm_options) <= norm.option_names()
+    assert set(model.norm_options) <= norm.option_defaults().keys()
     assert training.output_dir == f"outputs/{path.stem}"
     assert path.read_text().startswith("# ")
 
