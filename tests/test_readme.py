@@ -13,12 +13,21 @@ from hf_normswap.modeling import norms, registry  # noqa: F401  (norms registers
 
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+
+
+def snippets_of(page):
+    """The snippets of a page; one that says that it continues begins with those above it."""
+    above = ""
+    for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        yield above + snippet if snippet.startswith("# Continues") else snippet
+        above += snippet
+
+
 SNIPPETS = {
-    f"{page.name}-{number}": snippet
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for number, snippet in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    )
+    f"{page.relative_to(ROOT).as_posix()}-{number}": snippet
+    for page in PAGES
+    for number, snippet in enumerate(snippets_of(page))
 }
 INTRODUCTION = SNIPPETS.pop("README.md-0")
 MODULES = sorted(module.name for module in pkgutil.walk_packages(hf_normswap.__path__, "hf_normswap."))
@@ -53,5 +62,5 @@ def test_there_are_examples():
 
 
 def test_no_figure_is_missing():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")):
+    for page in (*PAGES, *(ROOT / "recipes").glob("*.md")):
         assert not re.search(r"\b[A-Z]+_(TABLE|OVERHEAD|FIGURE)\b", page.read_text(encoding="utf-8")), page.name
