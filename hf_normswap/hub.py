@@ -3,12 +3,13 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 ATTEMPTS = 5
 WAIT = 1.0  # seconds before the second attempt; each further one waits twice as long
+STALL = 60.0  # seconds without a byte that end an attempt
 PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -95,7 +97,7 @@ def push_folder(
     api = HfApi(token=token)
     is_new = False
     try:
-        is_new = not _insist(lambda: api.repo_exists(repo_id))
+        is_new = not _insist(lambda: _exists(api, repo_id))
         url = _insist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         # Not upload_folder, which makes several commits of a large one.
         return _insist(lambda: api.create_commit(url.repo_id, operations(), **commit))
@@ -108,11 +110,23 @@ def push_folder(
         ) from None  # a traceback of the client could show the request
 
 
+def _exists(api: HfApi, repo_id: str) -> bool:
+    """`api.repo_exists`, which would wait without end."""
+    try:
+        api.repo_info(repo_id, timeout=STALL)
+    except GatedRepoError:
+        return True
+    except RepositoryNotFoundError:
+        return False
+    return True
+
+
 def _insist(call: Callable):
     """What `call()` returns, tried again after errors that pass."""
     for attempt in range(ATTEMPTS):
         try:
-            return call()
+            with _limited_waiting():
+                return call()
         except HTTPError as error:
             response = getattr(error, "response", None)
             if attempt == ATTEMPTS - 1 or (response is not None and response.status_code not in PASSING):
@@ -123,11 +137,25 @@ def _insist(call: Callable):
             time.sleep(wait)
 
 
+@contextmanager
+def _limited_waiting() -> Iterator[None]:
+    """Ends requests that no byte has come for: without a limit, the client of the Hub waits for ever."""
+    client = get_session()
+    before = client.timeout
+    if before.read is None:
+        client.timeout = STALL
+    try:
+        yield
+    finally:
+        client.timeout = before
+
+
 def _withdraw(api: HfApi, repo_id: str) -> None:
     """Remove the repo that was made for a push, unless somebody has put something into it."""
     try:
-        if not [name for name in api.list_repo_files(repo_id) if name != ".gitattributes"]:
-            api.delete_repo(repo_id, missing_ok=True)
+        with _limited_waiting():
+            if not [name for name in api.list_repo_files(repo_id) if name != ".gitattributes"]:
+                api.delete_repo(repo_id, missing_ok=True)
     except HTTPError as error:
         logger.warning(f"{repo_id} is left without files ({_reason(error)}): delete it, or push again.")
 

@@ -28,8 +28,8 @@ class ProgressiveSwapCallback(TrainerCallback):
 
     λ follows from the step alone: a resumed run goes on as the one that was interrupted. Checkpoints from before λ = 0
     load as the mixture that they are, and so does a model whose training was stopped before that. Evaluate and save
-    after `train()`: only then are the statistics those of the final weights. The mean λ of the norms is in the logs,
-    as `layer_norm_share`.
+    after `train()`: only then are the statistics those of the final weights. [`NormSwapTrainer`] logs the mean λ of
+    the norms, as `layer_norm_share`.
 
     Args:
         ratio (`float`, *optional*, defaults to 0.8): share of the run in which λ falls, above 0 and at most 1.
@@ -41,7 +41,7 @@ class ProgressiveSwapCallback(TrainerCallback):
 
     Raises:
         ValueError: when an argument is out of range; on the start of training, when the model has no swapped norms,
-            they were calibrated, or `load_best_model_at_end` is set.
+            they were calibrated, it has an adapter, or `load_best_model_at_end` is set.
 
     Example:
 
@@ -80,6 +80,8 @@ class ProgressiveSwapCallback(TrainerCallback):
                 "load_best_model_at_end would end with weights that were trained with another share of LayerNorm: "
                 "turn it off."
             )
+        if hasattr(model, "peft_config"):
+            raise ValueError("An adapter does not save the share of LayerNorm: leave out one of the two.")
         record = getattr(_swapped_model(model).config, "norm_swap", None) or {}
         if "calibration" in record:
             raise ValueError(
@@ -90,13 +92,6 @@ class ProgressiveSwapCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._set_shares(model, state)
-
-    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        if "loss" in logs:
-            model = _swapped_model(model)
-            share = sum(layer_norm_shares(model).values()) / len(_swapped_sites(model))
-            # The history has a copy of the logs that was made before.
-            logs["layer_norm_share"] = state.log_history[-1]["layer_norm_share"] = share
 
     def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         self._set_shares(model, state)
@@ -118,6 +113,12 @@ class ProgressiveSwapCallback(TrainerCallback):
         sites = _swapped_sites(model)
         shares = self.shares(state.global_step, state.max_steps, len(sites))
         set_layer_norm_share(model, {site.path: share for site, share in zip(sites, shares, strict=True)})
+
+
+def mean_layer_norm_share(model: nn.Module) -> float:
+    """Mean λ of the swapped norms of `model`, which may be wrapped."""
+    model = _swapped_model(model)
+    return sum(layer_norm_shares(model).values()) / len(_swapped_sites(model))
 
 
 def _swapped_model(model: nn.Module) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
+from packaging import version
 from torch import nn
 
 from .modeling.discrepancy import Statistics, training_inference_discrepancy
@@ -12,11 +14,27 @@ from .modeling.norm import BatchStatisticNorm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import gather_over_ranks, has_ranks
 from .modeling.rbn import RegularizedBatchNorm
+from .modeling.sites import active_modules
 
 
 def statistic_norms(model: nn.Module) -> list[BatchStatisticNorm]:
     """The norms of `model` with batch statistics, each once, in the order of the modules."""
-    return [module for module in model.modules() if isinstance(module, BatchStatisticNorm)]
+    return [module for _, module in active_modules(model) if isinstance(module, BatchStatisticNorm)]
+
+
+def refuse_lost_statistics(model: nn.Module) -> None:
+    """Raises `ValueError` where training would move running statistics that the model's adapter does not save."""
+    if not hasattr(model, "peft_config"):
+        return
+    norms = {name: norm for name, norm in active_modules(model) if isinstance(norm, BatchStatisticNorm)}
+    lost = [name for name, norm in norms.items() if not norm.frozen and ".modules_to_save." not in name]
+    if lost:
+        raise ValueError(
+            f"The adapter would not save the running statistics of {lost[0]}, which move in training: add "
+            "[site.name for site in find_norms(model)] to its modules_to_save, or keep them with norm_freeze_ratio=0."
+        )
+    if norms and version.parse(metadata.version("peft")) < version.parse("0.21"):
+        raise ValueError("PEFT before 0.21 calls a model past the hooks that bring the padding mask: upgrade it.")
 
 
 def norm_penalty(model: nn.Module) -> torch.Tensor:

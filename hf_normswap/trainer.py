@@ -13,12 +13,14 @@ from .modeling.norm import Norm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import has_ranks
 from .modeling.rbn import RegularizedBatchNorm
+from .progressive import ProgressiveSwapCallback, mean_layer_norm_share
 from .results import load_results
 from .statistics import (
     defer_norm_statistics,
     freeze_norm_statistics,
     last_discrepancy,
     norm_penalty,
+    refuse_lost_statistics,
     statistic_norms,
     sync_norm_statistics,
     synchronize_norms,
@@ -46,7 +48,7 @@ class NormStatisticsCallback(TrainerCallback):
         if self._is_warming_up and state.global_step >= round(args.norm_warmup_ratio * state.max_steps):
             for module in model.modules():
                 if isinstance(module, PowerNorm):
-                    module.process_group = None
+                    module.process_group, module.warmup_steps = None, 0
             self._is_warming_up = False
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -80,6 +82,8 @@ class _NormSwapTrainerMixin:
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
+        if self.args.norm_freeze_ratio > 0:
+            refuse_lost_statistics(self._unwrapped())
         self.tid_history = self._new_tid_history()
         if resume_from_checkpoint and Path(resume_from_checkpoint, TidHistory.FILE).exists():
             self.tid_history = TidHistory.read(resume_from_checkpoint)
@@ -123,12 +127,14 @@ class _NormSwapTrainerMixin:
 
     def create_model_card(self, *args, tags=None, license=None, **kwargs):
         """Write the card of this package; the results are those that a recipe left in the output folder."""
-        if not self.is_world_process_zero() or getattr(self._unwrapped().config, "norm_swap", None) is None:
+        model = self._unwrapped()
+        is_swapped = getattr(model.config, "norm_swap", None) is not None and not hasattr(model, "peft_config")
+        if not self.is_world_process_zero() or not is_swapped:
             return super().create_model_card(*args, tags=tags, license=license, **kwargs)
         result = Path(self.args.output_dir, "result.json")
         model_id = self.hub_model_id or Path(self.args.output_dir).name
         results = load_results(result) if result.exists() else ()
-        card = card_of_model(self._unwrapped(), model_id, results, license=license)
+        card = card_of_model(model, model_id, results, license=license)
         add_tags(card, tags)
         return card.save(Path(self.args.output_dir, "README.md"))
 
@@ -175,6 +181,8 @@ class _NormSwapTrainerMixin:
 
     def _norm_logs(self) -> dict[str, float]:
         entries = {}
+        if any(isinstance(callback, ProgressiveSwapCallback) for callback in self.callback_handler.callbacks):
+            entries["layer_norm_share"] = mean_layer_norm_share(self._unwrapped())
         if self._penalty.count:
             entries["rbn_penalty"] = self._mean_over_ranks(self._penalty).item()
         if self._discrepancy.count:

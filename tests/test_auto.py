@@ -35,8 +35,8 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-def save(model, folder, tokenizer=None):
-    train(swap_norm(model, "powernorm", where="all")).save_pretrained(folder)
+def save(model, folder, tokenizer=None, norm="powernorm"):
+    train(swap_norm(model, norm, where="all")).save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return model
 
@@ -98,6 +98,55 @@ def test_text_generation(family, head, complaints, tmp_path):
     words = [WORDS[number] for number in ids if number >= WORDS.index("a")]
     assert result["generated_text"].replace(" ", "") == "".join(words)
     assert not complaints()
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("bert", "BertModel"), ("roberta", "RobertaModel"), ("gpt2", "GPT2Model")]
+)
+def test_feature_extraction(family, head, complaints, tmp_path):
+    model = save(tiny_model(family, head, pad_token_id=0), tmp_path)
+    features = pipeline("feature-extraction", model=str(tmp_path), device="cpu")("one a b two", return_tensors="pt")
+    ids = torch.tensor([[WORDS.index(word) for word in "one a b two".split()]])
+    with torch.no_grad():
+        assert torch.equal(features, model(ids).last_hidden_state)
+    assert not complaints()
+
+
+TEXTS = ["one a b two", "three", "b [MASK]", "c d e f g four", "nine eight"]
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "head", "options"),
+    [
+        ("text-classification", "bert", "BertForSequenceClassification", {"top_k": None}),
+        ("text-classification", "roberta", "RobertaForSequenceClassification", {"top_k": None}),
+        ("text-classification", "gpt2", "GPT2ForSequenceClassification", {"top_k": None}),
+        ("token-classification", "roberta", "RobertaForTokenClassification", {"ignore_labels": []}),
+        ("fill-mask", "bert", "BertForMaskedLM", {}),
+        ("text-generation", "gpt2", "GPT2LMHeadModel", {"max_new_tokens": 4, "do_sample": False}),
+    ],
+)
+@pytest.mark.parametrize("norm", ["rbn", "powernorm"])
+def test_a_batch_with_padding_gives_what_single_texts_give(task, family, head, options, norm, tmp_path):
+    save(tiny_model(family, head, pad_token_id=0, eos_token_id=None), tmp_path, norm=norm)
+    pipe = pipeline(task, model=str(tmp_path), device="cpu")
+    if task == "text-generation":
+        pipe.tokenizer.padding_side = "left"
+    texts = [f"{text} [MASK]" for text in TEXTS if "MASK" not in text] if task == "fill-mask" else TEXTS
+    together, alone = (list(flat(pipe(texts, batch_size=size, **options))) for size in (4, 1))
+    assert len(alone) >= len(texts)
+    assert together == [value if isinstance(value, str) else pytest.approx(value, rel=1e-5) for value in alone]
+
+
+def flat(results):
+    """The values of nested lists and dicts, in order."""
+    if isinstance(results, dict):
+        results = results.values()
+    elif not isinstance(results, list):
+        yield results
+        return
+    for result in results:
+        yield from flat(result)
 
 
 def test_translation_by_generate(tmp_path):

@@ -41,13 +41,16 @@ class BatchNorm(BatchStatisticNorm):
         return {"running_mean": moments.mean, "running_var": moments.var}
 
     def normalize(self, x, mask):
+        return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+
+    def transform(self, x, mask):
         if not self.training:
             self.statistics = None
-            return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+            return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, True, self.process_group)
+        y, *moments = BatchStandardize.apply(x, self.weight, self.bias, mask, self.eps, True, self.process_group)
         self.observe(Moments(*moments), running, is_first_run)
-        return x_hat
+        return y
 
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)

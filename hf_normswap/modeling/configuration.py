@@ -7,7 +7,16 @@ from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
 
 
 FORMAT_VERSION = 1
-OPTIONAL_ENTRIES = {"biases", "calibration", "folded", "layer_norm_share", "placement", "untied"}
+# The entries of norm_swap with their types in JSON.
+REQUIRED_ENTRIES = {"format_version": int, "norms": [{"norm": str, "options": dict, "modules": [str]}]}
+OPTIONAL_ENTRIES = {
+    "biases": [str],
+    "calibration": dict,
+    "folded": [str],
+    "layer_norm_share": dict,
+    "placement": str,
+    "untied": [str],
+}
 PLACEMENTS = ("post", "pre")
 # Where the models of transformers have the norms of their blocks.
 STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
@@ -34,6 +43,18 @@ def check_layer_norm_shares(shares: Mapping, swapped: Collection[str]) -> None:
             )
 
 
+def _misfits(value, shape, name: str) -> list[str]:
+    """Names of what has another type in a JSON `value` than in `shape`, among the entries that both have."""
+    if not isinstance(value, shape if isinstance(shape, type) else type(shape)):
+        return [name]
+    if isinstance(shape, list):
+        return [misfit for item in value for misfit in _misfits(item, shape[0], name)]
+    if isinstance(shape, dict):
+        shared = [key for key in shape if key in value]
+        return [misfit for key in shared for misfit in _misfits(value[key], shape[key], key)]
+    return []
+
+
 class NormSwapConfigMixin:
     """Makes a configuration of transformers that of a swapped model.
 
@@ -57,7 +78,7 @@ class NormSwapConfigMixin:
         """Checks the shape of `norm_swap`; the norms themselves are checked when the model is built.
 
         Raises:
-            ValueError: when it comes from a newer version, has entries of no meaning or lacks one.
+            ValueError: when it comes from a newer version, has entries of no meaning or of another type, or lacks one.
         """
         record = self.norm_swap
         if record is None:
@@ -68,7 +89,11 @@ class NormSwapConfigMixin:
                 f"This model was saved in format {version!r} of norm_swap and this hf_normswap reads up to "
                 f"{FORMAT_VERSION}: upgrade hf_normswap."
             )
-        wrong = (set(record) - OPTIONAL_ENTRIES) ^ {"format_version", "norms"}
+        if misfits := _misfits(record, REQUIRED_ENTRIES | OPTIONAL_ENTRIES, "norm_swap"):
+            raise ValueError(
+                f"norm_swap in the model's configuration has entries of the wrong type {misfits}: correct them."
+            )
+        wrong = (record.keys() - OPTIONAL_ENTRIES.keys()) ^ REQUIRED_ENTRIES.keys()
         wrong |= {key for entry in record.get("norms", []) for key in set(entry) ^ {"norm", "options", "modules"}}
         if wrong:
             raise ValueError(

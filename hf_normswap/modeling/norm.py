@@ -8,7 +8,9 @@ from torch import nn
 from transformers import initialization as init
 
 from .discrepancy import Statistics
-from .moments import Moments, masked_moments, merge_moments, merge_over_ranks, sum_tokens
+from .moments import Moments, count_tokens, merge_moments, merge_over_ranks
+from .options import check_number
+from .passes import passes_for
 from .ranks import sum_over_ranks
 from .recompute import replay_or_record, snapshot
 from .token_mask import current_mask
@@ -34,6 +36,7 @@ class Norm(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()
+        check_number("eps", eps)
         self.num_features, self.eps = num_features, eps
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
@@ -51,10 +54,13 @@ class Norm(nn.Module):
         """Normalise `x` of shape `(..., C)`; without a `mask` `(...)` that of the running model call counts."""
         mask = self.token_mask(x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            values = self.select_finite(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
-            y = self.normalize(values, mask) * self.weight
-            if self.bias is not None:
-                y = y + self.bias
+            return self.transform(x, mask)
+
+    def transform(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The whole norm, in the dtype of `x`: what [`Norm.forward`] does once the mask is known."""
+        values = self.select_finite(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+        x_hat = self.normalize(values, mask)
+        y = x_hat * self.weight if self.bias is None else torch.addcmul(self.bias, x_hat, self.weight)
         return y.to(x.dtype)
 
     def token_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -141,6 +147,7 @@ class BatchStatisticNorm(Norm):
 
     def __init__(self, num_features: int, *, momentum: float = 0.1, **kwargs):
         super().__init__(num_features, **kwargs)
+        check_number("momentum", momentum, high=1)
         self.momentum = momentum
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         device = self.weight.device
@@ -238,59 +245,69 @@ class PowerStatisticNorm(BatchStatisticNorm):
 
 
 class BatchStandardize(torch.autograd.Function):
-    """x̂ of a batch in its own statistics, with the exact gradient.
+    """`y = γ x̂ + β` of a batch in its own statistics, with the exact gradient.
 
-    `centered`: `(x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are outputs
-    too, mean and m2 differentiable. At a pad the output is the same affine map, with its plain gradient.
+    `centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are
+    outputs too, mean and m2 differentiable; without `centered` those about zero. At a pad the output is the same
+    affine map, with its plain gradient.
 
     With a process `group` the batch is that of its ranks together, and so is the gradient: that of the sum of the
     losses of all ranks. One collective in the forward, one in the backward, of the same size on every rank.
     """
 
     @staticmethod
-    def forward(x, mask, eps, centered, group):
-        moments = masked_moments(x, mask)
+    def forward(x, weight, bias, mask, eps, centered, group):
+        passes = passes_for(x)
+        moments = passes.moments(x, mask) if centered else power_moments(x, mask, passes.squares(x, mask, 0, eps))
         if group is not None:
             moments = merge_over_ranks(moments, group)
-        if centered:
-            x_hat = (x - moments.mean) * torch.rsqrt(moments.var + eps)
-        else:
-            x_hat = x * torch.rsqrt(moments.power + eps)
-        return x_hat, *moments
+        inverse = torch.rsqrt((moments.var if centered else moments.power) + eps)
+        shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
+        center = moments.mean if centered else None
+        y, _ = passes.forward(x, mask, center, weight * inverse, shift, 0, eps, False)
+        return y, *moments
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mask, ctx.eps, ctx.centered, ctx.group = inputs
-        x_hat, count, mean, m2 = output
+        x, weight, _, mask, ctx.eps, ctx.centered, ctx.group = inputs
+        _, count, mean, m2 = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x_hat, mask, count, mean, m2)
+        ctx.save_for_backward(x, weight, mask, count, mean, m2)
 
     @staticmethod
     def backward(ctx, g, g_count, g_mean, g_m2):
-        x_hat, mask, *rest = ctx.saved_tensors
-        moments = Moments(*rest)
+        x, weight, mask, *rest = ctx.saved_tensors
+        passes, moments = passes_for(x), Moments(*rest)
         # From outputs that were saved, not saved itself: a second derivative sees that it depends on x.
         inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + ctx.eps)
-        count = moments.count.clamp(min=1)
-        products = None if g is None else sum_tokens(g * x_hat, mask)
-        total = None if g is None or not ctx.centered else sum_tokens(g, mask)
+        count, center = moments.count.clamp(min=1), moments.mean if ctx.centered else None
+        g = torch.zeros_like(x) if g is None else g.to(x.dtype)
+        sums = passes.sums(g, x, mask, center, 0, ctx.eps)
+        total, products = sums[0], sums[1]
         if ctx.group is not None:
-            products, total, g_mean, g_m2 = _sum_gradients((products, total, g_mean, g_m2), inverse, ctx.group)
-        real = torch.zeros_like(x_hat)  # the way through the statistics, which only real tokens have
-        if products is not None:
-            real = -x_hat * (products / count)
-            if ctx.centered:
-                real = real - total / count
-            real = real * inverse
+            total, products, g_mean, g_m2 = _sum_gradients((total, products, g_mean, g_m2), inverse, ctx.group)
+        scale = weight * inverse
+        # dx = scale g + b (x − center) + shift: through the affine map, through σ and through μ.
+        b = -scale * inverse.square() * products / count
+        shift = -scale * total / count if ctx.centered else torch.zeros_like(b)
         if g_mean is not None:
-            real = real + g_mean / count
+            shift = shift + g_mean / count
         if g_m2 is not None:
-            deviation = x_hat / inverse
-            real = real + 2 * g_m2 * (deviation if ctx.centered else deviation - moments.mean)
-        if mask is not None:
-            real = torch.where(mask.unsqueeze(-1), real, 0)
-        return real if g is None else g * inverse + real, None, None, None, None
+            b = b + 2 * g_m2
+        dx, _ = passes.backward(g, x, mask, center, scale, b, shift, scale, 0, ctx.eps, False)
+        return dx, *gradients_of_affine(ctx, sums, inverse, weight), None, None, None, None
+
+
+def power_moments(x: torch.Tensor, mask: torch.Tensor | None, squares: torch.Tensor) -> Moments:
+    """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
+    return Moments(count_tokens(x, mask).to(squares.dtype), torch.zeros_like(squares), squares)
+
+
+def gradients_of_affine(ctx, sums, inverse, weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of γ and β of `y = γ z · inverse + β` from the sums over real tokens and pads."""
+    of_bias = (sums[0] + sums[2]).to(weight.dtype) if ctx.needs_input_grad[2] else None
+    return (inverse * (sums[1] + sums[3])).to(weight.dtype), of_bias
 
 
 def _sum_gradients(parts: tuple, like: torch.Tensor, group) -> tuple[torch.Tensor, ...]:

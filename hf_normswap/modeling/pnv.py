@@ -21,10 +21,13 @@ class PowerNormV(PowerStatisticNorm):
     """
 
     def normalize(self, x, mask):
+        return x * torch.rsqrt(self.running_power + self.eps)
+
+    def transform(self, x, mask):
         if not self.training:
             self.statistics = None
-            return x * torch.rsqrt(self.running_power + self.eps)
+            return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        x_hat, *moments = BatchStandardize.apply(x, mask, self.eps, False, self.process_group)
+        y, *moments = BatchStandardize.apply(x, self.weight, self.bias, mask, self.eps, False, self.process_group)
         self.observe(Moments(*moments), running, is_first_run)
-        return x_hat
+        return y

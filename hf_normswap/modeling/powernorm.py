@@ -3,8 +3,10 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments, count_tokens, masked_moments, merge_over_ranks, sum_tokens
-from .norm import PowerStatisticNorm
+from .moments import Moments, count_tokens, merge_over_ranks
+from .norm import PowerStatisticNorm, gradients_of_affine, power_moments
+from .options import check_number
+from .passes import passes_for, scale_groups
 from .ranks import sum_over_ranks
 from .registry import register_norm
 
@@ -67,7 +69,9 @@ class PowerNorm(PowerStatisticNorm):
         alpha_bwd: float = 0.9,
         **kwargs,
     ):
-        if group_scaling and num_features % num_groups:
+        check_number("alpha_fwd", alpha_fwd, high=1)
+        check_number("alpha_bwd", alpha_bwd, high=1)
+        if group_scaling and (not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups):
             raise ValueError(
                 f"{num_features} channels cannot be divided into {num_groups} groups: "
                 "choose num_groups among the divisors, or group_scaling=False."
@@ -94,36 +98,32 @@ class PowerNorm(PowerStatisticNorm):
     def affine_map(self):
         return None if self.group_scaling else super().affine_map()
 
+    @property
+    def groups(self) -> int:
+        """Groups of the group scaling, 0 without one."""
+        return self.num_groups if self.group_scaling else 0
+
     def discard_pending(self):
         super().discard_pending()
         self.pending_gradient.zero_()
 
     def normalize(self, x, mask):
-        if self.group_scaling:
-            groups = x.unflatten(-1, (self.num_groups, -1))
-            x = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        x, _ = scale_groups(x, self.groups, self.eps)
+        return x * torch.rsqrt(self.running_power + self.eps)
+
+    def transform(self, x, mask):
         if not self.training:
             self.statistics = None
-            return x * torch.rsqrt(self.running_power + self.eps)
+            return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        moments = masked_moments(x.detach(), mask)
-        if self.process_group is not None:
-            moments = merge_over_ranks(moments, self.process_group)
-        warm = running["num_batches_tracked"] < self.warmup_steps
-        batch_inverse = torch.rsqrt(moments.power + self.eps)
-        inverse = torch.where(warm, batch_inverse, torch.rsqrt(running["running_power"] + self.eps))
-        x_hat = _PowerScale.apply(
-            x,
-            mask,
-            inverse,
-            batch_inverse,
-            running["nu"] * self.loss_scale,
-            warm,
-            self._weight(self.alpha_bwd, running["num_batches_tracked"]),
-            self,
+        step, power = running["num_batches_tracked"], running["running_power"]
+        nu, weight = running["nu"] * self.loss_scale, self._weight(self.alpha_bwd, step)
+        is_warming_up = step < self.warmup_steps if self.warmup_steps else None
+        y, _, *moments = _PowerNormalize.apply(
+            x, self.weight, self.bias, mask, power, nu, is_warming_up, weight, self.groups, self.eps, self
         )
-        self.observe(moments, running, is_first_run)
-        return x_hat
+        self.observe(Moments(*moments), running, is_first_run)
+        return y
 
     def _weight(self, alpha: float, step: torch.Tensor) -> torch.Tensor:
         """1 − α; during warm-up that of a cumulative mean as long as it is larger."""
@@ -156,38 +156,73 @@ def _update_nu(nu, largest_gamma, sums, weight, loss_scale) -> None:
     largest_gamma.copy_(torch.where(valid, torch.maximum(largest_gamma, gamma.max()), largest_gamma))
 
 
-class _PowerScale(torch.autograd.Function):
-    """x̂ = x · inverse, with PowerNorm's backward; Γ and Λ go to the buffers of the layer during that backward."""
+class _PowerNormalize(torch.autograd.Function):
+    """`y = γ x̂ + β`, x̂ = z / √(ψ² + ε), with PowerNorm's backward; there Γ and Λ go to buffers of the layer.
+
+    Outputs are the sum of z² over real tokens and the moments of the batch, those about zero, too. One pass over the
+    tokens in the forward and one in the backward; two in each during the warm-up, with ψ and ν of the batch.
+    """
 
     @staticmethod
-    def forward(x, mask, inverse, batch_inverse, nu, warm, weight, layer):
-        return x * inverse
+    def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
+        passes, group = passes_for(x), layer.process_group
+        inverse = torch.rsqrt(power + eps)
+        shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
+        if is_warming_up is None:
+            y, squares = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, True)
+            return y, squares.clone(), *power_moments(x, mask, squares)  # torch.compile wants no output twice
+        squares = passes.squares(x, mask, groups, eps)
+        moments = power_moments(x, mask, squares)
+        if group is not None:
+            moments = merge_over_ranks(moments, group)
+        inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + eps), inverse)
+        y, _ = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, False)
+        return y, squares.clone(), *moments
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mask, inverse, batch_inverse, nu, warm, weight, layer = inputs
-        grad_inverse = batch_inverse if layer.grad_scale == "batch" else inverse
-        ctx.save_for_backward(output, mask, inverse, grad_inverse, nu, warm, weight)
-        ctx.deferred = layer.deferred
+        x, weight, _, mask, power, nu, is_warming_up, update_weight, ctx.groups, ctx.eps, layer = inputs
+        _, squares, *moments = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(squares, *moments)
+        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments)
+        ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
         ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
-        x_hat, mask, inverse, grad_inverse, nu, warm, weight = ctx.saved_tensors
-        count = count_tokens(x_hat, mask)
-        products = sum_tokens(g * x_hat, mask)
-        sums = torch.cat([count.unsqueeze(0), sum_tokens(x_hat.square(), mask), products])
+    def backward(ctx, g, *_):
+        if g is None:
+            return (None,) * 11
+        x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments = ctx.saved_tensors
+        passes, g = passes_for(x), g.to(x.dtype)
+        batch_inverse = torch.rsqrt(Moments(*moments).power + ctx.eps)
+        inverse = torch.rsqrt(power + ctx.eps)
+        if is_warming_up is not None:
+            inverse = torch.where(is_warming_up, batch_inverse, inverse)
+            sums = passes.sums(g, x, mask, None, ctx.groups, ctx.eps)
+            nu = torch.where(is_warming_up, _nu_of_batch(ctx, x, mask, weight * inverse * sums[1]), nu)
+        pad, zeros = weight * inverse, torch.zeros_like(inverse)
+        of_inverse = batch_inverse if ctx.grad_scale == "batch" else inverse
+        # dx = (γ g − ν x̂) of_inverse
+        coefficients = weight * of_inverse, -nu * inverse * of_inverse, zeros, pad
+        dx, new_sums = passes.backward(g, x, mask, None, *coefficients, ctx.groups, ctx.eps, is_warming_up is None)
+        sums = sums if new_sums is None else new_sums
+        count = count_tokens(x, mask).to(squares.dtype)
+        gamma_and_lambda = torch.cat([count.unsqueeze(0), inverse.square() * squares, pad * sums[1]])
         if ctx.deferred:
-            ctx.pending.add_(sums)
+            ctx.pending.add_(gamma_and_lambda)
         else:
-            _update_nu(ctx.nu, ctx.largest_gamma, sums, weight, ctx.loss_scale)
-        if ctx.group is not None:
-            count, products = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), ctx.group).split([1, len(nu)])
-        nu = torch.where(warm, products / count.clamp(min=1), nu)  # PN-V's own gradient during warm-up
-        dx = (g - nu * x_hat) * grad_inverse
-        if mask is not None:
-            dx = torch.where(mask.unsqueeze(-1), dx, g * inverse)
-        return dx, None, None, None, None, None, None, None
+            _update_nu(ctx.nu, ctx.largest_gamma, gamma_and_lambda, update_weight, ctx.loss_scale)
+        return dx, *gradients_of_affine(ctx, sums, inverse, weight), *(None,) * 8
+
+
+def _nu_of_batch(ctx, x, mask, products):
+    """The ν with which the backward is PN-V's: Λ of the batch."""
+    count = count_tokens(x, mask).to(products.dtype)
+    if ctx.group is not None:
+        pooled = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), ctx.group)
+        count, products = pooled[0], pooled[1:]
+    return products / count.clamp(min=1)

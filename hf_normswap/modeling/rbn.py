@@ -4,6 +4,7 @@ import torch
 
 from .batchnorm import BatchNorm
 from .discrepancy import DISTANCES
+from .options import check_number
 from .registry import register_norm
 
 
@@ -41,6 +42,8 @@ class RegularizedBatchNorm(BatchNorm):
         super().__init__(num_features, **kwargs)
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {sorted(DISTANCES)}, not {distance!r}.")
+        check_number("lambda_mean", lambda_mean)
+        check_number("lambda_var", lambda_var)
         self.lambda_mean, self.lambda_var, self.distance = lambda_mean, lambda_var, distance
 
     def penalty(self) -> torch.Tensor:

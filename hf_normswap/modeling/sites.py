@@ -2,9 +2,11 @@
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .configuration import family_of, placement_of
 from .norm import Norm
@@ -43,6 +45,9 @@ _SITES = {
         {},
     ),
 }
+
+# What PEFT inserts into the path of a module that an adapter saves.
+_IN_ADAPTER = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
 STACKS = ("encoder", "decoder")
 BLOCK_SUBLAYERS = ("attention", "cross_attention", "ffn")
@@ -129,7 +134,7 @@ def find_norms(model: nn.Module) -> NormSites:
         `NormSites`: a list of [`NormSite`] in the order of the modules; print it for a table.
 
     Raises:
-        ValueError: when the model is of another family.
+        ValueError: when the model is of another family, or wrapped.
 
     Example:
 
@@ -148,10 +153,10 @@ def find_norms(model: nn.Module) -> NormSites:
     placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
-    for name, module in model.named_modules():
+    for name, module in active_modules(model):
         if not isinstance(module, nn.LayerNorm | Norm):
             continue
-        path = f"{prefix}.{name}" if is_base else name
+        path = _IN_ADAPTER.sub("", f"{prefix}.{name}" if is_base else name)
         for sublayer, pattern in _patterns(family):
             if match := pattern.fullmatch(path):
                 found = match.groupdict()
@@ -161,13 +166,33 @@ def find_norms(model: nn.Module) -> NormSites:
     return sites
 
 
+def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules as `named_modules()` gives them, without those that an adapter of PEFT has put out of use.
+
+    For each module of its `modules_to_save` it keeps the original beside a copy, and calls one of the two.
+    """
+    idle = set()
+    for name, module in model.named_modules():
+        if module in idle:
+            continue
+        yield name, module
+        copies = module._modules.get("modules_to_save")
+        if isinstance(copies, nn.ModuleDict):
+            names = [] if module.disable_adapters else module.active_adapters
+            used = next((copies[name] for name in names if name in copies), module.original_module)
+            for other in (module.original_module, *copies.values()):
+                idle.update(() if other is used else other.modules())
+
+
 def is_site(model: nn.Module, path: str) -> bool:
     """Whether some model of the family of `model` can have a norm at `path`."""
     return any(pattern.fullmatch(path) for _, pattern in _patterns(_family_in_table(model)))
 
 
 def _family_in_table(model: nn.Module) -> str:
-    family = family_of(getattr(getattr(model, "config", None), "model_type", "") or "")
+    # What wraps a model may pass its configuration through, and has other module names.
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    family = family_of(getattr(config, "model_type", "") or "")
     if family not in _SITES:
         kind = f"a {family} model" if family else type(model).__name__
         raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass a model of these families.")

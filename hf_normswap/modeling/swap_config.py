@@ -25,7 +25,7 @@ class NormSwapConfig:
     ```
     """
 
-    def __init__(self, norm: str, **options):
+    def __init__(self, norm: str, /, **options):
         cls = get_norm(norm)
         known = cls.option_defaults()
         for name in options:

@@ -7,6 +7,7 @@ import importlib
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
@@ -190,6 +191,11 @@ def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
         )
     remove_norms(model, gone)
     modules = dict(model.named_modules())
+    for name in modules.keys() & {*record.get("untied", []), *record.get("biases", [])}:
+        if not isinstance(modules[name], nn.Linear):
+            raise ValueError(
+                f"norm_swap in the configuration lists {name!r} as a head, which is no linear layer: remove it."
+            )
     for name in modules.keys() & set(record.get("untied", [])):
         untie_head(model, name)
     for name in modules.keys() & set(record.get("biases", [])):

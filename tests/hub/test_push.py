@@ -19,7 +19,7 @@ PUSH = """
 import sys
 import hf_normswap.hub
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-hf_normswap.hub.WAIT = 0.01
+hf_normswap.hub.WAIT, hf_normswap.hub.STALL = 0.01, float(sys.argv[1]) if sys.argv[1:] else 60.0
 model = AutoModelForSequenceClassification.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 print(model.push_to_hub("user/name", tokenizer=tokenizer, license="mit"))
@@ -102,6 +102,22 @@ def test_a_fault_that_stays_leaves_the_hub_as_it_was(status, existing, hub, fold
     assert hub.repos.keys() == before.keys()
     if existing:
         assert hub.files("user/name") == {"notes.txt": b"of somebody"}
+
+
+def test_a_request_that_stalls_is_sent_again(hub, folder):
+    for request in ("GET /api/models/user/name", "POST /api/repos/create", "PUT .*lfs", "POST .*/commit/"):
+        hub.slow(request, seconds=60, times=1)
+    run_client(hub, PUSH, folder, 1.0)
+    assert len(hub.commits("user/name")) == 1
+    assert "model.safetensors" in hub.files("user/name")
+
+
+def test_a_hub_that_stays_silent_ends_a_push(hub, folder):
+    hub.slow("POST .*/commit/", seconds=60)
+    done = run_client(hub, PUSH, folder, 0.5, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: user/name could not be pushed (ReadTimeout")
+    assert not hub.repos
 
 
 def test_a_new_repo_is_as_private_as_the_account_has_it(folder):
