@@ -1,8 +1,10 @@
 """Swap the normalisation layers of Hugging Face models."""
 
 import importlib
+import os
 
 from .auto import register_configurations
+from .kernels import use_kernels
 
 
 __version__ = "0.1.0"
@@ -55,7 +57,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(["__version__", *_HOME])  # noqa: PLE0605
+__all__ = sorted(["__version__", "use_kernels", *_HOME])  # noqa: PLE0605
 
 
 def __getattr__(name: str):
@@ -69,3 +71,4 @@ def __dir__():
 
 
 register_configurations()
+use_kernels(os.environ.get("HF_NORMSWAP_KERNELS", "auto"))

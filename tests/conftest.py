@@ -23,3 +23,21 @@ settings.load_profile("hf_normswap")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def plain_pytorch(monkeypatch):
+    """The passes of batch norms as a compiled graph, or a device, computes them."""
+    from hf_normswap.modeling import paths
+
+    monkeypatch.setattr(paths, "PATHS", {})
+
+
+@pytest.fixture
+def no_kernels():
+    """The passes of batch norms as they are without the package."""
+    from hf_normswap import use_kernels
+
+    use_kernels("none")
+    yield
+    use_kernels("auto")

@@ -34,8 +34,12 @@ print(type(config).__name__, "transformers.models.gpt2.modeling_gpt2" in sys.mod
     assert set(ours.split()) == {
         "hf_normswap",
         "hf_normswap.auto",
+        "hf_normswap.kernels",
         "hf_normswap.modeling",
-        "hf_normswap.modeling.configuration",
+        *(
+            f"hf_normswap.modeling.{name}"
+            for name in ("configuration", "moments", "passes", "paths", "ranks", "slabs")
+        ),
     }
     assert not others
     assert config == "NormSwapBertConfig False"

@@ -327,6 +327,7 @@ def test_without_the_package_the_folder_brings_its_code(without_package, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("no_kernels")
 def test_without_the_package_it_trains_and_saves(without_package, models, family):
     folder, _, results, tensors = without_package
     moved = results[family]["moved"]

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .discrepancy import Statistics
 from .moments import Moments, count_tokens, merge_moments, merge_over_ranks
 from .options import check_number
-from .passes import passes_for
+from .paths import passes_for
 from .ranks import sum_over_ranks
 from .recompute import replay_or_record, snapshot
 from .token_mask import current_mask

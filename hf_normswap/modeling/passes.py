@@ -1,4 +1,4 @@
-"""The passes over the tokens that batch norms are made of, in PyTorch; and the door for a faster path to each.
+"""The passes over the tokens that batch norms are made of, in PyTorch.
 
 `x`, `y`, `g`, `dx`: tokens of shape `(..., C)`. `mask`: of shape `(...)`, True at real tokens, or `None`. Statistics
 and coefficients: of shape `(C,)`, float32 or float64. With `groups` above 0, z is `x` divided by the root mean square
@@ -6,10 +6,7 @@ of each group of channels of its token (the group scaling of PowerNorm), else z 
 of squares counts as zero, and gets no gradient.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
 
 from .moments import Moments, masked_moments, sum_tokens
 
@@ -68,21 +65,6 @@ class TorchPasses:
         if mask is not None:
             dx = torch.where(mask.unsqueeze(-1) | (values == x), dx, 0)
         return dx.to(x.dtype), TorchPasses.sums(g, x, mask, center, groups, eps) if wants_sums else None
-
-
-PATHS: dict[str, Callable[[torch.Tensor], type | None]] = {}  # device type: what gives passes for tokens, or None
-
-
-def passes_for(x: torch.Tensor) -> type:
-    """What computes the passes over `x`: [`TorchPasses`], or another path where one is known for it.
-
-    Only plain tensors outside of autograd and of `torch.compile` take another path.
-    """
-    find = PATHS.get(x.device.type)
-    plain = type(x) in (torch.Tensor, nn.Parameter) and x.numel() > 0
-    if find is None or not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return TorchPasses
-    return find(x) or TorchPasses
 
 
 def _promote(x):

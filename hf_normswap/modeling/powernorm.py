@@ -6,7 +6,8 @@ from torch.autograd.function import once_differentiable
 from .moments import Moments, count_tokens, merge_over_ranks
 from .norm import PowerStatisticNorm, gradients_of_affine, power_moments
 from .options import check_number
-from .passes import passes_for, scale_groups
+from .passes import scale_groups
+from .paths import passes_for
 from .ranks import sum_over_ranks
 from .registry import register_norm
 

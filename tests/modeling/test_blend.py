@@ -203,6 +203,7 @@ def shallow(norm):
     return swap_norm(tiny_model("bert", num_hidden_layers=1), norm)
 
 
+@pytest.mark.usefixtures("plain_pytorch")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_follows_the_share_and_is_not_compiled_again():
     model = shallow("powernorm")

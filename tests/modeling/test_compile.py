@@ -30,7 +30,7 @@ def make_fast_norm(variant):
 
 
 @pytest.fixture(autouse=True)
-def no_graph_of_another_test():
+def no_graph_of_another_test(plain_pytorch):
     torch._dynamo.reset()
     counters.clear()
     yield

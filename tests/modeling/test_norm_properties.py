@@ -302,6 +302,7 @@ def test_running_values_have_no_gradient(variant):
 # Precision
 
 
+@pytest.mark.usefixtures("plain_pytorch")
 @not_that_of_pytorch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_in_float32(variant, dtype):
@@ -473,6 +474,7 @@ class NoHostSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("plain_pytorch")
 @every_norm
 @pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
 def test_training_never_waits_for_the_device(variant, deferred):

@@ -1,0 +1,70 @@
+"""Faster paths for the passes of batch norms (see `hf_normswap/modeling/passes.py`), one for each kind of device.
+
+On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for. Where a path
+does not work (no compiler, no Triton), PyTorch takes its place.
+"""
+
+import functools
+import importlib
+
+import torch
+from transformers.utils import logging
+
+from hf_normswap.modeling.paths import PATHS
+from hf_normswap.modeling.slabs import SlabPasses
+
+
+logger = logging.get_logger(__name__)
+
+CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}
+_HOMES = {"cpu": ("cpu", "CpuPasses"), "cuda": ("triton", "TritonPasses")}
+_IN_PYTORCH = {"cpu": SlabPasses}
+
+
+def use_kernels(kernels: str) -> None:
+    """Choose how batch norms compute from now on, in this process.
+
+    `import hf_normswap` does what the environment variable `HF_NORMSWAP_KERNELS` says, and else `"auto"`.
+
+    Args:
+        kernels (`str`):
+            `"auto"`: by compiled code on CPUs, in PyTorch elsewhere; `"all"`: by Triton on CUDA too; `"none"`: in
+            PyTorch.
+
+    Raises:
+        ValueError: when it is none of these.
+
+    Example:
+
+    ```python
+    >>> from hf_normswap import use_kernels
+    >>> use_kernels("none")
+    >>> use_kernels("auto")
+
+    ```
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"HF_NORMSWAP_KERNELS is {', '.join(CHOICES)}, and cannot be {kernels!r}.")
+    PATHS.clear()
+    for device in _HOMES:
+        PATHS[device] = functools.partial(
+            _find, device if device in CHOICES[kernels] else None, _IN_PYTORCH.get(device)
+        )
+
+
+def _find(device: str | None, otherwise: type | None, x: torch.Tensor) -> type | None:
+    passes = device and _load(device)
+    return passes if passes and x.dtype in passes.dtypes else otherwise
+
+
+@functools.cache
+def _load(device: str) -> type | None:
+    module, name = _HOMES[device]
+    try:
+        passes = getattr(importlib.import_module(f".{module}", __name__), name)
+        passes.load()
+    except (ImportError, OSError) as error:
+        logger.info(f"Batch norms run in PyTorch on {device}: {error}.")
+        return None
+    logger.info(f"Batch norms run in {name} on {device}.")
+    return passes

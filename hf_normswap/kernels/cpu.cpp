@@ -1,0 +1,323 @@
+// Passes over the tokens of a batch norm, each one trip through memory; plain functions, called through ctypes.
+//
+// x, y, g, dx: n rows of c channels, float32 or bfloat16. mask: n bytes, 1 at real tokens, or null. Statistics and
+// coefficients: float32. With groups > 0, z is x divided by the root mean square of each group of channels of its
+// token, else z is x. A pad may hold anything: what has no finite sum of squares counts as zero there.
+// Rows are divided among the threads in order and partial results merged in order: no result varies from run to run.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline float load(bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline void store(float* to, float value) { *to = value; }
+inline void store(bfloat16* to, float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = uint16_t(value != value ? 0x7fc0 : rounded);
+}
+
+constexpr int64_t kHead = 64;   // the usual size of a group, for which loops are unrolled
+constexpr int64_t kBlock = 64;  // rows whose sums are added up in float32, before they are merged in float64
+
+template <typename Body>
+void for_each_share(int threads, int64_t n, const Body& body) {
+  const int64_t share = (n + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) body(t, std::min(n, t * share), std::min(n, (t + 1) * share));
+}
+
+template <typename T>
+inline bool is_clean(const T* x, int64_t c) {
+  const float bound = std::sqrt(std::numeric_limits<float>::max()) / c;
+  int dirty = 0;
+#pragma omp simd reduction(| : dirty)
+  for (int64_t j = 0; j < c; ++j) dirty |= !(std::fabs(load(x[j])) < bound);
+  return !dirty;
+}
+
+template <typename T>
+inline void clean(const T* x, T* out, int64_t c) {
+  const float bound = std::sqrt(std::numeric_limits<float>::max()) / c;
+  for (int64_t j = 0; j < c; ++j) store(out + j, std::fabs(load(x[j])) < bound ? load(x[j]) : 0.0f);
+}
+
+// Factor 1 / rms of one group.
+template <typename T>
+inline float inverse_rms(const T* x, int64_t width, float eps) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < width; ++j) sum += load(x[j]) * load(x[j]);
+  return 1 / std::sqrt(sum / width + eps);
+}
+
+// y = scale (x - center) + shift of a row, and its squares added to `squares`; either of them or both.
+template <typename T>
+inline void forward_row(const T* x, T* y, const float* center, const float* scale, const float* shift, float* squares,
+                        int64_t c) {
+  if (y && squares) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) {
+      const float z = load(x[j]);
+      store(y + j, (z - center[j]) * scale[j] + shift[j]);
+      squares[j] += z * z;
+    }
+  } else if (y) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) store(y + j, (load(x[j]) - center[j]) * scale[j] + shift[j]);
+  } else if (squares) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) squares[j] += load(x[j]) * load(x[j]);
+  }
+}
+
+template <int64_t kWidth, typename T>
+inline void forward_grouped(const T* x, T* y, const float* center, const float* scale, const float* shift,
+                            float* squares, int64_t c, int64_t groups, float eps) {
+  const int64_t width = kWidth ? kWidth : c / groups;
+  for (int64_t o = 0; o < c; o += width) {
+    const float inverse = inverse_rms(x + o, width, eps);
+    if (y) {
+#pragma omp simd
+      for (int64_t j = o; j < o + width; ++j) store(y + j, (load(x[j]) * inverse - center[j]) * scale[j] + shift[j]);
+    }
+    if (squares) {
+      const float power = inverse * inverse;
+#pragma omp simd
+      for (int64_t j = o; j < o + width; ++j) squares[j] += load(x[j]) * load(x[j]) * power;
+    }
+  }
+}
+
+template <typename T>
+void forward(const T* x, const uint8_t* mask, const float* center, const float* scale, const float* shift, T* y,
+             float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  std::vector<std::vector<double>> parts(threads);
+  for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
+    std::vector<float> block(squares ? c : 0);
+    std::vector<T> cleaned(c);
+    if (squares) parts[t].assign(c, 0);
+    const auto grouped = groups && c / groups == kHead ? forward_grouped<kHead, T> : forward_grouped<0, T>;
+    for (int64_t row = begin; row < end; ++row) {
+      const T* from = x + row * c;
+      T* to = y ? y + row * c : nullptr;
+      const bool is_real = !mask || mask[row];
+      if (!is_real && !is_clean(from, c)) clean(from, cleaned.data(), c), from = cleaned.data();
+      float* sums = squares && is_real ? block.data() : nullptr;
+      if (groups) grouped(from, to, center, scale, shift, sums, c, groups, eps);
+      else forward_row(from, to, center, scale, shift, sums, c);
+      if ((row - begin) % kBlock != kBlock - 1 && row != end - 1) continue;
+      for (int64_t j = 0; squares && j < c; ++j) parts[t][j] += block[j], block[j] = 0;
+    }
+  });
+  for (int64_t j = 0; squares && j < c; ++j) {
+    double total = 0;
+    for (const auto& part : parts) total += part[j];
+    squares[j] = float(total);
+  }
+}
+
+struct Moments {
+  double count = 0;
+  std::vector<float> mean, m2;
+
+  // Chan, Golub and LeVeque, 1983.
+  void merge(double n, const float* other_mean, const float* other_m2) {
+    if (n == 0) return;
+    const float share = float(n / (count + n)), between = float(count * n / (count + n));
+    const int64_t c = mean.size();
+    float *__restrict to_mean = mean.data(), *__restrict to_m2 = m2.data();
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) {
+      const float delta = other_mean[j] - to_mean[j];
+      to_mean[j] += delta * share;
+      to_m2[j] += other_m2[j] + delta * delta * between;
+    }
+    count += n;
+  }
+};
+
+// Two passes over blocks that stay in the cache between them, then merged: never E[x^2] - E[x]^2, which cancels.
+template <typename T>
+void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n, int64_t c,
+             int threads) {
+  constexpr int R = 8;
+  const int64_t size = std::max<int64_t>(R, std::min<int64_t>(kBlock, 32768 / c / R * R));
+  std::vector<Moments> parts(threads);
+  for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
+    std::vector<float> sum(c), squares(c);
+    std::vector<const T*> rows(size);
+    parts[t].mean.assign(c, 0), parts[t].m2.assign(c, 0);
+    auto add = [&](auto R, const T* const* x) {
+      float* __restrict to = sum.data();
+#pragma omp simd
+      for (int64_t j = 0; j < c; ++j) {
+        float total = 0;
+        for (int r = 0; r < R; ++r) total += load(x[r][j]);
+        to[j] += total;
+      }
+    };
+    auto add_squares = [&](auto R, const T* const* x) {
+      const float* mean = sum.data();
+      float* __restrict to = squares.data();
+#pragma omp simd
+      for (int64_t j = 0; j < c; ++j) {
+        float total = 0;
+        for (int r = 0; r < R; ++r) total += (load(x[r][j]) - mean[j]) * (load(x[r][j]) - mean[j]);
+        to[j] += total;
+      }
+    };
+    auto in_batches = [&](int64_t count, const auto& body) {
+      int64_t i = 0;
+      for (; i + R <= count; i += R) body(std::integral_constant<int, R>(), &rows[i]);
+      for (; i < count; ++i) body(std::integral_constant<int, 1>(), &rows[i]);
+    };
+    int64_t reals = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      if (!mask || mask[row]) rows[reals++] = x + row * c;
+      if (reals == 0 || (reals < size && row < end - 1)) continue;
+      std::fill(sum.begin(), sum.end(), 0.0f), std::fill(squares.begin(), squares.end(), 0.0f);
+      in_batches(reals, add);
+      for (int64_t j = 0; j < c; ++j) sum[j] /= reals;
+      in_batches(reals, add_squares);
+      parts[t].merge(reals, sum.data(), squares.data());
+      reals = 0;
+    }
+  });
+  Moments& all = parts[0];
+  for (int t = 1; t < threads; ++t) all.merge(parts[t].count, parts[t].mean.data(), parts[t].m2.data());
+  *count = float(all.count);
+  std::copy(all.mean.begin(), all.mean.end(), mean), std::copy(all.m2.begin(), all.m2.end(), m2);
+}
+
+struct Coefficients {
+  const float *center, *a, *b, *shift;
+};
+
+// dx = a g + b (x - center) + shift of a row, and g and g (x - center) added to the sums; either of them or both.
+template <typename T>
+inline void backward_row(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, int64_t c) {
+  const float *center = k.center, *a = k.a, *b = k.b, *shift = k.shift;
+  if (dx && sum_g) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) {
+      const float gj = load(g[j]), zj = load(x[j]) - center[j];
+      store(dx + j, a[j] * gj + (b[j] * zj + shift[j]));
+      sum_g[j] += gj, sum_gz[j] += gj * zj;
+    }
+  } else if (dx) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]) + (b[j] * (load(x[j]) - center[j]) + shift[j]));
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) {
+      const float gj = load(g[j]);
+      sum_g[j] += gj, sum_gz[j] += gj * (load(x[j]) - center[j]);
+    }
+  }
+}
+
+// The same from z on through the group scaling; `of_z`: space for the gradient of a group.
+template <int64_t kWidth, typename T>
+inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, float* of_z,
+                             int64_t c, int64_t groups, float eps) {
+  const int64_t width = kWidth ? kWidth : c / groups;
+  for (int64_t o = 0; o < c; o += width) {
+    const T *gi = g + o, *xi = x + o;
+    const float *center = k.center + o, *a = k.a + o, *b = k.b + o, *shift = k.shift + o;
+    const float inverse = inverse_rms(xi, width, eps);
+    if (sum_g) {
+      float *to_g = sum_g + o, *to_gz = sum_gz + o;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) {
+        to_g[j] += load(gi[j]);
+        to_gz[j] += load(gi[j]) * (load(xi[j]) * inverse - center[j]);
+      }
+    }
+    if (!dx) continue;
+    T* to = dx + o;
+    float product = 0;
+#pragma omp simd reduction(+ : product)
+    for (int64_t j = 0; j < width; ++j) {
+      const float z = load(xi[j]) * inverse, value = a[j] * load(gi[j]) + (b[j] * (z - center[j]) + shift[j]);
+      of_z[j] = value;
+      product += value * z;
+    }
+    product *= inverse / width;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) store(to + j, inverse * (of_z[j] - load(xi[j]) * product));
+  }
+}
+
+// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g.
+template <typename T>
+void backward(const T* g, const T* x, const uint8_t* mask, const Coefficients& k, const float* pad, T* dx, float* sums,
+              int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  const std::vector<float> zeros(c);
+  const Coefficients of_pad{k.center, pad, zeros.data(), zeros.data()};
+  std::vector<std::vector<double>> parts(threads);
+  for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
+    std::vector<float> block(sums ? 4 * c : 0), of_z(groups ? c / groups : 0);
+    std::vector<T> cleaned(c);
+    if (sums) parts[t].assign(4 * c, 0);
+    const auto grouped = groups && c / groups == kHead ? backward_grouped<kHead, T> : backward_grouped<0, T>;
+    for (int64_t row = begin; row < end; ++row) {
+      const T *gi = g + row * c, *xi = x + row * c;
+      T* to = dx ? dx + row * c : nullptr;
+      const bool is_real = !mask || mask[row], is_dirty = !is_real && !is_clean(xi, c);
+      if (is_dirty) clean(xi, cleaned.data(), c), xi = cleaned.data();
+      float* to_g = sums ? block.data() + (is_real ? 0 : 2 * c) : nullptr;
+      float* to_gz = sums ? to_g + c : nullptr;
+      const Coefficients& of_row = is_real ? k : of_pad;
+      if (groups) grouped(gi, xi, to, of_row, to_g, to_gz, of_z.data(), c, groups, eps);
+      else backward_row(gi, xi, to, of_row, to_g, to_gz, c);
+      for (int64_t j = 0; is_dirty && to && j < c; ++j)
+        if (load(xi[j]) == 0 && load(x[row * c + j]) != 0) store(to + j, 0.0f);
+      if ((row - begin) % kBlock != kBlock - 1 && row != end - 1) continue;
+      for (int64_t j = 0; sums && j < 4 * c; ++j) parts[t][j] += block[j], block[j] = 0;
+    }
+  });
+  for (int64_t j = 0; sums && j < 4 * c; ++j) {
+    double total = 0;
+    for (const auto& part : parts) total += part[j];
+    sums[j] = float(total);
+  }
+}
+
+}  // namespace
+
+#define DEFINE(name, T)                                                                                             \
+  extern "C" void forward_##name(const T* x, const uint8_t* mask, const float* center, const float* scale,          \
+                                 const float* shift, T* y, float* squares, int64_t n, int64_t c, int64_t groups,    \
+                                 float eps, int threads) {                                                          \
+    forward<T>(x, mask, center, scale, shift, y, squares, n, c, groups, eps, threads);                              \
+  }                                                                                                                 \
+  extern "C" void moments_##name(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n,  \
+                                 int64_t c, int threads) {                                                          \
+    moments<T>(x, mask, count, mean, m2, n, c, threads);                                                            \
+  }                                                                                                                 \
+  extern "C" void backward_##name(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, \
+                                  const float* b, const float* shift, const float* pad, T* dx, float* sums,         \
+                                  int64_t n, int64_t c, int64_t groups, float eps, int threads) {                   \
+    backward<T>(g, x, mask, {center, a, b, shift}, pad, dx, sums, n, c, groups, eps, threads);                      \
+  }
+
+DEFINE(float32, float)
+DEFINE(bfloat16, bfloat16)

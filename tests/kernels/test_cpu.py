@@ -1,0 +1,263 @@
+"""Every path of the passes on a CPU against PyTorch in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hf_normswap.kernels as kernels
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
+from hf_normswap.kernels import cpu
+from hf_normswap.kernels.cpu import CpuPasses
+from hf_normswap.modeling.passes import TorchPasses
+from hf_normswap.modeling.paths import PATHS, passes_for
+from hf_normswap.modeling.slabs import SlabPasses
+
+
+EPS = 1e-5
+# Rounding of the inputs' own dtype, and of float32 sums over the tokens.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float64: 1e-13}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    try:
+        cpu.load_library()
+    except OSError as error:
+        pytest.skip(f"The passes cannot be compiled here: {error}")
+
+
+@pytest.fixture(autouse=True)
+def paths_as_before():
+    before = dict(PATHS)
+    yield
+    PATHS.clear()
+    PATHS.update(before)
+
+
+def error(found, expected):
+    """Largest error in units of the largest value of each row of channels."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).abs() / expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)).max().item()
+
+
+def make_case(n, c, groups, dtype, with_mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, c, generator=generator) * 2 + 1).to(dtype)
+    g = torch.randn(n, c, generator=generator).to(dtype)
+    mask = torch.rand(n, generator=generator) < 0.7 if with_mask else None
+    center, scale, shift, a, b, pad = torch.randn(6, c, generator=generator)
+    return x, g, mask, center, scale, shift, a, b, pad, groups
+
+
+def run_passes(passes, x, g, mask, center, scale, shift, a, b, pad, groups):
+    """What each pass gives, by name."""
+    y, squares = passes.forward(x, mask, center, scale, shift, groups, EPS, True)
+    plain, nothing = passes.forward(x, mask, None, scale, shift, groups, EPS, False)
+    dx, sums = passes.backward(g, x, mask, center, a, b, shift, pad, groups, EPS, True)
+    alone, none = passes.backward(g, x, mask, None, a, b, None, pad, groups, EPS, False)
+    assert nothing is None
+    assert none is None
+    moments = passes.moments(x, mask)
+    return {
+        "y": y,
+        "y alone": plain,
+        "squares": squares,
+        "squares alone": passes.squares(x, mask, groups, EPS),
+        "dx": dx,
+        "dx alone": alone,
+        "sums": sums,
+        "sums alone": passes.sums(g, x, mask, center, groups, EPS),
+        "count": moments.count.reshape(1),
+        "mean": moments.mean,
+        "m2": moments.m2,
+    }
+
+
+def compare(passes, case):
+    x, dtype = case[0], case[0].dtype
+    found = run_passes(passes, *case)
+    expected = run_passes(
+        TorchPasses, *(v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in case)
+    )
+    for name, value in found.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        assert value.dtype == (dtype if name.startswith(("y", "dx")) else wide), name
+        assert value.shape == expected[name].shape, name
+        # Sums of terms that cancel are as exact as the terms are large.
+        terms = max(1.0, len(x) ** 0.5) if "sums" in name or name == "mean" else 1.0
+        tolerance = TOLERANCES[dtype] if name.startswith(("y", "dx")) else TOLERANCES[wide]
+        assert error(value, expected[name]) <= 4 * terms * tolerance, name
+
+
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "c", "groups"), [(1, 5, 0), (300, 128, 2), (300, 96, 3), (257, 130, 0), (700, 768, 12)])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_each_pass_is_that_of_pytorch(passes, dtype, n, c, groups, with_mask):
+    if passes is CpuPasses and dtype not in passes.dtypes:
+        pytest.skip("no path for this dtype")
+    compare(passes, make_case(n, c, groups, dtype, with_mask, seed=n))
+
+
+@given(
+    n=st.integers(1, 150),
+    width=st.integers(2, 70),  # of one channel, all that a group leaves is rounding
+    groups=st.integers(0, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    with_mask=st.booleans(),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_number_of_threads(n, width, groups, dtype, with_mask, threads, seed):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for passes in (CpuPasses, SlabPasses):
+            compare(passes, make_case(n, width * max(groups, 1), groups, dtype, with_mask, seed))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses])
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("dirt", [float("nan"), float("inf"), -1e30])
+def test_what_stands_at_a_pad_counts_as_zero(passes, groups, dirt):
+    case = list(make_case(200, 8, groups, torch.float32, True, seed=0))
+    x, mask = case[0], case[2]
+    clean = run_passes(passes, *case[:1], *case[1:])
+    pads = (~mask).nonzero().flatten()
+    dirty, zeroed = x.clone(), x.clone()
+    dirty[pads[::2], 3], zeroed[pads[::2], 3] = dirt, 0
+    found = run_passes(passes, dirty, *case[1:])
+    expected = run_passes(
+        TorchPasses,
+        zeroed.double(),
+        *(v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in case[1:]),
+    )
+    for name, value in found.items():
+        if name.startswith("dx"):
+            assert (value[pads[::2], 3] == 0).all()
+            expected[name][pads[::2], 3] = 0
+        assert error(value, expected[name]) < 1e-4, name
+        if name in ("mean", "m2", "squares"):
+            assert torch.equal(value, clean[name]), name
+
+
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses])
+def test_no_real_token_and_no_cancellation(passes):
+    x = torch.randn(500, 6) + 1e4
+    moments = passes.moments(x, torch.zeros(500, dtype=torch.bool))
+    assert not any(value.any() for value in moments)
+    # Of E[x²] − E[x]² in float32 nothing would be left here.
+    assert error(passes.moments(x, None).var, x.double().var(0, correction=0)) < 1e-3
+    assert not passes.squares(x, torch.zeros(500, dtype=torch.bool), 0, EPS).any()
+
+
+def test_results_do_not_vary():
+    case = make_case(1000, 64, 0, torch.float32, True, seed=1)
+    first, second = run_passes(CpuPasses, *case), run_passes(CpuPasses, *case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tokens_need_not_be_contiguous():
+    case = list(make_case(60, 16, 0, torch.float32, True, seed=2))
+    strided = list(case)
+    strided[0], strided[1] = case[0].t().contiguous().t(), case[1].t().contiguous().t()
+    strided[2] = case[2].repeat_interleave(2)[::2]
+    for passes in (CpuPasses, SlabPasses):
+        found, expected = run_passes(passes, *strided), run_passes(passes, *case)
+        assert all(error(found[name], expected[name]) < 1e-5 for name in found)
+
+
+NORMS = {
+    "batchnorm": lambda c: BatchNorm(c),
+    "rbn": lambda c: RegularizedBatchNorm(c),
+    "pnv": lambda c: PowerNormV(c),
+    "powernorm": lambda c: PowerNorm(c, group_scaling=False),
+    "powernorm-batch": lambda c: PowerNorm(c, group_scaling=False, grad_scale="batch"),
+    "powernorm-groups": lambda c: PowerNorm(c, num_groups=4),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_training_is_the_same_on_every_path(name, dtype, warmup_steps):
+    def train(paths, dtype):
+        PATHS.clear()
+        PATHS.update(paths)
+        torch.manual_seed(0)
+        norm = NORMS[name](64).to(dtype)
+        norm.warmup_steps = warmup_steps
+        values = []
+        for _ in range(3):
+            x, g = (torch.randn(4, 9, 64) * 2 + 1).to(dtype), torch.randn(4, 9, 64).to(dtype)
+            mask = torch.rand(4, 9) < 0.7
+            x.requires_grad_()
+            y = norm(x, mask)
+            penalty = norm.penalty() if name == "rbn" else 0.0
+            norm.zero_grad()
+            ((y * g).sum() + penalty).backward()
+            values += [y, x.grad, norm.weight.grad.clone(), norm.bias.grad.clone(), *map(torch.clone, norm.buffers())]
+        return values
+
+    reference = train({}, torch.float64)
+    own_error = 4 * max(map(error_of_rows, train({}, dtype), reference))
+    for passes in (CpuPasses, SlabPasses):
+        values = train({"cpu": lambda x, passes=passes: passes}, dtype)
+        for value, expected in zip(values, reference, strict=True):
+            assert error_of_rows(value, expected) <= max(own_error, TOLERANCES[dtype])
+
+
+def error_of_rows(found, expected):
+    return error(found.reshape(1, -1), expected.reshape(1, -1))
+
+
+def test_what_takes_which_path(monkeypatch):
+    x = torch.ones(2, 4)
+    use_kernels("auto")
+    with torch.no_grad():
+        assert passes_for(x) is CpuPasses
+        assert passes_for(x.bfloat16()) is CpuPasses
+        assert passes_for(x.double()) is SlabPasses
+        assert passes_for(torch.ones(0, 4)) is TorchPasses
+        assert passes_for(torch.ones(2, 4, device="meta")) is TorchPasses
+        assert passes_for(x.int()) is TorchPasses
+    assert passes_for(x) is TorchPasses  # a second derivative goes through what is done here
+    use_kernels("none")
+    with torch.no_grad():
+        assert passes_for(x) is SlabPasses
+    with pytest.raises(ValueError, match="auto, all, none"):
+        use_kernels("fast")
+
+
+def test_without_a_compiler_pytorch_takes_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler in ("/nowhere/g++", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        cpu.load_library.cache_clear()
+        kernels._load.cache_clear()
+        use_kernels("auto")
+        with torch.no_grad():
+            assert passes_for(torch.ones(2, 4)) is SlabPasses
+        BatchNorm(4)(torch.randn(3, 5, 4))
+    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.undo()
+    cpu.load_library.cache_clear()
+    kernels._load.cache_clear()
+    use_kernels("auto")
+
+
+def test_the_library_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.load_library.cache_clear()
+    cpu.load_library()
+    (built,) = tmp_path.rglob("*.so")
+    assert [path.name for path in built.parent.iterdir()] == [built.name]
+    before = built.stat().st_mtime_ns
+    cpu.load_library.cache_clear()
+    cpu.load_library()
+    assert built.stat().st_mtime_ns == before
+    monkeypatch.undo()
+    cpu.load_library.cache_clear()
