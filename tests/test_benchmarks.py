@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Pytho
 import conversion  # noqa: E402
 import finetuning  # noqa: E402
 import inference  # noqa: E402
+import norms  # noqa: E402
 import training  # noqa: E402
 
 
@@ -195,3 +196,21 @@ def test_synchronization_is_measured_on_two_processes(tmp_path):
     sizes = ["--hidden_size=64", "--layers=1", "--batch_size=4", "--length=8", "--pairs=3"]
     run_command(*TORCHRUN, "benchmarks/training.py", "--compare=synchronization", f"--output_file={output}", *sizes)
     assert json.loads(output.read_text())["processes"] == 2
+
+
+def test_norms_against_layer_norm(tmp_path, capsys):
+    options = ["--channels", "64", "--tokens", "128", "--pairs", "3", "--peers", "ln=torch.nn:LayerNorm"]
+    output = tmp_path / "norms.json"
+    norms.main([*options, "--output_file", str(output), "--dtypes", "float32", "--memory", "false"])
+    result = json.loads(output.read_text())
+    assert [row["norm"] for row in result["rows"]] == [*norms.NORMS, *norms.PEERS, "ln"]
+    for row in result["rows"]:
+        assert 0 < row["interval"][0] <= row["ratio"] <= row["interval"][1]
+    assert len(capsys.readouterr().out.splitlines()) == len(result["rows"])
+
+    slow = [
+        {**row, "ratio": 9 * row["ratio"], "interval": [9 * end for end in row["interval"]]} for row in result["rows"]
+    ]
+    assert norms.find_slower(result["rows"], result["rows"]) == []
+    assert len(norms.find_slower(slow, result["rows"])) == len(slow)
+    assert norms.find_slower(result["rows"], slow) == []

@@ -136,21 +136,28 @@ void forward(const T* x, const uint8_t* mask, const float* center, const float* 
 
 struct Moments {
   double count = 0;
-  std::vector<float> mean, m2;
+  std::vector<double> mean, m2;
 
-  // Chan, Golub and LeVeque, 1983.
-  void merge(double n, const float* other_mean, const float* other_m2) {
-    if (n == 0) return;
-    const float share = float(n / (count + n)), between = float(count * n / (count + n));
-    const int64_t c = mean.size();
-    float *__restrict to_mean = mean.data(), *__restrict to_m2 = m2.data();
-#pragma omp simd
-    for (int64_t j = 0; j < c; ++j) {
-      const float delta = other_mean[j] - to_mean[j];
-      to_mean[j] += delta * share;
-      to_m2[j] += other_m2[j] + delta * delta * between;
+  // With those of n rows, of mean `reference + shift`. Chan, Golub and LeVeque, 1983.
+  void merge(double n, const float* reference, const float* shift, const float* squares) {
+    const double share = n / (count + n), between = count * n / (count + n);
+    for (size_t j = 0; j < mean.size(); ++j) {
+      const double delta = double(reference[j]) + shift[j] - mean[j];
+      mean[j] += delta * share;
+      m2[j] += squares[j] + delta * delta * between;
     }
     count += n;
+  }
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const double share = other.count / (count + other.count), between = count * share;
+    for (size_t j = 0; j < mean.size(); ++j) {
+      const double delta = other.mean[j] - mean[j];
+      mean[j] += delta * share;
+      m2[j] += other.m2[j] + delta * delta * between;
+    }
+    count += other.count;
   }
 };
 
@@ -162,25 +169,29 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
   const int64_t size = std::max<int64_t>(R, std::min<int64_t>(kBlock, 32768 / c / R * R));
   std::vector<Moments> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
-    std::vector<float> sum(c), squares(c);
+    std::vector<float> reference(c), shift(c), squares(c);
     std::vector<const T*> rows(size);
     parts[t].mean.assign(c, 0), parts[t].m2.assign(c, 0);
     auto add = [&](auto R, const T* const* x) {
-      float* __restrict to = sum.data();
+      const float* of = reference.data();
+      float* to = shift.data();
 #pragma omp simd
       for (int64_t j = 0; j < c; ++j) {
         float total = 0;
-        for (int r = 0; r < R; ++r) total += load(x[r][j]);
+        for (int r = 0; r < R; ++r) total += load(x[r][j]) - of[j];
         to[j] += total;
       }
     };
     auto add_squares = [&](auto R, const T* const* x) {
-      const float* mean = sum.data();
-      float* __restrict to = squares.data();
+      const float *of = reference.data(), *mean = shift.data();
+      float* to = squares.data();
 #pragma omp simd
       for (int64_t j = 0; j < c; ++j) {
         float total = 0;
-        for (int r = 0; r < R; ++r) total += (load(x[r][j]) - mean[j]) * (load(x[r][j]) - mean[j]);
+        for (int r = 0; r < R; ++r) {
+          const float deviation = load(x[r][j]) - of[j] - mean[j];
+          total += deviation * deviation;
+        }
         to[j] += total;
       }
     };
@@ -193,16 +204,18 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
     for (int64_t row = begin; row < end; ++row) {
       if (!mask || mask[row]) rows[reals++] = x + row * c;
       if (reals == 0 || (reals < size && row < end - 1)) continue;
-      std::fill(sum.begin(), sum.end(), 0.0f), std::fill(squares.begin(), squares.end(), 0.0f);
+      // About one of the rows: a mean far from zero would cost the digits of its sum.
+      for (int64_t j = 0; j < c; ++j) reference[j] = load(rows[0][j]);
+      std::fill(shift.begin(), shift.end(), 0.0f), std::fill(squares.begin(), squares.end(), 0.0f);
       in_batches(reals, add);
-      for (int64_t j = 0; j < c; ++j) sum[j] /= reals;
+      for (int64_t j = 0; j < c; ++j) shift[j] /= reals;
       in_batches(reals, add_squares);
-      parts[t].merge(reals, sum.data(), squares.data());
+      parts[t].merge(reals, reference.data(), shift.data(), squares.data());
       reals = 0;
     }
   });
   Moments& all = parts[0];
-  for (int t = 1; t < threads; ++t) all.merge(parts[t].count, parts[t].mean.data(), parts[t].m2.data());
+  for (int t = 1; t < threads; ++t) all.merge(parts[t]);
   *count = float(all.count);
   std::copy(all.mean.begin(), all.mean.end(), mean), std::copy(all.m2.begin(), all.m2.end(), m2);
 }

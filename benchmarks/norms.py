@@ -1,0 +1,197 @@
+"""
+Time and memory of single norms in training, forward and backward, against nn.LayerNorm.
+
+    python benchmarks/norms.py
+    python benchmarks/norms.py --device cuda --kernels all --dtypes bfloat16 --tokens 16384 --channels 1024
+    python benchmarks/norms.py --peers liger=liger_kernel.transformers:LigerLayerNorm
+
+A quarter of the tokens is padding, statistics update, and the penalty of RBN is taken. Norm and LayerNorm take turns,
+ABBA, in one process: what counts is the median ratio of times within a pair. Batch norms of PyTorch know no mask.
+"""
+
+import importlib
+import json
+import multiprocessing
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from inference import median_with_interval
+from torch import nn
+from tqdm.auto import trange
+from transformers import HfArgumentParser
+
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, use_kernels
+from hf_normswap.results import describe_environment
+
+
+HEAD = 64  # channels of a group of PowerNorm
+ROWS = 32  # sequences of a batch
+
+
+class DynamicTanh(nn.Module):
+    """Zhu et al., 2025: γ tanh(αx) + β."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha * x))
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """That of PyTorch over all positions."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+NORMS = {
+    "powernorm": lambda c: PowerNorm(c, group_scaling=False),
+    "powernorm, group scaling": lambda c: PowerNorm(c, num_groups=c // HEAD),
+    "batchnorm": BatchNorm,
+    "rbn": RegularizedBatchNorm,
+    "pnv": PowerNormV,
+    "rmsnorm": RMSNorm,
+}
+PEERS = {"nn.BatchNorm1d": TokenBatchNorm, "nn.RMSNorm": nn.RMSNorm, "dyt": DynamicTanh}
+
+
+@dataclass
+class Arguments:
+    output_file: str = field(default="outputs/norms.json", metadata={"help": "Where the figures go."})
+    norms: list[str] = field(default_factory=lambda: [*NORMS, *PEERS], metadata={"help": "What to measure."})
+    peers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further norms, NAME=MODULE:CLASS, made of a number of channels and called with tokens."},
+    )
+    kernels: str = field(default="auto", metadata={"help": "auto, all or none, see use_kernels."})
+    channels: list[int] = field(default_factory=lambda: [768, 1024], metadata={"help": "Channels."})
+    tokens: list[int] = field(default_factory=lambda: [4096, 16384], metadata={"help": "Tokens, pads among them."})
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "Of the tokens."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    pairs: int = field(default=30, metadata={"help": "Pairs of steps."})
+    forward_only: bool = field(default=False, metadata={"help": "Leave out the backward."})
+    memory: bool = field(default=True, metadata={"help": "Whether to measure peak memory too."})
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Earlier figures; where a ratio has become larger than all of its interval by a tenth, fail."
+        },
+    )
+
+
+def make_step(name, channels, tokens, dtype, args):
+    """A function that runs a norm forward, and backward if asked for."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    if name in NORMS:
+        make = NORMS[name]
+    else:
+        make = PEERS.get(name, nn.LayerNorm)
+        for peer in args.peers:
+            label, _, home = peer.partition("=")
+            if label == name:
+                module, _, attribute = home.partition(":")
+                make = getattr(importlib.import_module(module), attribute)
+    norm = make(channels).to(args.device, dtype).train()
+    x = torch.randn(ROWS, tokens // ROWS, channels, device=args.device, dtype=dtype)
+    upstream = torch.randn_like(x)
+    lengths = torch.linspace(0.5, 1.0, ROWS, device=args.device)[:, None] * x.shape[1]
+    masks = [torch.arange(x.shape[1], device=args.device) < lengths] if name in NORMS else []
+
+    def step():
+        tokens = x.detach().requires_grad_(not args.forward_only)
+        y = norm(tokens, *masks)
+        penalty = [norm.penalty()] if isinstance(norm, RegularizedBatchNorm) else []
+        if not args.forward_only:
+            torch.autograd.backward([y, *penalty], [upstream, *map(torch.ones_like, penalty)])
+        norm.zero_grad()
+
+    return step
+
+
+def measure(name, case, args):
+    """Seconds of a norm and of LayerNorm, each of shape `(pairs,)`."""
+    steps = [make_step(kind, *case, args) for kind in (name, "nn.LayerNorm")]
+    seconds = ([], [])
+    for _ in range(3):
+        for step in steps:
+            step()
+    for index in trange(args.pairs, desc=f"{name} {case}", leave=False):
+        for which in (0, 1) if index % 2 else (1, 0):
+            wait(args)
+            start = time.perf_counter()
+            steps[which]()
+            wait(args)
+            seconds[which].append(time.perf_counter() - start)
+    return [torch.tensor(values, dtype=torch.float64) for values in seconds]
+
+
+def wait(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(name, case, args):
+    """Bytes that the first steps of a new process need at most: of the device, or of the process on a CPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, case, args))
+
+
+def _peak_memory(name, case, args):
+    use_kernels(args.kernels)
+    torch.set_num_threads(1)
+    step = make_step(name, *case, args)
+    for _ in range(3):
+        step()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    use_kernels(args.kernels)
+    rows = []
+    for case in [(c, n, dtype) for dtype in args.dtypes for c in args.channels for n in args.tokens]:
+        channels, tokens, dtype = case
+        baseline = peak_memory("nn.LayerNorm", case, args) if args.memory else None
+        for name in [*args.norms, *(peer.partition("=")[0] for peer in args.peers)]:
+            ours, layer_norm = measure(name, case, args)
+            ratio, low, high = median_with_interval((ours / layer_norm).numpy())
+            row = {"norm": name, "channels": channels, "tokens": tokens, "dtype": dtype, "ratio": ratio}
+            row |= {"interval": [low, high], "layernorm_milliseconds": 1e3 * layer_norm.median().item()}
+            if args.memory:
+                row["memory_ratio"] = peak_memory(name, case, args) / baseline
+            rows.append(row)
+            said = f"{name:24} {tokens:6} x {channels:4} {dtype:8} {ratio:.3f} [{low:.3f}, {high:.3f}]"
+            print(said + (f"  memory {row['memory_ratio']:.3f}" if args.memory else ""), flush=True)
+    arguments = {name: value for name, value in vars(args).items() if name != "output_file"}
+    result = {"arguments": arguments, "threads": torch.get_num_threads(), "rows": rows, **describe_environment()}
+    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output_file).write_text(json.dumps(result, indent=2), encoding="utf-8")
+    if args.baseline:
+        earlier = json.loads(Path(args.baseline).read_text(encoding="utf-8"))["rows"]
+        if slower := find_slower(rows, earlier):
+            raise SystemExit("\n".join(["Slower than before, against LayerNorm:", *slower]))
+
+
+def find_slower(rows, earlier):
+    """Cases whose whole interval lies more than a tenth above that of the earlier figures."""
+    case = ("norm", "channels", "tokens", "dtype")
+    before = {tuple(row[key] for key in case): row for row in earlier}
+    found = []
+    for row in rows:
+        old = before.get(tuple(row[key] for key in case))
+        if old and row["interval"][0] > 1.1 * old["interval"][1]:
+            found.append(" ".join(str(row[key]) for key in case) + f": {row['ratio']:.3f}, was {old['ratio']:.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
