@@ -31,6 +31,7 @@ def plain_pytorch(monkeypatch):
     from hf_normswap.modeling import paths
 
     monkeypatch.setattr(paths, "PATHS", {})
+    monkeypatch.setattr(paths, "COMPILED", {})
 
 
 @pytest.fixture

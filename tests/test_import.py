@@ -35,6 +35,7 @@ print(type(config).__name__, "transformers.models.gpt2.modeling_gpt2" in sys.mod
         "hf_normswap",
         "hf_normswap.auto",
         "hf_normswap.kernels",
+        "hf_normswap.kernels.ops",
         "hf_normswap.modeling",
         *(
             f"hf_normswap.modeling.{name}"

@@ -10,8 +10,10 @@ import importlib
 import torch
 from transformers.utils import logging
 
-from hf_normswap.modeling.paths import PATHS
+from hf_normswap.modeling.paths import COMPILED, PATHS
 from hf_normswap.modeling.slabs import SlabPasses
+
+from .ops import OpPasses
 
 
 logger = logging.get_logger(__name__)
@@ -45,11 +47,11 @@ def use_kernels(kernels: str) -> None:
     """
     if kernels not in CHOICES:
         raise ValueError(f"HF_NORMSWAP_KERNELS is {', '.join(CHOICES)}, and cannot be {kernels!r}.")
+    COMPILED.clear()
+    COMPILED.update(dict.fromkeys(CHOICES[kernels], OpPasses))
     PATHS.clear()
     for device in _HOMES:
-        PATHS[device] = functools.partial(
-            _find, device if device in CHOICES[kernels] else None, _IN_PYTORCH.get(device)
-        )
+        PATHS[device] = functools.partial(_find, device if device in COMPILED else None, _IN_PYTORCH.get(device))
 
 
 def _find(device: str | None, otherwise: type | None, x: torch.Tensor) -> type | None:

@@ -157,7 +157,7 @@ class BatchStatisticNorm(Norm):
         self._register_pending("pending", dtype, device)
         self.deferred = self.frozen = False
         self.process_group = None
-        self.statistics: Statistics | None = None
+        self.statistics = None
 
     def _register_pending(self, name, dtype, device):
         self.register_buffer(
@@ -186,10 +186,25 @@ class BatchStatisticNorm(Norm):
 
     def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
         """Keep the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
-        statistics = self.compare(moments, running)  # in both runs: checkpointing wants them to save the same tensors
         if is_first_run:
-            self.statistics = statistics
+            self._observed = moments, running
             self.track(moments)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Those of the last training forward and the running ones from before it, `None` where there was none.
+
+        Compared here and not in the forward: what a block that is checkpointed saves for the penalty would be asked
+        for first in the backward, before FSDP has gathered the block's weights.
+        """
+        if self._observed is not None and not isinstance(self._observed, Statistics):
+            with torch.enable_grad():
+                self._observed = self.compare(*self._observed)
+        return self._observed
+
+    @statistics.setter
+    def statistics(self, value: Statistics | None) -> None:
+        self._observed = value
 
     def track(self, moments: Moments) -> None:
         """Take the batch into the running values: at once, or pooled while `deferred`."""
@@ -224,7 +239,7 @@ class BatchStatisticNorm(Norm):
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
-        return {**self.__dict__, "statistics": None, "process_group": None}
+        return {**self.__dict__, "_observed": None, "process_group": None}
 
 
 class PowerStatisticNorm(BatchStatisticNorm):

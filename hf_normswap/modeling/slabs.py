@@ -22,10 +22,11 @@ class SlabPasses:
     def moments(x, mask):
         parts = []
         for _, values, real, _ in _slabs(x, mask):
-            count, first = real.sum(), values[0].nan_to_num(0, 0, 0)
-            deviations = values - first  # a mean far from zero would cost the digits of its sum
+            # About a real token: a mean far from zero would cost the digits of its sum.
+            count, reference = real.sum(), values[real.argmax()]
+            deviations = values - reference
             shift = real @ deviations / count.clamp(min=1)
-            parts.append(Moments(count, first + shift, real @ deviations.sub_(shift).square_()))
+            parts.append(Moments(count, reference + shift, real @ deviations.sub_(shift).square_()))
         return merge_moments(Moments(*map(torch.stack, zip(*parts))))
 
     @staticmethod

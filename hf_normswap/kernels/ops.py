@@ -1,0 +1,124 @@
+"""The passes of batch norms as operators of PyTorch: opaque to `torch.compile` and `torch.export`, one node each."""
+
+import torch
+
+from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.paths import passes_for
+
+
+class OpPasses:
+    """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one operator."""
+
+    @staticmethod
+    def moments(x, mask):
+        return Moments(*torch.ops.hf_normswap.passes_moments(x, mask))
+
+    @staticmethod
+    def squares(x, mask, groups, eps):
+        return torch.ops.hf_normswap.passes_squares(x, mask, groups, eps)
+
+    @staticmethod
+    def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
+        y, squares = torch.ops.hf_normswap.passes_forward(x, mask, center, scale, shift, groups, eps, wants_squares)
+        return y, squares if wants_squares else None
+
+    @staticmethod
+    def sums(g, x, mask, center, groups, eps):
+        return torch.ops.hf_normswap.passes_sums(g, x, mask, center, groups, eps)
+
+    @staticmethod
+    def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
+        dx, sums = torch.ops.hf_normswap.passes_backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums)
+        return dx, sums if wants_sums else None
+
+
+def _passes(x: torch.Tensor) -> type:
+    with torch.no_grad():  # an operator is not differentiated
+        return passes_for(x)
+
+
+def _like_tokens(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _statistic(x, *shape):
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _finish(
+    x: torch.Tensor, tokens: torch.Tensor, statistic: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the fakes promise, whatever the passes return: no `None`, contiguous tokens, and the dtypes of `x`."""
+    none = _statistic(x, 0)
+    return tokens.contiguous(), none if statistic is None else statistic.to(none.dtype)
+
+
+if not hasattr(torch.ops.hf_normswap, "passes_forward"):  # the file may be imported twice
+
+    @torch.library.custom_op("hf_normswap::passes_moments", mutates_args=())
+    def _moments(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(_passes(x).moments(x, mask))
+
+    @_moments.register_fake
+    def _(x, mask):
+        return _statistic(x), _statistic(x, x.shape[-1]), _statistic(x, x.shape[-1])
+
+    @torch.library.custom_op("hf_normswap::passes_squares", mutates_args=())
+    def _squares(x: torch.Tensor, mask: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:
+        return _passes(x).squares(x, mask, groups, eps)
+
+    @_squares.register_fake
+    def _(x, mask, groups, eps):
+        return _statistic(x, x.shape[-1])
+
+    @torch.library.custom_op("hf_normswap::passes_forward", mutates_args=())
+    def _forward(
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        center: torch.Tensor | None,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        groups: int,
+        eps: float,
+        wants_squares: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _finish(x, *_passes(x).forward(x, mask, center, scale, shift, groups, eps, wants_squares))
+
+    @_forward.register_fake
+    def _(x, mask, center, scale, shift, groups, eps, wants_squares):
+        return _like_tokens(x), _statistic(x, x.shape[-1] if wants_squares else 0)
+
+    @torch.library.custom_op("hf_normswap::passes_sums", mutates_args=())
+    def _sums(
+        g: torch.Tensor,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        center: torch.Tensor | None,
+        groups: int,
+        eps: float,
+    ) -> torch.Tensor:
+        return _passes(x).sums(g, x, mask, center, groups, eps).to(_statistic(x, 0).dtype)
+
+    @_sums.register_fake
+    def _(g, x, mask, center, groups, eps):
+        return _statistic(x, 4, x.shape[-1])
+
+    @torch.library.custom_op("hf_normswap::passes_backward", mutates_args=())
+    def _backward(
+        g: torch.Tensor,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        center: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        shift: torch.Tensor | None,
+        pad: torch.Tensor,
+        groups: int,
+        eps: float,
+        wants_sums: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _finish(x, *_passes(x).backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums))
+
+    @_backward.register_fake
+    def _(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
+        return _like_tokens(x), _statistic(x, *((4, x.shape[-1]) if wants_sums else (0,)))
