@@ -82,7 +82,7 @@ def render_card(
     description: str | None = None,
     limits: str | None = None,
     license: str | None = None,
-    language: str | None = "en",
+    language: str | list[str] | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
     """
@@ -105,8 +105,8 @@ def render_card(
             What it must not be used for, in Markdown, ahead of what holds for all models with swapped norms.
         license (`str`, *optional*):
             License of the weights.
-        language (`str`, *optional*, defaults to `"en"`):
-            Language of the text.
+        language (`str` or list of `str`, *optional*):
+            Languages of the text, as in `"en"`.
         base_model (`str`, *optional*):
             Id on the Hub of the model that it was trained from, where the results name a folder.
 
@@ -200,7 +200,7 @@ def render_card(
         seeds=", ".join(str(run["seed"]) for run in runs),
         discrepancies=_discrepancies(runs),
         arguments={name: value if isinstance(value, str) else json.dumps(value) for name, value in recipe.items()},
-        commands=list(dict.fromkeys(run["command"] for run in runs if "command" in run)),
+        commands=list(dict.fromkeys(_without_places(run["command"]) for run in runs if "command" in run)),
         citation=_CITATIONS.get(norm),
     )
 
@@ -232,7 +232,7 @@ def card_of_model(
     if record is None:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     entries = sorted(record["norms"], key=lambda entry: len(entry["modules"]))
-    norm = entries[-1]["norm"] if entries else "layernorm"
+    norm = entries[-1]["norm"] if entries else "norm-free" if record.get("folded") else "layernorm"
     base = model.name_or_path or f"{family_of(model.config.model_type)} from scratch"
     run = {"task": None, "model": base, "norm": norm, "norm_swap": record, "seed": None, "metrics": {}}
     auto_classes = [name for name, head in auto_heads(type(model.config)).items() if head == type(model).__name__]
@@ -274,6 +274,11 @@ def _describe_places(modules: list[str]) -> str:
     """`a.0.b, a.1.b` → "2 × `a.*.b`"."""
     counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in modules)
     return ", ".join(f"{count} × `{place}`" for place, count in counts.items())
+
+
+def _without_places(command: str) -> str:
+    """A command with the names of files and folders in place of where they lie on somebody's disk."""
+    return re.sub(r"(?<![^\s=])[/~][^\s]*/([^\s/]+)", r"\1", command)
 
 
 def _options(entry: dict) -> dict[str, Any]:

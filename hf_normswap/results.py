@@ -104,7 +104,8 @@ def load_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list
             raise FileNotFoundError(f"{path} does not exist: pass the files or folders that the recipes wrote.")
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             content = _parse(file)
-            if file == path or (isinstance(content, dict) and "format_version" in content):
+            is_result = isinstance(content, dict) and "format_version" in content and content.keys() & _REQUIRED.keys()
+            if file == path or is_result:
                 results[file] = _check(content, file)
     if not results:
         raise FileNotFoundError(f"There is no result in {', '.join(map(str, paths))}: run a recipe first.")

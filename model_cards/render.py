@@ -101,6 +101,7 @@ FIRST_RUN = {
     "model_id": "first_run/powernorm",
     "title": "The model of the first run",
     "license": "apache-2.0",
+    "language": "en",
     "description": (
         "`recipes/first_run.py` trains it from scratch, to tell which topic of the Python language reference a "
         "sentence is from. The saved weights are those of the first seed."

@@ -4,7 +4,6 @@
 // coefficients: float32. With groups > 0, z is x divided by the root mean square of each group of channels of its
 // token, else z is x. A pad may hold anything: what has no finite sum of squares counts as zero there.
 // Rows are divided among the threads in order and partial results merged in order: no result varies from run to run.
-// A pass that follows one over the same rows goes through them backwards, from those that are still in the cache.
 
 #include <algorithm>
 #include <cmath>
@@ -116,8 +115,7 @@ void forward(const T* x, const uint8_t* mask, const float* center, const float* 
     std::vector<T> cleaned(c);
     if (squares) parts[t].assign(c, 0);
     const auto grouped = groups && c / groups == kHead ? forward_grouped<kHead, T> : forward_grouped<0, T>;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = squares ? i : begin + end - 1 - i;
+    for (int64_t row = begin; row < end; ++row) {
       const T* from = x + row * c;
       T* to = y ? y + row * c : nullptr;
       const bool is_real = !mask || mask[row];
@@ -125,7 +123,7 @@ void forward(const T* x, const uint8_t* mask, const float* center, const float* 
       float* sums = squares && is_real ? block.data() : nullptr;
       if (groups) grouped(from, to, center, scale, shift, sums, c, groups, eps);
       else forward_row(from, to, center, scale, shift, sums, c);
-      if ((i - begin) % kBlock != kBlock - 1 && i != end - 1) continue;
+      if ((row - begin) % kBlock != kBlock - 1 && row != end - 1) continue;
       for (int64_t j = 0; squares && j < c; ++j) parts[t][j] += block[j], block[j] = 0;
     }
   });
@@ -293,8 +291,7 @@ void backward(const T* g, const T* x, const uint8_t* mask, const Coefficients& k
     std::vector<T> cleaned(c);
     if (sums) parts[t].assign(4 * c, 0);
     const auto grouped = groups && c / groups == kHead ? backward_grouped<kHead, T> : backward_grouped<0, T>;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = sums ? i : begin + end - 1 - i;
+    for (int64_t row = begin; row < end; ++row) {
       const T *gi = g + row * c, *xi = x + row * c;
       T* to = dx ? dx + row * c : nullptr;
       const bool is_real = !mask || mask[row], is_dirty = !is_real && !is_clean(xi, c);
@@ -306,7 +303,7 @@ void backward(const T* g, const T* x, const uint8_t* mask, const Coefficients& k
       else backward_row(gi, xi, to, of_row, to_g, to_gz, c);
       for (int64_t j = 0; is_dirty && to && j < c; ++j)
         if (load(xi[j]) == 0 && load(x[row * c + j]) != 0) store(to + j, 0.0f);
-      if ((i - begin) % kBlock != kBlock - 1 && i != end - 1) continue;
+      if ((row - begin) % kBlock != kBlock - 1 && row != end - 1) continue;
       for (int64_t j = 0; sums && j < 4 * c; ++j) parts[t][j] += block[j], block[j] = 0;
     }
   });

@@ -229,9 +229,7 @@ class BatchStatisticNorm(Norm):
         values = self.batch_values(moments)
         if weight is None:
             weight = self.update_weight()
-        valid = moments.count > 0
-        for value in values.values():
-            valid = valid & value.isfinite().all()
+        valid = (moments.count > 0) & torch.stack([*values.values()]).isfinite().all()
         for name, value in values.items():
             buffer = getattr(self, name)
             buffer.copy_(torch.where(valid, buffer + weight * (value - buffer), buffer))
@@ -271,7 +269,7 @@ class BatchStandardize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, bias, mask, eps, centered, group):
+    def forward(ctx, x, weight, bias, mask, eps, centered, group):  # setup_context costs a tenth of a millisecond
         passes = passes_for(x)
         moments = passes.moments(x, mask) if centered else power_moments(x, mask, passes.squares(x, mask, 0, eps))
         if group is not None:
@@ -280,15 +278,11 @@ class BatchStandardize(torch.autograd.Function):
         shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
         center = moments.mean if centered else None
         y, _ = passes.forward(x, mask, center, weight * inverse, shift, 0, eps, False)
-        return y, *moments
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, mask, ctx.eps, ctx.centered, ctx.group = inputs
-        _, count, mean, m2 = output
+        ctx.eps, ctx.centered, ctx.group = eps, centered, group
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x, weight, mask, count, mean, m2)
+        ctx.mark_non_differentiable(moments.count)
+        ctx.save_for_backward(x, weight, mask, *moments)
+        return y, *moments
 
     @staticmethod
     def backward(ctx, g, g_count, g_mean, g_m2):

@@ -165,32 +165,29 @@ class _PowerNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
+    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
         passes, group = passes_for(x), layer.process_group
         inverse = torch.rsqrt(power + eps)
         shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
         if is_warming_up is None:
             y, squares = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, True)
-            return y, squares.clone(), *power_moments(x, mask, squares)  # torch.compile wants no output twice
-        squares = passes.squares(x, mask, groups, eps)
-        moments = power_moments(x, mask, squares)
-        if group is not None:
-            moments = merge_over_ranks(moments, group)
-        inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + eps), inverse)
-        y, _ = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, False)
-        return y, squares.clone(), *moments
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, mask, power, nu, is_warming_up, update_weight, ctx.groups, ctx.eps, layer = inputs
-        _, squares, *moments = output
+            moments = power_moments(x, mask, squares)
+        else:
+            squares = passes.squares(x, mask, groups, eps)
+            moments = power_moments(x, mask, squares)
+            if group is not None:
+                moments = merge_over_ranks(moments, group)
+            inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + eps), inverse)
+            y, _ = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, False)
+        squares = squares.clone()  # torch.compile wants no output twice
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(squares, *moments)
         ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments)
-        ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
+        ctx.groups, ctx.eps, ctx.grad_scale, ctx.deferred = groups, eps, layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
-        ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
+        ctx.pending, ctx.group = layer.pending_gradient, group
+        return y, squares, *moments
 
     @staticmethod
     @once_differentiable
