@@ -139,7 +139,10 @@ def render_card(
         known = ", ".join(dict.fromkeys(result["norm"] for result in results))
         raise ValueError(f"No result is of the norm {norm!r}, only of {known}: pass the runs of the model's norm.")
     if len(tasks := {(result["task"], result["model"]) for result in results}) > 1:
-        raise ValueError(f"These results are of {len(tasks)} tasks or models: pass those of one to its card.")
+        named = ", ".join(f"{task} with {model}" for task, model in sorted(tasks))
+        raise ValueError(
+            f"These results are of {len(tasks)} tasks or models ({named}): pass those of one to its card."
+        )
     if auto_class not in _PIPELINES:
         raise ValueError(f"auto_class {auto_class!r} is none of {', '.join(_PIPELINES)}: choose one of them.")
 
@@ -181,7 +184,7 @@ def render_card(
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        title=title or f"{run['model']} with {norm}",
+        title=title or f"{run['model']} {'without norms' if norm == 'norm-free' else f'with {norm}'}",
         description=description,
         limits=limits,
         norm=norm,
@@ -230,7 +233,9 @@ def card_of_model(
     """
     record = getattr(model.config, "norm_swap", None)
     if record is None:
-        raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
+        raise ValueError(
+            f"This {type(model).__name__} has no swapped norms: swap them first, with swap_norm or normswap swap."
+        )
     entries = sorted(record["norms"], key=lambda entry: len(entry["modules"]))
     norm = entries[-1]["norm"] if entries else "norm-free" if record.get("folded") else "layernorm"
     base = model.name_or_path or f"{family_of(model.config.model_type)} from scratch"

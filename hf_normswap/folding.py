@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .conversion import check_model
 from .modeling.affine import Affine
@@ -19,7 +20,11 @@ from .modeling.sites import BLOCK_SUBLAYERS, NormSite, find_norms, format_table
 from .modeling.swapped import prepare_swapped, release_swapped
 from .probe import change_checked
 from .residual import embeddings_of, find_tied_head, reader_of_head_norm, readers_of_stack, sublayer_of
+from .statistics import statistic_norms
 from .surgery import share_config
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -95,6 +100,11 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
         reasons = Counter(plan.report.kept.values())
         reasons = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
         raise ValueError(f"No norm can be folded ({reasons or 'none is of this package'}): swap more of them first.")
+    if unseen := [norm for norm in statistic_norms(model) if norm.num_batches_tracked == 0]:
+        logger.warning(
+            f"The running statistics of {len(unseen)} norms are those of a new norm, and are folded as they are: "
+            "calibrate the model, or train it, before."
+        )
     plan.report.error = change_checked(model, plan.apply)
     return plan.report
 

@@ -95,18 +95,19 @@ def push_folder(
         return [CommitOperationAdd(str(path.relative_to(folder).as_posix()), path) for path in files]
 
     api = HfApi(token=token)
-    is_new = False
+    is_new = is_made = False
     try:
         is_new = not _insist(lambda: _exists(api, repo_id))
         url = _insist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        is_made = is_new
         # Not upload_folder, which makes several commits of a large one.
         return _insist(lambda: api.create_commit(url.repo_id, operations(), **commit))
     except HTTPError as error:
-        if is_new:
+        if is_made:
             _withdraw(api, repo_id)
         raise OSError(
             f"{repo_id} could not be pushed ({_reason(error)}), and is as it was before: check the name, your token "
-            "and the connection, and push again."
+            "(hf auth login) and the connection, and push again."
         ) from None  # a traceback of the client could show the request
 
 

@@ -78,11 +78,15 @@ def swap_as_told(model, tokenizer, args, texts):
         if args.placement:
             set_norm_placement(model, args.placement, drop_final=True)
         return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
+    places = {path for entry in recorded["norms"] for path in entry["modules"]}
+    asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
         same_place = args.placement in {None, *(site.placement for site in find_norms(model))}
-        if not same_norm or not same_place or args.where or not args.norm_options.items() <= entry["options"].items():
+        same_options = args.norm_options.items() <= entry["options"].items()
+        if not same_norm or not same_place or not same_options or (args.where and asked != places):
             raise ValueError(
-                f"{args.model_name_or_path} is swapped already, to {entry['norm']}: leave out norm options."
+                f"{args.model_name_or_path} is swapped already, to {entry['norm']} in {len(places)} places: leave out "
+                "norm, norm_options, where and placement, in the configuration too, or give those that it has."
             )
     return model

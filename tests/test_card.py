@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import BertForSequenceClassification
 
-from hf_normswap import fold_norms, set_norm_placement, swap_norm
+from hf_normswap import find_norms, fold_norms, set_norm_placement, swap_norm
 from hf_normswap.card import card_of_model, render_card
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import ROOT
@@ -195,7 +195,11 @@ def test_a_model_without_results_has_a_card_too(family):
     assert card.data.eval_results is None
     assert "rbn" in card.data.tags
     fold_norms(model)
-    assert "norms were folded" in card_of_model(model, "someone/model-rbn").text
+    folded = card_of_model(model, "someone/model-rbn")
+    left = len(find_norms(model))
+    assert ("norms were folded" in folded.text) == (left > 0)
+    assert ("without norms" in folded.text) == ("norm-free" in folded.data.tags) == (left == 0)
+    assert ("What was swapped" in folded.text) == (left > 0)
 
 
 def test_a_card_is_of_a_swapped_model():

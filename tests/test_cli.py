@@ -118,7 +118,8 @@ def test_the_saved_model_is_that_of_python(family, norm, tmp_path, texts, capsys
 
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["R²", "error", "tokens", "sinks", "name"]
-    assert len(table) == 1 + sum(len(entry["modules"]) for entry in model.config.norm_swap["norms"])
+    assert len(table) == 2 + sum(len(entry["modules"]) for entry in model.config.norm_swap["norms"])
+    assert table[-1] == f"saved in {tmp_path / 'made' / 'rbn'}"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["made", "stock", "texts.txt"]
 
 

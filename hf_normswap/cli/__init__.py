@@ -11,6 +11,8 @@ Examples:
 import argparse
 import sys
 
+from hf_normswap import __version__
+
 from . import calibrate, compare, depth, fold, inspect, push, swap, tid
 
 
@@ -50,6 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normswap", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"hf_normswap {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in VERBS:
         summary = (verb.__doc__ or "").partition("\n")[0]

@@ -73,5 +73,6 @@ def run(args: argparse.Namespace) -> None:
         return
     print_table(report.rows())
     print(f"relative error of the outputs: {report.error:.1e}")
+    print(f"saved in {args.output}")
     if onnx:
         print(f"ONNX (opset {onnx.opset}): {onnx.norm_nodes} nodes of norms, relative error {onnx.error:.1e}")

@@ -45,3 +45,4 @@ def run(args: argparse.Namespace) -> None:
         print_json({"output": args.output, "norms": [dict(zip(heading, row)) for row in rows]})
     else:
         print_table([heading, *rows])
+        print(f"saved in {args.output}")

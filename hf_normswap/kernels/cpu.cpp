@@ -13,6 +13,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 struct bfloat16 {
@@ -36,6 +40,16 @@ inline void store(bfloat16* to, float value) {  // to nearest, ties to even
 
 constexpr int64_t kHead = 64;   // the usual size of a group, for which loops are unrolled
 constexpr int64_t kBlock = 64;  // rows whose sums are added up in float32, before they are merged in float64
+
+// A new tensor of this size costs more in page faults than in arithmetic, unless its pages are large.
+inline void ask_for_large_pages(void* start, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096, kLarge = 2 << 20;
+  if (!start || bytes < int64_t(16 * kLarge)) return;
+  const uintptr_t first = (uintptr_t(start) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (uintptr_t(start) + bytes - first) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
 
 template <typename Body>
 void for_each_share(int threads, int64_t n, const Body& body) {
@@ -109,6 +123,7 @@ inline void forward_grouped(const T* x, T* y, const float* center, const float* 
 template <typename T>
 void forward(const T* x, const uint8_t* mask, const float* center, const float* scale, const float* shift, T* y,
              float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  ask_for_large_pages(y, n * c * sizeof(T));
   std::vector<std::vector<double>> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
     std::vector<float> block(squares ? c : 0);
@@ -283,6 +298,7 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
 template <typename T>
 void backward(const T* g, const T* x, const uint8_t* mask, const Coefficients& k, const float* pad, T* dx, float* sums,
               int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  ask_for_large_pages(dx, n * c * sizeof(T));
   const std::vector<float> zeros(c);
   const Coefficients of_pad{k.center, pad, zeros.data(), zeros.data()};
   std::vector<std::vector<double>> parts(threads);

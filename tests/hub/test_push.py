@@ -97,7 +97,9 @@ def test_a_fault_that_stays_leaves_the_hub_as_it_was(status, existing, hub, fold
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("OSError: user/name could not be pushed (")
     assert str(status) in last
-    assert "is as it was before: check the name, your token and the connection, and push again." in last
+    assert (
+        "is as it was before: check the name, your token (hf auth login) and the connection, and push again." in last
+    )
     assert "hf_test" not in done.stdout + done.stderr
     assert hub.repos.keys() == before.keys()
     if existing:
