@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 ATTEMPTS = 5
 WAIT = 1.0  # seconds before the second attempt; each further one waits twice as long
 STALL = 60.0  # seconds without a byte that end an attempt
+# What the client raises; large files travel by a library of its own, with errors of its own.
+FAILURES = (HTTPError, ConnectionError, RuntimeError)
 PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -102,7 +104,7 @@ def push_folder(
         is_made = is_new
         # Not upload_folder, which makes several commits of a large one.
         return _insist(lambda: api.create_commit(url.repo_id, operations(), **commit))
-    except HTTPError as error:
+    except (*FAILURES, OSError) as error:
         if is_made:
             _withdraw(api, repo_id)
         raise OSError(
@@ -128,7 +130,7 @@ def _insist(call: Callable):
         try:
             with _limited_waiting():
                 return call()
-        except HTTPError as error:
+        except FAILURES as error:
             response = getattr(error, "response", None)
             if attempt == ATTEMPTS - 1 or (response is not None and response.status_code not in PASSING):
                 raise
@@ -157,11 +159,11 @@ def _withdraw(api: HfApi, repo_id: str) -> None:
         with _limited_waiting():
             if not [name for name in api.list_repo_files(repo_id) if name != ".gitattributes"]:
                 api.delete_repo(repo_id, missing_ok=True)
-    except HTTPError as error:
+    except FAILURES as error:
         logger.warning(f"{repo_id} is left without files ({_reason(error)}): delete it, or push again.")
 
 
-def _reason(error: HTTPError) -> str:
+def _reason(error: Exception) -> str:
     """One line, without what was sent."""
     if isinstance(error, HfHubHTTPError):
         said = (error.server_message or "").strip().splitlines()

@@ -106,6 +106,13 @@ def test_a_fault_that_stays_leaves_the_hub_as_it_was(status, existing, hub, fold
         assert hub.files("user/name") == {"notes.txt": b"of somebody"}
 
 
+def test_large_files_may_fail_by_a_library_of_their_own(hub, folder):
+    """Xet storage, which this Hub does not have."""
+    done = run_client(hub, f"import os\nos.environ['HF_HUB_DISABLE_XET'] = '0'\n{PUSH}", folder, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("OSError: user/name could not be pushed (")
+    assert not hub.repos
+
+
 def test_a_request_that_stalls_is_sent_again(hub, folder):
     for request in ("GET /api/models/user/name", "POST /api/repos/create", "PUT .*lfs", "POST .*/commit/"):
         hub.slow(request, seconds=60, times=1)
