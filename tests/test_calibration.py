@@ -210,14 +210,14 @@ def test_a_block_without_swapped_norms_is_not_skipped(linears):
 
 def test_an_interruption_leaves_the_norms_in_evaluation(monkeypatch):
     model = swap_norm(stock("bert"), "batchnorm")
-    normalize = BatchNorm.normalize
+    transform = BatchNorm.transform
 
     def interrupt(self, x, mask):
         if self.training:
             raise KeyboardInterrupt
-        return normalize(self, x, mask)
+        return transform(self, x, mask)
 
-    monkeypatch.setattr(BatchNorm, "normalize", interrupt)
+    monkeypatch.setattr(BatchNorm, "transform", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, batches(model))
     assert not any(module.training for module in model.modules())

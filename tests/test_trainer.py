@@ -191,9 +191,16 @@ def test_resume_continues_bit_equal(norm, tmp_path):
 def test_warmup_is_a_share_of_the_run(tmp_path):
     model = swapped("bert", "powernorm")
     args = arguments(tmp_path, max_steps=10, norm_warmup_ratio=0.3)
-    NormSwapTrainer(model=model, args=args, train_dataset=rows("bert", 40)).train()
     norms = [module for module in model.modules() if isinstance(module, PowerNorm)]
-    assert [norm.warmup_steps for norm in norms] == [3] * len(norms)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append({norm.warmup_steps for norm in norms})
+
+    trainer = NormSwapTrainer(model=model, args=args, train_dataset=rows("bert", 40), callbacks=[Watch()])
+    trainer.train()
+    assert seen == [{3}] * 3 + [{0}] * 7
     assert [norm.num_batches_tracked.item() for norm in norms] == [10] * len(norms)
     assert not any(norm.deferred for norm in norms)
 

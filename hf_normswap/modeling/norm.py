@@ -229,7 +229,10 @@ class BatchStatisticNorm(Norm):
         values = self.batch_values(moments)
         if weight is None:
             weight = self.update_weight()
-        valid = (moments.count > 0) & torch.stack([*values.values()]).isfinite().all()
+        valid = moments.count > 0
+        # One by one: with a stack of the values, inductor (torch 2.13) computes other outputs where a graph has several.
+        for value in values.values():
+            valid = valid & value.isfinite().all()
         for name, value in values.items():
             buffer = getattr(self, name)
             buffer.copy_(torch.where(valid, buffer + weight * (value - buffer), buffer))
@@ -269,7 +272,7 @@ class BatchStandardize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, eps, centered, group):  # setup_context costs a tenth of a millisecond
+    def forward(x, weight, bias, mask, eps, centered, group):
         passes = passes_for(x)
         moments = passes.moments(x, mask) if centered else power_moments(x, mask, passes.squares(x, mask, 0, eps))
         if group is not None:
@@ -278,11 +281,15 @@ class BatchStandardize(torch.autograd.Function):
         shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
         center = moments.mean if centered else None
         y, _ = passes.forward(x, mask, center, weight * inverse, shift, 0, eps, False)
-        ctx.eps, ctx.centered, ctx.group = eps, centered, group
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(moments.count)
-        ctx.save_for_backward(x, weight, mask, *moments)
         return y, *moments
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, mask, ctx.eps, ctx.centered, ctx.group = inputs
+        _, count, mean, m2 = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, weight, mask, count, mean, m2)
 
     @staticmethod
     def backward(ctx, g, g_count, g_mean, g_m2):
@@ -306,6 +313,10 @@ class BatchStandardize(torch.autograd.Function):
             b = b + 2 * g_m2
         dx, _ = passes.backward(g, x, mask, center, scale, b, shift, scale, 0, ctx.eps, False)
         return dx, *gradients_of_affine(ctx, sums, inverse, weight), None, None, None, None
+
+
+# `apply` asks for the signature at each call, which takes a tenth of a millisecond to find out.
+BatchStandardize.forward.__signature__ = inspect.signature(BatchStandardize.forward)
 
 
 def power_moments(x: torch.Tensor, mask: torch.Tensor | None, squares: torch.Tensor) -> Moments:

@@ -1,5 +1,7 @@
 """Power normalisation: running quadratic mean in the forward, running gradient statistic in the backward."""
 
+import inspect
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -165,7 +167,7 @@ class _PowerNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
+    def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
         passes, group = passes_for(x), layer.process_group
         inverse = torch.rsqrt(power + eps)
         shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
@@ -179,15 +181,19 @@ class _PowerNormalize(torch.autograd.Function):
                 moments = merge_over_ranks(moments, group)
             inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + eps), inverse)
             y, _ = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, False)
-        squares = squares.clone()  # torch.compile wants no output twice
+        return y, squares.clone(), *moments  # torch.compile wants no output twice
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, mask, power, nu, is_warming_up, update_weight, ctx.groups, ctx.eps, layer = inputs
+        _, squares, *moments = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(squares, *moments)
         ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments)
-        ctx.groups, ctx.eps, ctx.grad_scale, ctx.deferred = groups, eps, layer.grad_scale, layer.deferred
+        ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
-        ctx.pending, ctx.group = layer.pending_gradient, group
-        return y, squares, *moments
+        ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
 
     @staticmethod
     @once_differentiable
@@ -215,6 +221,9 @@ class _PowerNormalize(torch.autograd.Function):
         else:
             _update_nu(ctx.nu, ctx.largest_gamma, gamma_and_lambda, update_weight, ctx.loss_scale)
         return dx, *gradients_of_affine(ctx, sums, inverse, weight), *(None,) * 8
+
+
+_PowerNormalize.forward.__signature__ = inspect.signature(_PowerNormalize.forward)  # see BatchStandardize
 
 
 def _nu_of_batch(ctx, x, mask, products):
