@@ -195,7 +195,7 @@ def test_warmup_is_a_share_of_the_run(tmp_path):
     seen = []
 
     class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             seen.append({norm.warmup_steps for norm in norms})
 
     trainer = NormSwapTrainer(model=model, args=args, train_dataset=rows("bert", 40), callbacks=[Watch()])
