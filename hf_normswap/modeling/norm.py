@@ -230,7 +230,7 @@ class BatchStatisticNorm(Norm):
         if weight is None:
             weight = self.update_weight()
         valid = moments.count > 0
-        # One by one: with a stack of them inductor (torch 2.13) computes other outputs, where a graph has several norms.
+        # One by one: with a stack of them inductor (torch 2.13) computes other outputs, in a graph of several norms.
         for value in values.values():
             valid = valid & value.isfinite().all()
         for name, value in values.items():
