@@ -13,14 +13,13 @@ import importlib
 import json
 import multiprocessing
 import resource
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from inference import median_with_interval
 from torch import nn
-from tqdm.auto import trange
+from training import take_turns
 from transformers import HfArgumentParser
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, use_kernels
@@ -117,24 +116,8 @@ def make_step(name, channels, tokens, dtype, args):
 
 def measure(name, case, args):
     """Seconds of a norm and of LayerNorm, each of shape `(pairs,)`."""
-    steps = [make_step(kind, *case, args) for kind in (name, "nn.LayerNorm")]
-    seconds = ([], [])
-    for _ in range(3):
-        for step in steps:
-            step()
-    for index in trange(args.pairs, desc=f"{name} {case}", leave=False):
-        for which in (0, 1) if index % 2 else (1, 0):
-            wait(args)
-            start = time.perf_counter()
-            steps[which]()
-            wait(args)
-            seconds[which].append(time.perf_counter() - start)
-    return [torch.tensor(values, dtype=torch.float64) for values in seconds]
-
-
-def wait(args):
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    ours, layer_norm = (make_step(kind, *case, args) for kind in (name, "nn.LayerNorm"))
+    return take_turns(ours, layer_norm, args, f"{name} {case}")
 
 
 def peak_memory(name, case, args):

@@ -90,18 +90,22 @@ def measure(args):
         "synchronization": (swapped, lambda: swapped(synchronized=False)),
         "layernorm": (swapped, make_step("layernorm", args) if args.compare == "layernorm" else None),
     }[args.compare]
+    return take_turns(first, second, args)
+
+
+def take_turns(first, second, args, description="Pairs"):
+    """Seconds of two kinds of steps that take turns, ABBA, each of shape `(pairs,)`."""
     seconds = ([], [])
-    for _ in range(2):
+    for _ in range(3):
         first(), second()
-    for index in trange(args.pairs, desc="Pairs"):
-        order = (0, 1) if index % 2 else (1, 0)
-        for which in order:
+    for index in trange(args.pairs, desc=description):
+        for which in (0, 1) if index % 2 else (1, 0):
             wait(args)
             start = time.perf_counter()
             (first, second)[which]()
             wait(args)
             seconds[which].append(time.perf_counter() - start)
-    return [torch.tensor(values) for values in seconds]
+    return [torch.tensor(values, dtype=torch.float64) for values in seconds]
 
 
 def wait(args):
