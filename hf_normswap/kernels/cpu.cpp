@@ -1,8 +1,8 @@
 // Passes over the tokens of a batch norm, each one trip through memory; plain functions, called through ctypes.
 //
 // x, y, g, dx: n rows of c channels, float32 or bfloat16. mask: n bytes, 1 at real tokens, or null. Statistics and
-// coefficients: float32. With groups > 0, z is x divided by the root mean square of each group of channels of its
-// token, else z is x. A pad may hold anything: what has no finite sum of squares counts as zero there.
+// coefficients: float32; a null center or shift is zero. With groups > 0, z is x divided by the root mean square of
+// each group of channels of its token, else z is x. A pad may hold anything: what has no finite sum of squares counts as zero there.
 // Rows are divided among the threads in order and partial results merged in order: no result varies from run to run.
 
 #include <algorithm>
@@ -45,7 +45,7 @@ constexpr int64_t kBlock = 64;  // rows whose sums are added up in float32, befo
 inline void ask_for_large_pages(void* start, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096, kLarge = 2 << 20;
-  if (!start || bytes < int64_t(16 * kLarge)) return;
+  if (!start || bytes < int64_t(2 * kLarge)) return;
   const uintptr_t first = (uintptr_t(start) + kPage - 1) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), (uintptr_t(start) + bytes - first) / kPage * kPage, MADV_HUGEPAGE);
 #endif
@@ -124,6 +124,8 @@ template <typename T>
 void forward(const T* x, const uint8_t* mask, const float* center, const float* scale, const float* shift, T* y,
              float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
   ask_for_large_pages(y, n * c * sizeof(T));
+  const std::vector<float> zeros(c);
+  if (!center) center = zeros.data();
   std::vector<std::vector<double>> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
     std::vector<float> block(squares ? c : 0);
@@ -147,6 +149,14 @@ void forward(const T* x, const uint8_t* mask, const float* center, const float* 
     for (const auto& part : parts) total += part[j];
     squares[j] = float(total);
   }
+}
+
+// R rows at a time, where they are only read: so many streams of memory are fetched side by side.
+template <int R, typename Body>
+void in_batches(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + R <= count; i += R) body(std::integral_constant<int, R>(), i);
+  for (; i < count; ++i) body(std::integral_constant<int, 1>(), i);
 }
 
 struct Moments {
@@ -187,7 +197,8 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
     std::vector<float> reference(c), shift(c), squares(c);
     std::vector<const T*> rows(size);
     parts[t].mean.assign(c, 0), parts[t].m2.assign(c, 0);
-    auto add = [&](auto R, const T* const* x) {
+    auto add = [&](auto R, int64_t i) {
+      const T* const* x = &rows[i];
       const float* of = reference.data();
       float* to = shift.data();
 #pragma omp simd
@@ -197,7 +208,8 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
         to[j] += total;
       }
     };
-    auto add_squares = [&](auto R, const T* const* x) {
+    auto add_squares = [&](auto R, int64_t i) {
+      const T* const* x = &rows[i];
       const float *of = reference.data(), *mean = shift.data();
       float* to = squares.data();
 #pragma omp simd
@@ -210,11 +222,6 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
         to[j] += total;
       }
     };
-    auto in_batches = [&](int64_t count, const auto& body) {
-      int64_t i = 0;
-      for (; i + R <= count; i += R) body(std::integral_constant<int, R>(), &rows[i]);
-      for (; i < count; ++i) body(std::integral_constant<int, 1>(), &rows[i]);
-    };
     int64_t reals = 0;
     for (int64_t row = begin; row < end; ++row) {
       if (!mask || mask[row]) rows[reals++] = x + row * c;
@@ -222,9 +229,9 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
       // About one of the rows: a mean far from zero would cost the digits of its sum.
       for (int64_t j = 0; j < c; ++j) reference[j] = load(rows[0][j]);
       std::fill(shift.begin(), shift.end(), 0.0f), std::fill(squares.begin(), squares.end(), 0.0f);
-      in_batches(reals, add);
+      in_batches<R>(reals, add);
       for (int64_t j = 0; j < c; ++j) shift[j] /= reals;
-      in_batches(reals, add_squares);
+      in_batches<R>(reals, add_squares);
       parts[t].merge(reals, reference.data(), shift.data(), squares.data());
       reals = 0;
     }
@@ -239,26 +246,37 @@ struct Coefficients {
   const float *center, *a, *b, *shift;
 };
 
-// dx = a g + b (x - center) + shift of a row, and g and g (x - center) added to the sums; either of them or both.
+// dx = a g + b (x - center) + shift of a row; and g and g (x - center) added to the sums, if wanted.
 template <typename T>
 inline void backward_row(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, int64_t c) {
   const float *center = k.center, *a = k.a, *b = k.b, *shift = k.shift;
-  if (dx && sum_g) {
+  if (sum_g) {
 #pragma omp simd
     for (int64_t j = 0; j < c; ++j) {
       const float gj = load(g[j]), zj = load(x[j]) - center[j];
       store(dx + j, a[j] * gj + (b[j] * zj + shift[j]));
       sum_g[j] += gj, sum_gz[j] += gj * zj;
     }
-  } else if (dx) {
-#pragma omp simd
-    for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]) + (b[j] * (load(x[j]) - center[j]) + shift[j]));
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < c; ++j) {
-      const float gj = load(g[j]);
-      sum_g[j] += gj, sum_gz[j] += gj * (load(x[j]) - center[j]);
+    for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]) + (b[j] * (load(x[j]) - center[j]) + shift[j]));
+  }
+}
+
+// g and g (x - center) of R rows of each, added to the sums.
+template <int R, typename T>
+inline void add_products(const T* const* gs, const T* const* xs, const float* center, float* sum_g, float* sum_gz,
+                         int64_t c) {
+  const T *g[R], *x[R];
+  for (int r = 0; r < R; ++r) g[r] = gs[r], x[r] = xs[r];
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    float total = 0, products = 0;
+    for (int r = 0; r < R; ++r) {
+      const float gj = load(g[r][j]);
+      total += gj, products += gj * (load(x[r][j]) - center[j]);
     }
+    sum_g[j] += total, sum_gz[j] += products;
   }
 }
 
@@ -296,30 +314,45 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
 
 // sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g.
 template <typename T>
-void backward(const T* g, const T* x, const uint8_t* mask, const Coefficients& k, const float* pad, T* dx, float* sums,
+void backward(const T* g, const T* x, const uint8_t* mask, Coefficients k, const float* pad, T* dx, float* sums,
               int64_t n, int64_t c, int64_t groups, float eps, int threads) {
   ask_for_large_pages(dx, n * c * sizeof(T));
   const std::vector<float> zeros(c);
+  if (!k.center) k.center = zeros.data();
+  if (!k.shift) k.shift = zeros.data();
   const Coefficients of_pad{k.center, pad, zeros.data(), zeros.data()};
   std::vector<std::vector<double>> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
     std::vector<float> block(sums ? 4 * c : 0), of_z(groups ? c / groups : 0);
-    std::vector<T> cleaned(c);
+    std::vector<T> cleaned;  // of the dirty pads of a block
     if (sums) parts[t].assign(4 * c, 0);
+    std::vector<const T*> gs[2], xs[2];  // pads and real tokens whose sums are yet to be added
     const auto grouped = groups && c / groups == kHead ? backward_grouped<kHead, T> : backward_grouped<0, T>;
     for (int64_t row = begin; row < end; ++row) {
       const T *gi = g + row * c, *xi = x + row * c;
       T* to = dx ? dx + row * c : nullptr;
       const bool is_real = !mask || mask[row], is_dirty = !is_real && !is_clean(xi, c);
-      if (is_dirty) clean(xi, cleaned.data(), c), xi = cleaned.data();
+      if (is_dirty) {
+        cleaned.resize(kBlock * c);
+        T* instead = cleaned.data() + (row - begin) % kBlock * c;
+        clean(xi, instead, c), xi = instead;
+      }
       float* to_g = sums ? block.data() + (is_real ? 0 : 2 * c) : nullptr;
       float* to_gz = sums ? to_g + c : nullptr;
       const Coefficients& of_row = is_real ? k : of_pad;
       if (groups) grouped(gi, xi, to, of_row, to_g, to_gz, of_z.data(), c, groups, eps);
-      else backward_row(gi, xi, to, of_row, to_g, to_gz, c);
+      else if (to) backward_row(gi, xi, to, of_row, to_g, to_gz, c);
+      else gs[is_real].push_back(gi), xs[is_real].push_back(xi);
       for (int64_t j = 0; is_dirty && to && j < c; ++j)
         if (load(xi[j]) == 0 && load(x[row * c + j]) != 0) store(to + j, 0.0f);
       if ((row - begin) % kBlock != kBlock - 1 && row != end - 1) continue;
+      for (int real = 0; real < 2; ++real) {
+        float* to_real = block.data() + (real ? 0 : 2 * c);
+        in_batches<4>(gs[real].size(), [&](auto R, int64_t i) {
+          add_products<R>(&gs[real][i], &xs[real][i], k.center, to_real, to_real + c, c);
+        });
+        gs[real].clear(), xs[real].clear();
+      }
       for (int64_t j = 0; sums && j < 4 * c; ++j) parts[t][j] += block[j], block[j] = 0;
     }
   });

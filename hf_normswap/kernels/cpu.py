@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.passes import TorchPasses
 
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -78,7 +79,7 @@ def _cache() -> Path:
     return folder
 
 
-class CpuPasses:
+class CpuPasses(TorchPasses):
     """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one trip through memory.
 
     Tokens are float32 or bfloat16, statistics and coefficients float32. Deterministic for a number of threads.
@@ -103,9 +104,9 @@ class CpuPasses:
 
     @staticmethod
     def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
-        x, center, scale, shift = x.contiguous(), _or_zeros(center, x), scale.float(), shift.float()
+        x, scale, shift = x.contiguous(), scale.float(), shift.float()
         y, squares = torch.empty_like(x), _channels(x) if wants_squares else None
-        _call("forward", x, x, _bytes(mask), center, scale, shift, y, squares, *_shape(x), groups, eps)
+        _call("forward", x, x, _bytes(mask), _floats(center), scale, shift, y, squares, *_shape(x), groups, eps)
         return y, squares
 
     @staticmethod
@@ -115,13 +116,12 @@ class CpuPasses:
     @staticmethod
     def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
         dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), _channels(x, 4) if wants_sums else None
-        shift = _or_zeros(shift, x)
         return dx, _backward(g, x, mask, center, a.float(), b.float(), shift, pad.float(), groups, eps, dx, sums)
 
 
 def _backward(g, x, mask, center, a, b, shift, pad, groups, eps, dx, sums):
-    g, x, center = g.contiguous(), x.contiguous(), _or_zeros(center, x)
-    _call("backward", x, g, x, _bytes(mask), center, a, b, shift, pad, dx, sums, *_shape(x), groups, eps)
+    g, x = g.contiguous(), x.contiguous()
+    _call("backward", x, g, x, _bytes(mask), _floats(center), a, b, _floats(shift), pad, dx, sums, *_shape(x), groups, eps)
     return sums
 
 
@@ -143,5 +143,5 @@ def _channels(x, *rows):
     return x.new_empty((*rows, x.shape[-1]), dtype=torch.float32)
 
 
-def _or_zeros(values, x):
-    return torch.zeros(x.shape[-1]) if values is None else values.float().contiguous()
+def _floats(values):
+    return None if values is None else values.float().contiguous()

@@ -3,10 +3,11 @@
 import torch
 
 from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.passes import TorchPasses
 from hf_normswap.modeling.paths import passes_for
 
 
-class OpPasses:
+class OpPasses(TorchPasses):
     """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one operator."""
 
     @staticmethod

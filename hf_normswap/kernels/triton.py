@@ -6,6 +6,7 @@ import torch
 import triton
 
 from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.passes import TorchPasses
 
 from .triton_kernels import ELEMENTS, STAGES, WARPS, backward_kernel, forward_kernel, merge_kernel, moments_kernel
 
@@ -15,7 +16,7 @@ PROGRAMS = 4  # of each multiprocessor: enough to keep the memory busy, so few t
 LEAST_ROWS = 16  # of a program
 
 
-class TritonPasses:
+class TritonPasses(TorchPasses):
     """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one trip through memory.
 
     Tokens are float32, bfloat16 or float16, statistics and coefficients float32. Two calls give the same bits; two

@@ -8,10 +8,9 @@ from torch import nn
 from transformers import initialization as init
 
 from .discrepancy import Statistics
-from .moments import Moments, count_tokens, merge_moments, merge_over_ranks
+from .moments import Moments
 from .options import check_number
 from .paths import passes_for
-from .ranks import sum_over_ranks
 from .recompute import replay_or_record, snapshot
 from .token_mask import current_mask
 
@@ -213,8 +212,7 @@ class BatchStatisticNorm(Norm):
             if not self.deferred:
                 self.update_statistics(moments)
                 return
-            pair = torch.stack([self.pending, moments.pack()])
-            self.pending.copy_(merge_moments(Moments.unpack(pair)).pack())
+            passes_for(self.pending).merge(self.pending, moments)
 
     def update_weight(self) -> float | torch.Tensor:
         """Weight of the batch in the next update."""
@@ -227,16 +225,10 @@ class BatchStatisticNorm(Norm):
         `weight` is that of the batch, [`BatchStatisticNorm.update_weight`] by default; 1 forgets what was before.
         """
         values = self.batch_values(moments)
-        if weight is None:
-            weight = self.update_weight()
-        valid = moments.count > 0
-        # One by one: with a stack of them inductor (torch 2.13) computes other outputs, in a graph of several norms.
-        for value in values.values():
-            valid = valid & value.isfinite().all()
-        for name, value in values.items():
-            buffer = getattr(self, name)
-            buffer.copy_(torch.where(valid, buffer + weight * (value - buffer), buffer))
-        self.num_batches_tracked.add_(valid.to(torch.long))
+        running = [getattr(self, name) for name in values]
+        weight = self.update_weight() if weight is None else weight
+        passes = passes_for(moments.mean)
+        passes.update(running, [*values.values()], self.num_batches_tracked, moments.count, weight)
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
@@ -273,14 +265,7 @@ class BatchStandardize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, mask, eps, centered, group):
-        passes = passes_for(x)
-        moments = passes.moments(x, mask) if centered else power_moments(x, mask, passes.squares(x, mask, 0, eps))
-        if group is not None:
-            moments = merge_over_ranks(moments, group)
-        inverse = torch.rsqrt((moments.var if centered else moments.power) + eps)
-        shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
-        center = moments.mean if centered else None
-        y, _ = passes.forward(x, mask, center, weight * inverse, shift, 0, eps, False)
+        y, moments = passes_for(x).standardize(x, weight, bias, mask, eps, centered, group)
         return y, *moments
 
     @staticmethod
@@ -289,48 +274,18 @@ class BatchStandardize(torch.autograd.Function):
         _, count, mean, m2 = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
+        # Outputs, and nothing computed from them: a second derivative sees that they depend on x.
         ctx.save_for_backward(x, weight, mask, count, mean, m2)
 
     @staticmethod
-    def backward(ctx, g, g_count, g_mean, g_m2):
-        x, weight, mask, *rest = ctx.saved_tensors
-        passes, moments = passes_for(x), Moments(*rest)
-        # From outputs that were saved, not saved itself: a second derivative sees that it depends on x.
-        inverse = torch.rsqrt((moments.var if ctx.centered else moments.power) + ctx.eps)
-        count, center = moments.count.clamp(min=1), moments.mean if ctx.centered else None
+    def backward(ctx, g, of_count, of_mean, of_m2):
+        x, weight, mask, *moments = ctx.saved_tensors
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-        sums = passes.sums(g, x, mask, center, 0, ctx.eps)
-        total, products = sums[0], sums[1]
-        if ctx.group is not None:
-            total, products, g_mean, g_m2 = _sum_gradients((total, products, g_mean, g_m2), inverse, ctx.group)
-        scale = weight * inverse
-        # dx = scale g + b (x − center) + shift: through the affine map, through σ and through μ.
-        b = -scale * inverse.square() * products / count
-        shift = -scale * total / count if ctx.centered else torch.zeros_like(b)
-        if g_mean is not None:
-            shift = shift + g_mean / count
-        if g_m2 is not None:
-            b = b + 2 * g_m2
-        dx, _ = passes.backward(g, x, mask, center, scale, b, shift, scale, 0, ctx.eps, False)
-        return dx, *gradients_of_affine(ctx, sums, inverse, weight), None, None, None, None
+        dx, of_weight, of_bias = passes_for(x).standardize_backward(
+            g, x, weight, mask, Moments(*moments), of_mean, of_m2, ctx.eps, ctx.centered, ctx.group
+        )
+        return dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None, *(None,) * 4
 
 
 # `apply` asks for the signature at each call, which takes a tenth of a millisecond to find out.
 BatchStandardize.forward.__signature__ = inspect.signature(BatchStandardize.forward)
-
-
-def power_moments(x: torch.Tensor, mask: torch.Tensor | None, squares: torch.Tensor) -> Moments:
-    """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
-    return Moments(count_tokens(x, mask).to(squares.dtype), torch.zeros_like(squares), squares)
-
-
-def gradients_of_affine(ctx, sums, inverse, weight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of γ and β of `y = γ z · inverse + β` from the sums over real tokens and pads."""
-    of_bias = (sums[0] + sums[2]).to(weight.dtype) if ctx.needs_input_grad[2] else None
-    return (inverse * (sums[1] + sums[3])).to(weight.dtype), of_bias
-
-
-def _sum_gradients(parts: tuple, like: torch.Tensor, group) -> tuple[torch.Tensor, ...]:
-    """Each of `parts`, of shape `(C,)` or `None` for zeros, summed over ranks, in one collective."""
-    packed = torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
-    return sum_over_ranks(packed, group).split(len(like))

@@ -1,4 +1,4 @@
-"""The passes over the tokens that batch norms are made of, in PyTorch.
+"""The passes over the tokens that batch norms are made of, and what they add up to, in PyTorch.
 
 `x`, `y`, `g`, `dx`: tokens of shape `(..., C)`. `mask`: of shape `(...)`, True at real tokens, or `None`. Statistics
 and coefficients: of shape `(C,)`, float32 or float64. With `groups` above 0, z is `x` divided by the root mean square
@@ -8,11 +8,15 @@ of squares counts as zero, and gets no gradient.
 
 import torch
 
-from .moments import Moments, masked_moments, sum_tokens
+from .moments import Moments, count_tokens, masked_moments, merge_moments, merge_over_ranks, sum_tokens
+from .ranks import sum_over_ranks
 
 
 class TorchPasses:
-    """In plain PyTorch, for every device and dtype, differentiable; what a faster path has to agree with."""
+    """In plain PyTorch, for every device and dtype, differentiable; what a faster path has to agree with.
+
+    A path takes the place of some or of all of this: of the passes over the tokens, first, which the rest is made of.
+    """
 
     @staticmethod
     def moments(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
@@ -65,6 +69,114 @@ class TorchPasses:
         if mask is not None:
             dx = torch.where(mask.unsqueeze(-1) | (values == x), dx, 0)
         return dx.to(x.dtype), TorchPasses.sums(g, x, mask, center, groups, eps) if wants_sums else None
+
+    @classmethod
+    def standardize(cls, x, weight, bias, mask, eps, centered, group) -> tuple[torch.Tensor, Moments]:
+        """`y = γ (x − c) / √(v + ε) + β`, and the moments of the batch, that of all ranks of `group` together.
+
+        c and v are mean and variance where it is `centered`, else 0 and the mean square (with moments about zero).
+        """
+        moments = cls.moments(x, mask) if centered else power_moments(x, mask, cls.squares(x, mask, 0, eps))
+        if group is not None:
+            moments = merge_over_ranks(moments, group)
+        y, _ = cls._scale(x, weight, bias, mask, moments.mean if centered else None, moments.var, 0, eps, False)
+        return y, moments
+
+    @classmethod
+    def standardize_backward(cls, g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group):
+        """Gradients of x, γ and β from those of y, mean and m2; the last two of shape `(C,)` or `None`."""
+        center = moments.mean if centered else None
+        inverse = torch.rsqrt(moments.var + eps)
+        sums = cls.sums(g, x, mask, center, 0, eps)
+        total, products = sums[0], sums[1]
+        if group is not None:
+            total, products, of_mean, of_m2 = _sum_over_ranks((total, products, of_mean, of_m2), inverse, group)
+        # dx = scale g + b (x − center) + shift: through the affine map, through σ and through μ.
+        scale, count = weight * inverse, moments.count.clamp(min=1)
+        share = scale / -count
+        b = share * products * inverse.square()
+        shift = share * total if centered else torch.zeros_like(b)
+        if of_mean is not None:
+            shift = shift + of_mean / count
+        if of_m2 is not None:
+            b = b + 2 * of_m2
+        dx, _ = cls.backward(g, x, mask, center, scale, b, shift, scale, 0, eps, False)
+        return dx, *_gradients_of_affine(sums, inverse)
+
+    @classmethod
+    def rescale(cls, x, weight, bias, mask, power, groups, eps) -> tuple[torch.Tensor, Moments]:
+        """`y = γ z / √(power + ε) + β`, and the moments of z about zero."""
+        y, squares = cls._scale(x, weight, bias, mask, None, power, groups, eps, True)
+        return y, power_moments(x, mask, squares)
+
+    @classmethod
+    def rescale_backward(cls, g, x, weight, mask, inverse, of_inverse, nu, count, squares, groups, eps):
+        """Gradients of x, γ and β for `x̂ = z inverse`; and `(n, Σ x̂², Σ γ g x̂)` over real tokens, `(2C + 1,)`.
+
+        That of z is `(γ g − ν x̂) of_inverse` at real tokens and `γ g inverse` at pads; that of x follows.
+        """
+        pad = weight * inverse
+        b = -nu * inverse * of_inverse
+        dx, sums = cls.backward(g, x, mask, None, weight * of_inverse, b, None, pad, groups, eps, True)
+        of_batch = torch.cat([count.unsqueeze(0), inverse.square() * squares, pad * sums[1]])
+        return dx, *_gradients_of_affine(sums, inverse), of_batch
+
+    @classmethod
+    def _scale(cls, x, weight, bias, mask, center, variance, groups, eps, wants_squares):
+        inverse = torch.rsqrt(variance + eps)
+        shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
+        return cls.forward(x, mask, center, weight * inverse, shift, groups, eps, wants_squares)
+
+    @staticmethod
+    def update(running: list, values: list, updates: torch.Tensor, count: torch.Tensor, weight) -> None:
+        """`r ← (1 − weight) r + weight · value` in place, and one more of `updates`.
+
+        Nothing where `count` is 0 or a value is not finite.
+        """
+        # A sum is finite where all its terms are. One sum for each: with a stack of them inductor (torch 2.13) computes
+        # other outputs, in a graph of several norms.
+        valid = (count > 0) & sum(value.sum() for value in values).isfinite()
+        for buffer, value in zip(running, values, strict=True):
+            buffer.lerp_(torch.where(valid, value, buffer), weight)
+        updates.add_(valid)
+
+    @staticmethod
+    def update_nu(nu, largest_gamma, of_batch, weight, loss_scale) -> None:
+        """PowerNorm's `ν ← ν (1 − s Γ) + s Λ`, `s = min(weight, 1 / Γ)`, in place, and the largest Γ so far.
+
+        `of_batch` is that of [`TorchPasses.rescale_backward`], with gradients of a loss times `loss_scale`.
+        """
+        count, gamma, lambda_ = Moments.unpack(of_batch)
+        number = count.clamp(min=1)
+        gamma = gamma / number
+        lambda_ = lambda_ / (number * loss_scale)  # ν carries the units of the unscaled loss
+        step = gamma.reciprocal().clamp(max=weight)
+        new = torch.addcmul(nu, step, torch.addcmul(lambda_, nu, gamma, value=-1))
+        # One overflow under a loss scale must not make ν NaN for good.
+        valid = (count > 0) & (gamma.sum() + lambda_.sum()).isfinite()
+        nu.copy_(torch.where(valid, new, nu))
+        largest_gamma.copy_(torch.where(valid, torch.maximum(largest_gamma, gamma.max()), largest_gamma))
+
+    @staticmethod
+    def merge(pooled: torch.Tensor, moments: Moments) -> None:
+        """Take `moments` into the `pooled` ones, packed, in place."""
+        pooled.copy_(merge_moments(Moments.unpack(torch.stack([pooled, moments.pack()]))).pack())
+
+
+def power_moments(x, mask, squares):
+    """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
+    return Moments(count_tokens(x, mask).to(squares.dtype), torch.zeros_like(squares), squares)
+
+
+def _gradients_of_affine(sums, inverse):
+    """Gradients of γ and β of `y = γ z · inverse + β` from the sums over real tokens and pads."""
+    return inverse * (sums[1] + sums[3]), sums[0] + sums[2]
+
+
+def _sum_over_ranks(parts: tuple, like: torch.Tensor, group) -> tuple[torch.Tensor, ...]:
+    """Each of `parts`, of shape `(C,)` or `None` for zeros, summed over ranks, in one collective."""
+    packed = torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
+    return sum_over_ranks(packed, group).split(len(like))
 
 
 def _promote(x):

@@ -6,9 +6,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .moments import Moments, count_tokens, merge_over_ranks
-from .norm import PowerStatisticNorm, gradients_of_affine, power_moments
+from .norm import PowerStatisticNorm
 from .options import check_number
-from .passes import scale_groups
+from .passes import power_moments, scale_groups
 from .paths import passes_for
 from .ranks import sum_over_ranks
 from .registry import register_norm
@@ -128,8 +128,10 @@ class PowerNorm(PowerStatisticNorm):
         self.observe(Moments(*moments), running, is_first_run)
         return y
 
-    def _weight(self, alpha: float, step: torch.Tensor) -> torch.Tensor:
+    def _weight(self, alpha: float, step: torch.Tensor) -> float | torch.Tensor:
         """1 − α; during warm-up that of a cumulative mean as long as it is larger."""
+        if not self.warmup_steps:
+            return 1 - alpha
         cumulative = (1 / (step.to(self.nu.dtype) + 1)).clamp(min=1 - alpha)
         return torch.where(step < self.warmup_steps, cumulative, 1 - alpha)
 
@@ -139,57 +141,41 @@ class PowerNorm(PowerStatisticNorm):
     def update_gradient_statistic(self, sums: torch.Tensor) -> None:
         """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a deferred layer."""
         weight = self._weight(self.alpha_bwd, self.num_batches_tracked)
-        _update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
+        with torch.no_grad():
+            passes_for(self.nu).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
 
     def extra_repr(self):
         groups = f", num_groups={self.num_groups}" if self.group_scaling else ", group_scaling=False"
         return super().extra_repr() + groups
 
 
-@torch.no_grad()
-def _update_nu(nu, largest_gamma, sums, weight, loss_scale) -> None:
-    count, gamma, lambda_ = Moments.unpack(sums)
-    gamma = gamma / count.clamp(min=1)
-    lambda_ = lambda_ / (count.clamp(min=1) * loss_scale)  # ν carries the units of the unscaled loss
-    step = torch.minimum(weight, 1 / gamma)
-    new = nu * (1 - step * gamma) + step * lambda_
-    # One overflow under a loss scale must not make ν NaN for good.
-    valid = (count > 0) & gamma.isfinite().all() & lambda_.isfinite().all()
-    nu.copy_(torch.where(valid, new, nu))
-    largest_gamma.copy_(torch.where(valid, torch.maximum(largest_gamma, gamma.max()), largest_gamma))
-
-
 class _PowerNormalize(torch.autograd.Function):
     """`y = γ x̂ + β`, x̂ = z / √(ψ² + ε), with PowerNorm's backward; there Γ and Λ go to buffers of the layer.
 
-    Outputs are the sum of z² over real tokens and the moments of the batch, those about zero, too. One pass over the
-    tokens in the forward and one in the backward; two in each during the warm-up, with ψ and ν of the batch.
+    Outputs are the moments of the batch about zero, too; and the sum of z² over the real tokens of this process in the
+    warm-up, when ψ and ν are those of the batch, and a forward and a backward take two passes each, not one.
     """
 
     @staticmethod
     def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
-        passes, group = passes_for(x), layer.process_group
-        inverse = torch.rsqrt(power + eps)
-        shift = torch.zeros_like(inverse) if bias is None else bias.to(inverse.dtype)
+        passes = passes_for(x)
         if is_warming_up is None:
-            y, squares = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, True)
-            moments = power_moments(x, mask, squares)
-        else:
-            squares = passes.squares(x, mask, groups, eps)
-            moments = power_moments(x, mask, squares)
-            if group is not None:
-                moments = merge_over_ranks(moments, group)
-            inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + eps), inverse)
-            y, _ = passes.forward(x, mask, None, weight * inverse, shift, groups, eps, False)
-        return y, squares.clone(), *moments  # torch.compile wants no output twice
+            y, moments = passes.rescale(x, weight, bias, mask, power, groups, eps)
+            return y, None, *moments
+        moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
+        if layer.process_group is not None:
+            moments = merge_over_ranks(moments, layer.process_group)
+        power = torch.where(is_warming_up, moments.power, power)
+        y, of_process = passes.rescale(x, weight, bias, mask, power, groups, eps)
+        return y, of_process.m2, *moments
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, mask, power, nu, is_warming_up, update_weight, ctx.groups, ctx.eps, layer = inputs
+        x, weight, _, mask, power, nu, is_warming_up, ctx.update_weight, ctx.groups, ctx.eps, layer = inputs
         _, squares, *moments = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(squares, *moments)
-        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments)
+        ctx.mark_non_differentiable(*moments, *(() if squares is None else (squares,)))
+        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, squares, *moments)
         ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
@@ -200,36 +186,34 @@ class _PowerNormalize(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 11
-        x, weight, mask, power, nu, is_warming_up, update_weight, squares, *moments = ctx.saved_tensors
-        passes, g = passes_for(x), g.to(x.dtype)
-        batch_inverse = torch.rsqrt(Moments(*moments).power + ctx.eps)
-        inverse = torch.rsqrt(power + ctx.eps)
-        if is_warming_up is not None:
-            inverse = torch.where(is_warming_up, batch_inverse, inverse)
-            sums = passes.sums(g, x, mask, None, ctx.groups, ctx.eps)
-            nu = torch.where(is_warming_up, _nu_of_batch(ctx, x, mask, weight * inverse * sums[1]), nu)
-        pad, zeros = weight * inverse, torch.zeros_like(inverse)
-        of_inverse = batch_inverse if ctx.grad_scale == "batch" else inverse
-        # dx = (γ g − ν x̂) of_inverse
-        coefficients = weight * of_inverse, -nu * inverse * of_inverse, zeros, pad
-        dx, new_sums = passes.backward(g, x, mask, None, *coefficients, ctx.groups, ctx.eps, is_warming_up is None)
-        sums = sums if new_sums is None else new_sums
-        count = count_tokens(x, mask).to(squares.dtype)
-        gamma_and_lambda = torch.cat([count.unsqueeze(0), inverse.square() * squares, pad * sums[1]])
-        if ctx.deferred:
-            ctx.pending.add_(gamma_and_lambda)
+        x, weight, mask, power, nu, is_warming_up, squares, *moments = ctx.saved_tensors
+        passes, moments, g = passes_for(x), Moments(*moments), g.to(x.dtype)
+        count, inverse = moments.count, torch.rsqrt(power + ctx.eps)
+        if is_warming_up is None:
+            squares = moments.m2
         else:
-            _update_nu(ctx.nu, ctx.largest_gamma, gamma_and_lambda, update_weight, ctx.loss_scale)
-        return dx, *gradients_of_affine(ctx, sums, inverse, weight), *(None,) * 8
+            inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + ctx.eps), inverse)
+            count = count_tokens(x, mask).to(squares.dtype)
+            products = weight * inverse * passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1]
+            nu = torch.where(is_warming_up, _nu_of_batch(count, products, ctx.group), nu)
+        of_inverse = torch.rsqrt(moments.power + ctx.eps) if ctx.grad_scale == "batch" else inverse
+        dx, of_weight, of_bias, of_batch = passes.rescale_backward(
+            g, x, weight, mask, inverse, of_inverse, nu, count, squares, ctx.groups, ctx.eps
+        )
+        if ctx.deferred:
+            ctx.pending.add_(of_batch)
+        else:
+            passes_for(ctx.nu).update_nu(ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale)
+        of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 8
 
 
 _PowerNormalize.forward.__signature__ = inspect.signature(_PowerNormalize.forward)  # see BatchStandardize
 
 
-def _nu_of_batch(ctx, x, mask, products):
+def _nu_of_batch(count, products, group):
     """The ν with which the backward is PN-V's: Λ of the batch."""
-    count = count_tokens(x, mask).to(products.dtype)
-    if ctx.group is not None:
-        pooled = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), ctx.group)
+    if group is not None:
+        pooled = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), group)
         count, products = pooled[0], pooled[1:]
     return products / count.clamp(min=1)

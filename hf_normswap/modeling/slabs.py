@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import torch
 
 from .moments import Moments, merge_moments
-from .passes import scale_groups
+from .passes import TorchPasses, scale_groups
 
 
 ELEMENTS = 2**18  # of a slab
 
 
-class SlabPasses:
+class SlabPasses(TorchPasses):
     """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one trip through memory."""
 
     @staticmethod
