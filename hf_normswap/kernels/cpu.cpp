@@ -188,8 +188,8 @@ struct Moments {
 
 // Two passes over blocks that stay in the cache between them, then merged: never E[x^2] - E[x]^2, which cancels.
 template <typename T>
-void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n, int64_t c,
-             int threads) {
+void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n, int64_t c, int64_t,
+             float, int threads) {
   constexpr int R = 8;
   const int64_t size = std::max<int64_t>(R, std::min<int64_t>(kBlock, 32768 / c / R * R));
   std::vector<Moments> parts(threads);
@@ -314,13 +314,14 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
 
 // sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g.
 template <typename T>
-void backward(const T* g, const T* x, const uint8_t* mask, Coefficients k, const float* pad, T* dx, float* sums,
-              int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+void backward(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
+              const float* shift, const float* pad, T* dx, float* sums, int64_t n, int64_t c, int64_t groups, float eps,
+              int threads) {
   ask_for_large_pages(dx, n * c * sizeof(T));
   const std::vector<float> zeros(c);
-  if (!k.center) k.center = zeros.data();
-  if (!k.shift) k.shift = zeros.data();
-  const Coefficients of_pad{k.center, pad, zeros.data(), zeros.data()};
+  if (!center) center = zeros.data();
+  const Coefficients of_real{center, a, b, shift ? shift : zeros.data()};
+  const Coefficients of_pad{center, pad, zeros.data(), zeros.data()};
   std::vector<std::vector<double>> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
     std::vector<float> block(sums ? 4 * c : 0), of_z(groups ? c / groups : 0);
@@ -339,7 +340,7 @@ void backward(const T* g, const T* x, const uint8_t* mask, Coefficients k, const
       }
       float* to_g = sums ? block.data() + (is_real ? 0 : 2 * c) : nullptr;
       float* to_gz = sums ? to_g + c : nullptr;
-      const Coefficients& of_row = is_real ? k : of_pad;
+      const Coefficients& of_row = is_real ? of_real : of_pad;
       if (groups) grouped(gi, xi, to, of_row, to_g, to_gz, of_z.data(), c, groups, eps);
       else if (to) backward_row(gi, xi, to, of_row, to_g, to_gz, c);
       else gs[is_real].push_back(gi), xs[is_real].push_back(xi);
@@ -349,7 +350,7 @@ void backward(const T* g, const T* x, const uint8_t* mask, Coefficients k, const
       for (int real = 0; real < 2; ++real) {
         float* to_real = block.data() + (real ? 0 : 2 * c);
         in_batches<4>(gs[real].size(), [&](auto R, int64_t i) {
-          add_products<R>(&gs[real][i], &xs[real][i], k.center, to_real, to_real + c, c);
+          add_products<R>(&gs[real][i], &xs[real][i], center, to_real, to_real + c, c);
         });
         gs[real].clear(), xs[real].clear();
       }
@@ -363,23 +364,135 @@ void backward(const T* g, const T* x, const uint8_t* mask, Coefficients k, const
   }
 }
 
+float count_real(const uint8_t* mask, int64_t n) {
+  int64_t count = 0;
+  for (int64_t row = 0; mask && row < n; ++row) count += mask[row];
+  return float(mask ? count : n);
+}
+
+// y = weight (x - mean) / sqrt(variance + eps) + bias, with a null mean or bias for zeros.
+template <typename T>
+void scale(const T* x, const uint8_t* mask, const float* mean, const float* variance, float per, const float* weight,
+           const float* bias, T* y, float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  std::vector<float> factor(c), shift(c);
+  for (int64_t j = 0; j < c; ++j) {
+    factor[j] = weight[j] / std::sqrt(variance[j] / per + eps);
+    if (bias) shift[j] = bias[j];
+  }
+  forward(x, mask, mean, factor.data(), shift.data(), y, squares, n, c, groups, eps, threads);
+}
+
+template <typename T>
+void standardize(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* count,
+                 float* mean, float* m2, int64_t n, int64_t c, int64_t centered, float eps, int threads) {
+  if (centered) {
+    moments(x, mask, count, mean, m2, n, c, 0, eps, threads);
+  } else {
+    forward<T>(x, mask, nullptr, nullptr, nullptr, nullptr, m2, n, c, 0, eps, threads);
+    std::fill(mean, mean + c, 0.0f);
+    *count = count_real(mask, n);
+  }
+  scale<T>(x, mask, mean, m2, std::max(*count, 1.0f), weight, bias, y, nullptr, n, c, 0, eps, threads);
+}
+
+template <typename T>
+void standardize_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* count,
+                          const float* mean, const float* m2, const float* of_mean, const float* of_m2, T* dx,
+                          float* of_weight, float* of_bias, int64_t n, int64_t c, int64_t centered, float eps,
+                          int threads) {
+  std::vector<float> sums(4 * c), a(c), b(c), shift(c);
+  backward<T>(g, x, mask, mean, nullptr, nullptr, nullptr, nullptr, nullptr, sums.data(), n, c, 0, eps, threads);
+  const float number = std::max(*count, 1.0f);
+  for (int64_t j = 0; j < c; ++j) {
+    const float inverse = 1 / std::sqrt(m2[j] / number + eps), share = -weight[j] * inverse / number;
+    a[j] = weight[j] * inverse;
+    b[j] = share * sums[c + j] * (inverse * inverse) + (of_m2 ? 2 * of_m2[j] : 0);
+    shift[j] = (centered ? share * sums[j] : 0) + (of_mean ? of_mean[j] / number : 0);
+    of_weight[j] = inverse * (sums[c + j] + sums[3 * c + j]);
+    of_bias[j] = sums[j] + sums[2 * c + j];
+  }
+  const float* scale = a.data();
+  backward<T>(g, x, mask, mean, scale, b.data(), shift.data(), scale, dx, nullptr, n, c, 0, eps, threads);
+}
+
+template <typename T>
+void rescale(const T* x, const uint8_t* mask, const float* power, const float* weight, const float* bias, T* y,
+             float* count, float* mean, float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  scale<T>(x, mask, nullptr, power, 1, weight, bias, y, squares, n, c, groups, eps, threads);
+  std::fill(mean, mean + c, 0.0f);
+  *count = count_real(mask, n);
+}
+
+template <typename T>
+void rescale_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* inverse,
+                      const float* of_inverse, const float* nu, const float* count, const float* squares, T* dx,
+                      float* of_weight, float* of_bias, float* of_batch, int64_t n, int64_t c, int64_t groups,
+                      float eps, int threads) {
+  std::vector<float> sums(4 * c), a(c), b(c), pad(c);
+  for (int64_t j = 0; j < c; ++j) {
+    a[j] = weight[j] * of_inverse[j];
+    b[j] = -nu[j] * inverse[j] * of_inverse[j];
+    pad[j] = weight[j] * inverse[j];
+  }
+  backward<T>(g, x, mask, nullptr, a.data(), b.data(), nullptr, pad.data(), dx, sums.data(), n, c, groups, eps,
+              threads);
+  of_batch[0] = *count;
+  for (int64_t j = 0; j < c; ++j) {
+    of_weight[j] = inverse[j] * (sums[c + j] + sums[3 * c + j]);
+    of_bias[j] = sums[j] + sums[2 * c + j];
+    of_batch[1 + j] = inverse[j] * inverse[j] * squares[j];
+    of_batch[1 + c + j] = pad[j] * sums[c + j];
+  }
+}
+
+bool all_finite(const float* values, int64_t c) {
+  bool result = true;
+  for (int64_t j = 0; j < c; ++j) result &= std::isfinite(values[j]);
+  return result;
+}
+
 }  // namespace
 
-#define DEFINE(name, T)                                                                                             \
-  extern "C" void forward_##name(const T* x, const uint8_t* mask, const float* center, const float* scale,          \
-                                 const float* shift, T* y, float* squares, int64_t n, int64_t c, int64_t groups,    \
-                                 float eps, int threads) {                                                          \
-    forward<T>(x, mask, center, scale, shift, y, squares, n, c, groups, eps, threads);                              \
-  }                                                                                                                 \
-  extern "C" void moments_##name(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n,  \
-                                 int64_t c, int threads) {                                                          \
-    moments<T>(x, mask, count, mean, m2, n, c, threads);                                                            \
-  }                                                                                                                 \
-  extern "C" void backward_##name(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, \
-                                  const float* b, const float* shift, const float* pad, T* dx, float* sums,         \
-                                  int64_t n, int64_t c, int64_t groups, float eps, int threads) {                   \
-    backward<T>(g, x, mask, {center, a, b, shift}, pad, dx, sums, n, c, groups, eps, threads);                      \
+extern "C" void update(float* const* running, const float* const* values, int64_t* updates, const float* count,
+                       int64_t number, int64_t c, float weight) {
+  bool valid = *count > 0;
+  for (int64_t i = 0; i < number; ++i) valid = valid && all_finite(values[i], c);
+  for (int64_t i = 0; valid && i < number; ++i)
+    for (int64_t j = 0; j < c; ++j) running[i][j] += weight * (values[i][j] - running[i][j]);
+  *updates += valid;
+}
+
+extern "C" void update_nu(float* nu, float* largest_gamma, const float* of_batch, const float* loss_scale, int64_t c,
+                          float weight) {
+  const float number = std::max(of_batch[0], 1.0f), of_loss = number * *loss_scale;
+  const float *gamma = of_batch + 1, *lambda = gamma + c;
+  if (!(of_batch[0] > 0) || !all_finite(gamma, 2 * c) || !std::isfinite(of_loss)) return;
+  for (int64_t j = 0; j < c; ++j) {
+    const float power = gamma[j] / number, step = std::min(weight, 1 / power);
+    nu[j] += step * (lambda[j] / of_loss - nu[j] * power);
+    *largest_gamma = std::max(*largest_gamma, power);
+  }
+}
+
+extern "C" void merge(float* pooled, const float* count, const float* mean, const float* m2, int64_t c) {
+  Moments all{pooled[0], {pooled + 1, pooled + 1 + c}, {pooled + 1 + c, pooled + 1 + 2 * c}};
+  all.merge({*count, {mean, mean + c}, {m2, m2 + c}});
+  pooled[0] = float(all.count);
+  std::copy(all.mean.begin(), all.mean.end(), pooled + 1);
+  std::copy(all.m2.begin(), all.m2.end(), pooled + 1 + c);
+}
+
+// Each function for each dtype of tokens.
+#define EXPORT(name)                                                        \
+  extern "C" {                                                              \
+  void* name##_float32 = reinterpret_cast<void*>(&name<float>);             \
+  void* name##_bfloat16 = reinterpret_cast<void*>(&name<bfloat16>);         \
   }
 
-DEFINE(float32, float)
-DEFINE(bfloat16, bfloat16)
+EXPORT(moments)
+EXPORT(forward)
+EXPORT(backward)
+EXPORT(standardize)
+EXPORT(standardize_backward)
+EXPORT(rescale)
+EXPORT(rescale_backward)

@@ -21,18 +21,21 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
 
-_POINTER, _INTEGER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SIZES = {
-    "forward": (7 * (_POINTER,), (_INTEGER, _INTEGER, _INTEGER, _FLOAT, _INT)),
-    "moments": (5 * (_POINTER,), (_INTEGER, _INTEGER, _INT)),
-    "backward": (10 * (_POINTER,), (_INTEGER, _INTEGER, _INTEGER, _FLOAT, _INT)),
+# Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
+_POINTERS = {"moments": 5, "forward": 7, "backward": 10}
+_POINTERS |= {"standardize": 8, "standardize_backward": 12, "rescale": 9, "rescale_backward": 13}
+_SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
+_OF_CHANNELS = {
+    "update": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_int64, ctypes.c_float),
+    "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
+    "merge": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
-    """The compiled passes, compiled now if need be.
+def load_library() -> dict:
+    """The compiled functions: of tokens by name and dtype, and of channels by name; compiled now if need be.
 
     Raises:
         OSError: when there is no compiler, it fails, or what it makes cannot be loaded.
@@ -49,11 +52,14 @@ def load_library() -> ctypes.CDLL:
             # Without -fopenmp: the threads are to be those of PyTorch, whose OpenMP is loaded already.
             _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/{name}")
             os.replace(f"{folder}/{name}", path)  # another process may have been faster
-    passes = ctypes.CDLL(str(path))
-    for function, (pointers, sizes) in _SIZES.items():
-        for dtype in _DTYPES.values():
-            getattr(passes, f"{function}_{dtype}").argtypes = pointers + sizes
-    return passes
+    library, functions = ctypes.CDLL(str(path)), {}
+    for name, pointers in _POINTERS.items():
+        prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
+        for dtype, suffix in _DTYPES.items():
+            functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
+    for name, arguments in _OF_CHANNELS.items():
+        functions[name] = ctypes.CFUNCTYPE(None, *arguments)((name, library))
+    return functions
 
 
 def _run(*command: str) -> bytes:
@@ -90,58 +96,115 @@ class CpuPasses(TorchPasses):
 
     @staticmethod
     def moments(x, mask):
-        x, mask = x.contiguous(), _bytes(mask)
-        n, c = _shape(x)
-        count, mean, m2 = x.new_empty((), dtype=torch.float32), _channels(x), _channels(x)
-        _call("moments", x, x, mask, count, mean, m2, n, c)
-        return Moments(count, mean, m2)
+        moments = _new_moments(x)
+        _call("moments", (x,), mask, (), moments)
+        return moments
 
     @staticmethod
     def squares(x, mask, groups, eps):
-        x, squares = x.contiguous(), _channels(x)
-        _call("forward", x, x, _bytes(mask), None, None, None, None, squares, *_shape(x), groups, eps)
+        squares = _new(x, x.shape[-1])
+        _call("forward", (x,), mask, (None,) * 3, (None, squares), groups, eps)
         return squares
 
     @staticmethod
     def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
-        x, scale, shift = x.contiguous(), scale.float(), shift.float()
-        y, squares = torch.empty_like(x), _channels(x) if wants_squares else None
-        _call("forward", x, x, _bytes(mask), _floats(center), scale, shift, y, squares, *_shape(x), groups, eps)
+        y, squares = _new_tokens(x), _new(x, x.shape[-1]) if wants_squares else None
+        _call("forward", (x,), mask, (center, scale, shift), (y, squares), groups, eps)
         return y, squares
 
     @staticmethod
     def sums(g, x, mask, center, groups, eps):
-        return _backward(g, x, mask, center, None, None, None, None, groups, eps, None, _channels(x, 4))
+        sums = _new(x, 4, x.shape[-1])
+        _call("backward", (g, x), mask, (center, *(None,) * 4), (None, sums), groups, eps)
+        return sums
 
     @staticmethod
     def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
-        dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), _channels(x, 4) if wants_sums else None
-        return dx, _backward(g, x, mask, center, a.float(), b.float(), shift, pad.float(), groups, eps, dx, sums)
+        dx, sums = _new_tokens(x), _new(x, 4, x.shape[-1]) if wants_sums else None
+        _call("backward", (g, x), mask, (center, a, b, shift, pad), (dx, sums), groups, eps)
+        return dx, sums
+
+    @classmethod
+    def standardize(cls, x, weight, bias, mask, eps, centered, group):
+        if group is not None:
+            return super().standardize(x, weight, bias, mask, eps, centered, group)
+        y, moments = _new_tokens(x), _new_moments(x)
+        _call("standardize", (x,), mask, (weight, bias), (y, *moments), centered, eps)
+        return y, moments
+
+    @classmethod
+    def standardize_backward(cls, g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group):
+        if group is not None:
+            return super().standardize_backward(g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group)
+        gradients = _new_gradients(x)
+        _call("standardize_backward", (g, x), mask, (weight, *moments, of_mean, of_m2), gradients, centered, eps)
+        return gradients
+
+    @classmethod
+    def rescale(cls, x, weight, bias, mask, power, groups, eps):
+        y, moments = _new_tokens(x), _new_moments(x)
+        _call("rescale", (x,), mask, (power, weight, bias), (y, *moments), groups, eps)
+        return y, moments
+
+    @classmethod
+    def rescale_backward(cls, g, x, weight, mask, inverse, of_inverse, nu, count, squares, groups, eps):
+        results = *_new_gradients(x), _new(x, 2 * x.shape[-1] + 1)
+        inputs = weight, inverse, of_inverse, nu, count, squares
+        _call("rescale_backward", (g, x), mask, inputs, results, groups, eps)
+        return results
+
+    @staticmethod
+    def update(running, values, updates, count, weight):
+        if not _are_floats(*running, *values, count):
+            return TorchPasses.update(running, values, updates, count, weight)
+        addresses = [(ctypes.c_void_p * len(part))(*_addresses(part)) for part in (running, values)]
+        arguments = *addresses, *_addresses((updates, count)), len(running), len(values[0]), float(weight)
+        load_library()["update"](*arguments)
+
+    @staticmethod
+    def update_nu(nu, largest_gamma, of_batch, weight, loss_scale):
+        tensors = nu, largest_gamma, of_batch, loss_scale
+        if not _are_floats(*tensors):
+            return TorchPasses.update_nu(nu, largest_gamma, of_batch, weight, loss_scale)
+        load_library()["update_nu"](*_addresses(tensors), len(nu), float(weight))
+
+    @staticmethod
+    def merge(pooled, moments):
+        if not _are_floats(pooled, *moments):
+            return TorchPasses.merge(pooled, moments)
+        load_library()["merge"](*_addresses((pooled, *moments)), len(moments.mean))
 
 
-def _backward(g, x, mask, center, a, b, shift, pad, groups, eps, dx, sums):
-    g, x = g.contiguous(), x.contiguous()
-    _call("backward", x, g, x, _bytes(mask), _floats(center), a, b, _floats(shift), pad, dx, sums, *_shape(x), groups, eps)
-    return sums
+def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):
+    """Calls a compiled function with as many threads as PyTorch has."""
+    x = tokens[-1]
+    inputs = [value if value is None else value.float().contiguous() for value in inputs]
+    tensors = [*(part.contiguous() for part in tokens), None if mask is None else mask.contiguous(), *inputs, *outputs]
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    load_library()[name, x.dtype](*_addresses(tensors), rows, channels, groups, eps, torch.get_num_threads())
 
 
-def _call(function, x, *arguments):
-    """Calls a compiled pass: tensors by their addresses, and as many threads as PyTorch has."""
-    values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
-    getattr(load_library(), f"{function}_{_DTYPES[x.dtype]}")(*values, torch.get_num_threads())
+def _addresses(tensors):
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _shape(x):
-    return x.numel() // x.shape[-1], x.shape[-1]
+def _are_floats(*tensors):
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
 
 
-def _bytes(mask):
-    return None if mask is None else mask.contiguous()
+def _new(x, *shape):
+    return x.new_empty(shape, dtype=torch.float32)
 
 
-def _channels(x, *rows):
-    return x.new_empty((*rows, x.shape[-1]), dtype=torch.float32)
+def _new_tokens(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _floats(values):
-    return None if values is None else values.float().contiguous()
+def _new_moments(x):
+    c = x.shape[-1]
+    return Moments(_new(x), _new(x, c), _new(x, c))
+
+
+def _new_gradients(x):
+    c = x.shape[-1]
+    return _new_tokens(x), _new(x, c), _new(x, c)

@@ -176,8 +176,7 @@ class BatchStatisticNorm(Norm):
 
     def frozen_running(self) -> tuple[dict[str, torch.Tensor], bool]:
         """The running values from before this batch, and whether this is the first run of the forward."""
-        names = [*self.running, "num_batches_tracked"]
-        return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in names})
+        return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in self.running})
 
     def compare(self, moments: Moments, running: dict[str, torch.Tensor]) -> Statistics:
         """The batch's statistics beside the running ones from before it; equal to these where there are no tokens."""
@@ -208,11 +207,10 @@ class BatchStatisticNorm(Norm):
     def track(self, moments: Moments) -> None:
         """Take the batch into the running values: at once, or pooled while `deferred`."""
         with torch.no_grad():
-            moments = Moments(*(value.detach() for value in moments))
-            if not self.deferred:
+            if self.deferred:
+                passes_for(self.pending).merge(self.pending, moments)
+            else:
                 self.update_statistics(moments)
-                return
-            passes_for(self.pending).merge(self.pending, moments)
 
     def update_weight(self) -> float | torch.Tensor:
         """Weight of the batch in the next update."""

@@ -137,7 +137,7 @@ class TorchPasses:
         # other outputs, in a graph of several norms.
         valid = (count > 0) & sum(value.sum() for value in values).isfinite()
         for buffer, value in zip(running, values, strict=True):
-            buffer.lerp_(torch.where(valid, value, buffer), weight)
+            buffer.lerp_(torch.where(valid, value.to(buffer.dtype), buffer), weight)
         updates.add_(valid)
 
     @staticmethod

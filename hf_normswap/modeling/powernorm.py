@@ -11,6 +11,7 @@ from .options import check_number
 from .passes import power_moments, scale_groups
 from .paths import passes_for
 from .ranks import sum_over_ranks
+from .recompute import replay_or_record, snapshot
 from .registry import register_norm
 
 
@@ -119,16 +120,24 @@ class PowerNorm(PowerStatisticNorm):
             self.statistics = None
             return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        step, power = running["num_batches_tracked"], running["running_power"]
-        nu, weight = running["nu"] * self.loss_scale, self._weight(self.alpha_bwd, step)
-        is_warming_up = step < self.warmup_steps if self.warmup_steps else None
+        step, _ = replay_or_record(lambda: snapshot(self.num_batches_tracked)) if self.warmup_steps else (None, None)
         y, _, *moments = _PowerNormalize.apply(
-            x, self.weight, self.bias, mask, power, nu, is_warming_up, weight, self.groups, self.eps, self
+            x,
+            self.weight,
+            self.bias,
+            mask,
+            running["running_power"],
+            running["nu"] * self.loss_scale,
+            None if step is None else step < self.warmup_steps,
+            self._weight(self.alpha_bwd, step),
+            self.groups,
+            self.eps,
+            self,
         )
         self.observe(Moments(*moments), running, is_first_run)
         return y
 
-    def _weight(self, alpha: float, step: torch.Tensor) -> float | torch.Tensor:
+    def _weight(self, alpha: float, step: torch.Tensor | None) -> float | torch.Tensor:
         """1 − α; during warm-up that of a cumulative mean as long as it is larger."""
         if not self.warmup_steps:
             return 1 - alpha
