@@ -116,8 +116,8 @@ class TorchPasses:
         That of z is `(γ g − ν x̂) of_inverse` at real tokens and `γ g inverse` at pads; that of x follows.
         """
         pad = weight * inverse
-        b = -nu * inverse * of_inverse
-        dx, sums = cls.backward(g, x, mask, None, weight * of_inverse, b, None, pad, groups, eps, True)
+        a, b = pad if of_inverse is inverse else weight * of_inverse, -nu * inverse * of_inverse
+        dx, sums = cls.backward(g, x, mask, None, a, b, None, pad, groups, eps, True)
         of_batch = torch.cat([count.unsqueeze(0), inverse.square() * squares, pad * sums[1]])
         return dx, *_gradients_of_affine(sums, inverse), of_batch
 
@@ -200,5 +200,6 @@ def scale_groups(x, groups, eps):
     """z, and 1 / rms of each group."""
     if not groups:
         return x, None
-    inverse = torch.rsqrt(_by_group(x, groups).square().mean(-1, keepdim=True) + eps)
+    by_group = _by_group(x, groups)
+    inverse = torch.rsqrt(torch.linalg.vector_norm(by_group, dim=-1, keepdim=True).square() / by_group.shape[-1] + eps)
     return (_by_group(x, groups) * inverse).flatten(-2), inverse

@@ -4,7 +4,9 @@ A slab is so many rows that intermediate results stay in the cache. Over all row
 large as the activations, and go to memory and back.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +14,7 @@ from .moments import Moments, merge_moments
 from .passes import TorchPasses, scale_groups
 
 
-ELEMENTS = 2**18  # of a slab
+ELEMENTS = 2**20  # of a slab
 
 
 class SlabPasses(TorchPasses):
@@ -21,79 +23,125 @@ class SlabPasses(TorchPasses):
     @staticmethod
     def moments(x, mask):
         parts = []
-        for _, values, real, _ in _slabs(x, mask):
-            # About a real token: a mean far from zero would cost the digits of its sum.
-            count, reference = real.sum(), values[real.argmax()]
-            deviations = values - reference
-            shift = real @ deviations / count.clamp(min=1)
-            parts.append(Moments(count, reference + shift, real @ deviations.sub_(shift).square_()))
+        for rows in _rows(x):
+            values = _take(x, rows, mask)
+            count = max(1, len(values))
+            mean = values.sum(0) / count
+            # A mean far from zero is rounded: what it leaves is taken off again.
+            rest, squares = _products(values.sub_(mean), values)
+            parts.append(Moments(mean.new_tensor(len(values)), mean + rest / count, squares - rest.square() / count))
         return merge_moments(Moments(*map(torch.stack, zip(*parts))))
 
     @staticmethod
     def squares(x, mask, groups, eps):
-        return sum(real @ scale_groups(values, groups, eps)[0].square() for _, values, real, _ in _slabs(x, mask))
+        scaled = (scale_groups(_take(x, rows, mask), groups, eps)[0] for rows in _rows(x))
+        return sum(_products(z, z)[1] for z in scaled)
 
     @staticmethod
     def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
         y, squares = _empty_rows(x), 0
-        for rows, values, real, _ in _slabs(x, mask):
+        for rows, values, real, pads, _ in _slabs(x, mask):
             z, _ = scale_groups(values, groups, eps)
             if wants_squares:
-                squares = squares + real @ z.square()
-            y[rows] = torch.addcmul(shift, z if center is None else z - center, scale)
+                squares = squares + _squares(z, real, pads)
+            with _written_to(y[rows], z) as to:
+                torch.addcmul(shift, z if center is None else torch.sub(z, center, out=to), scale, out=to)
         return y.view(x.shape), squares if wants_squares else None
 
     @staticmethod
     def sums(g, x, mask, center, groups, eps):
         g, total = g.reshape(-1, g.shape[-1]), 0
-        for rows, values, real, _ in _slabs(x, mask):
+        for rows, values, real, pads, _ in _slabs(x, mask):
             z, _ = scale_groups(values, groups, eps)
-            total = total + _sums(g[rows].to(values.dtype), z if center is None else z - center, real)
+            total = total + _sums(g[rows].to(z.dtype), z if center is None else z - center, real, pads)
         return total
 
     @staticmethod
     def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
-        shape, x, g, dx, total = x.shape, x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), _empty_rows(x), 0
-        for rows, values, real, is_dirty in _slabs(x, mask):
+        dx, g, total = _empty_rows(x), g.reshape(-1, g.shape[-1]), 0
+        shift = torch.zeros_like(a) if shift is None else shift
+        for rows, values, real, pads, is_dirty in _slabs(x, mask):
             wide = g[rows].to(values.dtype)
             z, inverse = scale_groups(values, groups, eps)
-            centered, is_pad = z if center is None else z - center, real == 0
-            of_z = (wide * a).addcmul_(centered, b)
-            if shift is not None:
-                of_z += shift
-            if is_pad.any():
-                of_z[is_pad] = wide[is_pad] * pad
-            if groups:
-                z, of_z = z.unflatten(-1, (groups, -1)), of_z.unflatten(-1, (groups, -1))
-                along = (of_z * z).mean(-1, keepdim=True)
-                of_z = torch.addcmul(of_z, z, along, value=-1).mul_(inverse).flatten(-2)
+            with _written_to(dx[rows], z) as of_z:
+                centered = z if center is None else torch.sub(z, center, out=of_z)
+                if wants_sums:
+                    total = total + _sums(wide, centered, real, pads)
+                torch.addcmul(shift, centered, b, out=of_z)
+                if len(pads):
+                    of_z.mul_(real.unsqueeze(1))
+                if len(pads) and pad is not a:
+                    of_pads = wide.index_select(0, pads)
+                    of_z[pads] = of_pads * pad - of_pads * a
+                of_z.addcmul_(wide, a)
+                if groups:
+                    by_group, of_group = z.unflatten(-1, (groups, -1)), of_z.unflatten(-1, (groups, -1))
+                    along = (of_group * by_group).mean(-1, keepdim=True)
+                    of_group.addcmul_(by_group, along, value=-1).mul_(inverse)
             if is_dirty:
-                of_z[values != x[rows]] = 0
-            dx[rows] = of_z
-            if wants_sums:
-                total = total + _sums(wide, centered, real)
-        return dx.view(shape), total if wants_sums else None
+                dx[rows][values != x.reshape(dx.shape)[rows]] = 0
+        return dx.view(x.shape), total if wants_sums else None
 
 
-def _slabs(x: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, bool]]:
-    """Slabs: rows; values in the dtype of statistics; 1 for a real token and 0 for a pad; whether a pad was dirty."""
-    c = x.shape[-1]
-    x, dtype = x.reshape(-1, c), torch.promote_types(x.dtype, torch.float32)
-    mask = torch.ones(len(x), dtype=torch.bool) if mask is None else mask.reshape(-1)
-    bound, step = torch.finfo(dtype).max ** 0.5 / c, max(1, ELEMENTS // c)
-    for start in range(0, len(x), step):
-        rows = slice(start, min(start + step, len(x)))
-        values, real = x[rows].to(dtype), mask[rows]
-        pads = values[~real]
-        is_dirty = len(pads) > 0 and not pads.abs().max() < bound
-        if is_dirty:
-            values = torch.where(real.unsqueeze(-1) | (values.abs() < bound), values, 0)
-        yield rows, values, real.to(dtype), is_dirty
+def _rows(x: torch.Tensor) -> list[slice]:
+    """The rows of each slab."""
+    count, step = x.numel() // x.shape[-1], max(1, ELEMENTS // x.shape[-1])
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _sums(g, z, real):
-    both = torch.stack([real, 1 - real])
-    return torch.stack([both @ g, both @ (g * z)], dim=1).flatten(0, 1)
+def _take(x, rows, mask):
+    """A copy of the real tokens of a slab, in the dtype of statistics."""
+    values = x.reshape(-1, x.shape[-1])[rows]
+    if mask is not None:
+        values = values.index_select(0, mask.reshape(-1)[rows].nonzero().flatten())
+    return values.to(torch.promote_types(x.dtype, torch.float32), copy=mask is None)
+
+
+def _slabs(x: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple]:
+    """Slabs: rows; values in the dtype of statistics; 1 for a real token and 0 for a pad; pads; whether one was dirty."""
+    x, dtype = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
+    mask = None if mask is None else mask.reshape(-1)
+    bound = torch.finfo(dtype).max ** 0.5 / x.shape[-1]
+    for rows in _rows(x):
+        values = x[rows].to(dtype)
+        if mask is None:
+            yield rows, values, values.new_ones(len(values)), (), False
+            continue
+        if is_dirty := not math.isfinite(torch.dot(values.flatten(), values.flatten())):
+            values = torch.where(mask[rows].unsqueeze(-1) | (values.abs() < bound), values, 0)
+        yield rows, values, mask[rows].to(dtype), (~mask[rows]).nonzero().flatten(), is_dirty
+
+
+def _sums(g, z, real, pads):
+    """Sums of g and of g z, over real tokens and over pads."""
+    if len(pads) == 0:
+        of_all = _products(g, z)
+        return torch.stack([*of_all, *map(torch.zeros_like, of_all)])
+    parts = [(g.index_select(0, rows), z.index_select(0, rows)) for rows in (real.nonzero().flatten(), pads)]
+    return torch.stack([value for part in parts for value in _products(*part)])
+
+
+def _squares(z, real, pads):
+    """Sum of z² over real tokens."""
+    z = z.index_select(0, real.nonzero().flatten()) if len(pads) else z
+    return _products(z, z)[1]
+
+
+def _products(g, z):
+    """Sums of g and of g z: those of the backward of a layer norm of mean 0 and deviation 1, with no product stored."""
+    c, mean, inverse, one = z.shape[-1:], z.new_zeros(len(z), 1), z.new_ones(len(z), 1), z.new_ones(z.shape[-1])
+    arguments = g, z, c, mean, inverse, one, one, [False, True, True]
+    _, products, total = torch.ops.aten.native_layer_norm_backward(*arguments)
+    return total, products
+
+
+@contextmanager
+def _written_to(rows: torch.Tensor, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where results are computed that end in `rows`: there, or in the dtype of `values`, and copied."""
+    to = rows if rows.dtype == values.dtype else torch.empty_like(values)
+    yield to
+    if to is not rows:
+        rows.copy_(to)
 
 
 def _empty_rows(x):
