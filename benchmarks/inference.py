@@ -12,7 +12,6 @@ turns, in an order that rotates: what counts is the ratio of times within a roun
 import copy
 import json
 import multiprocessing
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,25 +114,30 @@ def median_with_interval(values):
     return [float(np.median(values)), *map(float, np.percentile(medians, [2.5, 97.5]))]
 
 
-def peak_memory(task, kind, batch_size, args):
-    """Bytes that the first calls of a new process need at most: of the device, or of the process on a CPU."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_memory, (task, kind, batch_size, args))
+def peak_memory(device, run, *arguments):
+    """Bytes that `run(*arguments)` needs at most in a new process: of the device, or of the process on a CPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (device, run, arguments))
 
 
-def _peak_memory(task, kind, batch_size, args):
+def _peak_memory(device, run, arguments):
     torch.set_num_threads(1)
+    run(*arguments)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not ru_maxrss: that begins with what the process that started this one held.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return 1024 * int(peak)
+
+
+def run_calls(task, kind, batch_size, args):
+    """The first calls of a model."""
     model = make_model(task, kind, args)
     call = make_call(task, model, batch_size, args)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
         for _ in range(3):
             call(model)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv=None):
@@ -141,7 +145,8 @@ def main(argv=None):
     rows = []
     for task, batch_size in [*(("encode", size) for size in args.batch_sizes), ("decode", 1)]:
         seconds = measure(task, batch_size, args)
-        memory = {kind: peak_memory(task, kind, batch_size, args) for kind in ("layernorm", "folded")}
+        kinds = "layernorm", "folded"
+        memory = {kind: peak_memory(args.device, run_calls, task, kind, batch_size, args) for kind in kinds}
         for name, values in seconds.items():
             kind, _, way = name.partition(" ")
             ratio, low, high = median_with_interval(values / seconds[f"layernorm {way}"])

@@ -11,13 +11,12 @@ ABBA, in one process: what counts is the median ratio of times within a pair. Ba
 
 import importlib
 import json
-import multiprocessing
-import resource
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from inference import median_with_interval
+from inference import median_with_interval, peak_memory
 from torch import nn
 from training import take_turns
 from transformers import HfArgumentParser
@@ -120,21 +119,12 @@ def measure(name, case, args):
     return take_turns(ours, layer_norm, args, f"{name} {case}")
 
 
-def peak_memory(name, case, args):
-    """Bytes that the first steps of a new process need at most: of the device, or of the process on a CPU."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (name, case, args))
-
-
-def _peak_memory(name, case, args):
+def run_steps(name, case, args):
+    """The first steps of a norm."""
     use_kernels(args.kernels)
-    torch.set_num_threads(1)
     step = make_step(name, *case, args)
     for _ in range(3):
         step()
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv=None):
@@ -143,19 +133,21 @@ def main(argv=None):
     rows = []
     for case in [(c, n, dtype) for dtype in args.dtypes for c in args.channels for n in args.tokens]:
         channels, tokens, dtype = case
-        baseline = peak_memory("nn.LayerNorm", case, args) if args.memory else None
+        baseline = peak_memory(args.device, run_steps, "nn.LayerNorm", case, args) if args.memory else None
         for name in [*args.norms, *(peer.partition("=")[0] for peer in args.peers)]:
             ours, layer_norm = measure(name, case, args)
             ratio, low, high = median_with_interval((ours / layer_norm).numpy())
             row = {"norm": name, "channels": channels, "tokens": tokens, "dtype": dtype, "ratio": ratio}
             row |= {"interval": [low, high], "layernorm_milliseconds": 1e3 * layer_norm.median().item()}
             if args.memory:
-                row["memory_ratio"] = peak_memory(name, case, args) / baseline
+                row["memory_ratio"] = peak_memory(args.device, run_steps, name, case, args) / baseline
             rows.append(row)
             said = f"{name:24} {tokens:6} x {channels:4} {dtype:8} {ratio:.3f} [{low:.3f}, {high:.3f}]"
             print(said + (f"  memory {row['memory_ratio']:.3f}" if args.memory else ""), flush=True)
     arguments = {name: value for name, value in vars(args).items() if name != "output_file"}
-    result = {"arguments": arguments, "threads": torch.get_num_threads(), "rows": rows, **describe_environment()}
+    allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    result = {"arguments": arguments, "threads": torch.get_num_threads(), "allocator": allocator, "rows": rows}
+    result |= describe_environment()
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output_file).write_text(json.dumps(result, indent=2), encoding="utf-8")
     if args.baseline:

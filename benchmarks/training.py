@@ -1,7 +1,8 @@
 """
-What swapped norms cost in a training step of BERT: against LayerNorm, with their logs, and on several processes.
+What swapped norms cost in a training step of BERT or GPT-2: against LayerNorm, with their logs, on several processes.
 
     python benchmarks/training.py --compare layernorm --norm powernorm
+    python benchmarks/training.py --compare layernorm --norm rbn --family gpt2 --checkpointing
     python benchmarks/training.py --compare logging --norm rbn
     torchrun --nproc_per_node 2 benchmarks/training.py --compare synchronization --norm batchnorm
 
@@ -20,7 +21,7 @@ from accelerate import PartialState
 from inference import median_with_interval
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import trange
-from transformers import BertConfig, BertForMaskedLM, HfArgumentParser
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
 from hf_normswap.results import describe_environment
@@ -40,6 +41,8 @@ class Arguments:
     compare: str = field(metadata={"help": "What the swapped step is compared with.", "choices": list(COMPARISONS)})
     norm: str = field(default="batchnorm", metadata={"help": "Norm of the swapped model, all of them."})
     output_file: str = field(default="outputs/training.json", metadata={"help": "Where the figures go."})
+    family: str = field(default="bert", metadata={"help": "Model.", "choices": ["bert", "gpt2"]})
+    checkpointing: bool = field(default=False, metadata={"help": "Activation checkpointing."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the model."})
     layers: int = field(default=12, metadata={"help": "Layers of the model."})
@@ -48,12 +51,21 @@ class Arguments:
     pairs: int = field(default=30, metadata={"help": "Pairs of steps."})
 
 
+def make_model(args):
+    """BERT or GPT-2 of the size that is asked for."""
+    width, heads = args.hidden_size, args.hidden_size // 64
+    if args.family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=args.layers, n_head=heads, use_cache=False))
+    sizes = {"num_hidden_layers": args.layers, "intermediate_size": 4 * width, "num_attention_heads": heads}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, hidden_size=width, **sizes))
+
+
 def make_step(norm, args):
     """A function that trains for one step; with `logs` it takes the TID and the penalty as the trainer does."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers}
-    sizes |= {"intermediate_size": 4 * args.hidden_size, "num_attention_heads": args.hidden_size // 64}
-    model = swap_norm(BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes)), norm, where="all")
+    model = swap_norm(make_model(args), norm, where="all")
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
     model = model.to(args.device).train()
     defer_norm_statistics(model)
     norms = statistic_norms(model)

@@ -282,7 +282,8 @@ class BatchStandardize(torch.autograd.Function):
         dx, of_weight, of_bias = passes_for(x).standardize_backward(
             g, x, weight, mask, Moments(*moments), of_mean, of_m2, ctx.eps, ctx.centered, ctx.group
         )
-        return dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None, *(None,) * 4
+        of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 4
 
 
 # `apply` asks for the signature at each call, which takes a tenth of a millisecond to find out.

@@ -133,8 +133,8 @@ class TorchPasses:
 
         Nothing where `count` is 0 or a value is not finite.
         """
-        # A sum is finite where all its terms are. One sum for each: with a stack of them inductor (torch 2.13) computes
-        # other outputs, in a graph of several norms.
+        # A sum is finite where all its terms are. One sum for each: with a stack of them inductor (torch 2.13)
+        # computes other outputs, in a graph of several norms.
         valid = (count > 0) & sum(value.sum() for value in values).isfinite()
         for buffer, value in zip(running, values, strict=True):
             buffer.lerp_(torch.where(valid, value.to(buffer.dtype), buffer), weight)

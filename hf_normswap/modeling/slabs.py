@@ -14,7 +14,7 @@ from .moments import Moments, merge_moments
 from .passes import TorchPasses, scale_groups
 
 
-ELEMENTS = 2**20  # of a slab
+ELEMENTS = 2**19  # of a slab
 
 
 class SlabPasses(TorchPasses):
@@ -98,7 +98,7 @@ def _take(x, rows, mask):
 
 
 def _slabs(x: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple]:
-    """Slabs: rows; values in the dtype of statistics; 1 for a real token and 0 for a pad; pads; whether one was dirty."""
+    """Slabs: rows; values in the dtype of statistics; 1 at real tokens and 0 at pads; pads; whether one was dirty."""
     x, dtype = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
     mask = None if mask is None else mask.reshape(-1)
     bound = torch.finfo(dtype).max ** 0.5 / x.shape[-1]
@@ -128,7 +128,7 @@ def _squares(z, real, pads):
 
 
 def _products(g, z):
-    """Sums of g and of g z: those of the backward of a layer norm of mean 0 and deviation 1, with no product stored."""
+    """Sums of g and of g z: those of the backward of a layer norm of mean 0 and deviation 1, no product stored."""
     c, mean, inverse, one = z.shape[-1:], z.new_zeros(len(z), 1), z.new_ones(len(z), 1), z.new_ones(z.shape[-1])
     arguments = g, z, c, mean, inverse, one, one, [False, True, True]
     _, products, total = torch.ops.aten.native_layer_norm_backward(*arguments)
