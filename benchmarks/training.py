@@ -65,7 +65,7 @@ def make_step(norm, args):
     torch.manual_seed(0)
     model = swap_norm(make_model(args), norm, where="all")
     if args.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model = model.to(args.device).train()
     defer_norm_statistics(model)
     norms = statistic_norms(model)

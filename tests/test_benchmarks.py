@@ -1,5 +1,6 @@
 """The benchmarks, on a few generated sentences."""
 
+import argparse
 import json
 import math
 import random
@@ -23,6 +24,7 @@ import conversion  # noqa: E402
 import finetuning  # noqa: E402
 import inference  # noqa: E402
 import norms  # noqa: E402
+import render_speed  # noqa: E402
 import training  # noqa: E402
 
 
@@ -190,6 +192,17 @@ def test_training_steps_are_compared_in_pairs(compare, tmp_path):
     assert (result["norm"], result["processes"]) == ("rbn", 1)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_steps_of_models_with_checkpointing(family, tmp_path):
+    output = tmp_path / "training.json"
+    sizes = ["--hidden_size=64", "--layers=2", "--batch_size=4", "--length=8", "--pairs=3", "--checkpointing"]
+    training.main(["--compare=layernorm", "--norm=rbn", f"--family={family}", f"--output_file={output}", *sizes])
+    result = json.loads(output.read_text())
+    assert (result["family"], result["checkpointing"]) == (family, True)
+    model = training.make_model(argparse.Namespace(**result))
+    assert model.config.model_type == family
+
+
 @pytest.mark.distributed
 def test_synchronization_is_measured_on_two_processes(tmp_path):
     output = tmp_path / "training.json"
@@ -214,3 +227,20 @@ def test_norms_against_layer_norm(tmp_path, capsys):
     assert norms.find_slower(result["rows"], result["rows"]) == []
     assert len(norms.find_slower(slow, result["rows"])) == len(slow)
     assert norms.find_slower(result["rows"], slow) == []
+
+
+def test_memory_is_that_of_the_process_which_runs(tmp_path):
+    held = torch.ones(2**27)  # half a GiB
+    base = inference.peak_memory("cpu", torch.ones, 8)
+    assert inference.peak_memory("cpu", torch.ones, 2**26) - base == pytest.approx(2**28, rel=0.1)
+    assert base < held.nbytes * 2
+
+
+def test_the_page_on_speed_shows_the_figures(tmp_path):
+    page = render_speed.PAGE.read_text(encoding="utf-8")
+    assert render_speed.render(page) == page
+    figures = json.loads((render_speed.RESULTS / "cpu-4096.json").read_text(encoding="utf-8"))["rows"]
+    row = next(row for row in figures if row["norm"] == "batchnorm")
+    assert "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["interval"]) in page
+    changed = page.replace("<!-- table norms -->", "<!-- table norms -->\nold")
+    assert render_speed.render(changed) == page

@@ -170,6 +170,97 @@ def test_tokens_need_not_be_contiguous():
         assert all(error(found[name], expected[name]) < 1e-5 for name in found)
 
 
+def run_steps(passes, x, g, mask, center, scale, shift, a, b, pad, groups):
+    """What the passes add up to: each norm's forward and backward, and its statistics."""
+    power, inverse, nu = 1 + a.square(), torch.rsqrt(1 + pad.square()), b
+    results = {}
+    for name, centered, bias in (("batchnorm", True, shift), ("pnv", False, None)):
+        y, moments = passes.standardize(x, scale, bias, mask, EPS, centered, None)
+        results |= {f"{name} y": y, **zip_names(name, ("count", "mean", "m2"), moments)}
+        for of_mean, of_m2 in ((None, None), (a, b)):
+            of = passes.standardize_backward(g, x, scale, mask, moments, of_mean, of_m2, EPS, centered, None)
+            results |= zip_names(f"{name} {of_mean is None}", ("dx", "dw", "db"), of)
+    y, moments = passes.rescale(x, scale, shift, mask, power, groups, EPS)
+    results |= {"rescale y": y, **zip_names("rescale", ("count", "mean", "m2"), moments)}
+    count, _, squares = moments
+    of = passes.rescale_backward(g, x, scale, mask, inverse, inverse + 1, nu, count, squares, groups, EPS)
+    results |= zip_names("rescale", ("dx", "dw", "db", "of batch"), of)
+    return results
+
+
+def zip_names(name, parts, values):
+    return {f"{name} {part}": value.reshape(-1) if value.dim() == 0 else value for part, value in zip(parts, values)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses])
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_each_step_is_that_of_pytorch(passes, dtype, groups, with_mask):
+    case = make_case(300, 128, groups, dtype, with_mask, seed=3)
+    exact = run_steps(TorchPasses, *(v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in case))
+    found, plain = run_steps(passes, *case), run_steps(TorchPasses, *case)
+    for name, value in found.items():
+        assert value.dtype == plain[name].dtype, name
+        assert error(value, exact[name]) <= 2 * error(plain[name], exact[name]) + 1e-6, name
+
+
+def test_no_token_leaves_the_statistics_alone():
+    c, nothing = 6, torch.zeros(4, dtype=torch.bool)
+    x, weight = torch.randn(4, c), torch.ones(c)
+    y, moments = CpuPasses.standardize(x, weight, None, nothing, EPS, True, None)
+    assert not any(value.any() for value in moments)
+    dx, of_weight, _ = CpuPasses.standardize_backward(x, x, weight, nothing, moments, None, None, EPS, True, None)
+    for value in (y, dx, of_weight):
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [0.0, 7.0])
+@pytest.mark.parametrize("dirt", [0.0, float("nan"), float("inf")])
+def test_updates_are_those_of_pytorch(count, dirt):
+    def update(passes, dtype):
+        torch.manual_seed(0)
+        values = [torch.randn(5).to(dtype), torch.rand(5).to(dtype)]
+        values[1][2] += dirt
+        running, updates = [torch.ones(5, dtype=dtype), torch.zeros(5, dtype=dtype)], torch.tensor(3)
+        passes.update(running, values, updates, torch.tensor(count, dtype=dtype), 0.25)
+        return [*running, updates]
+
+    def update_nu(passes, dtype):
+        torch.manual_seed(0)
+        sums = torch.cat([torch.tensor([count]), 9 * torch.rand(5), torch.randn(5)]).to(dtype)
+        sums[2] += 1e3  # (1 − α) Γ > 1
+        sums[7] += dirt
+        nu, largest, scale = torch.full((5,), 0.3, dtype=dtype), torch.zeros((), dtype=dtype), torch.tensor(8.0)
+        passes.update_nu(nu, largest, sums, 0.1, scale.to(dtype))
+        return [nu, largest]
+
+    for run in (update, update_nu):
+        for found, expected in zip(run(CpuPasses, torch.float32), run(TorchPasses, torch.float64), strict=True):
+            torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-6, atol=1e-7)
+
+
+def test_pooling_is_that_of_pytorch():
+    def pool(passes, dtype):
+        torch.manual_seed(0)
+        pooled = torch.zeros(11, dtype=dtype)
+        for size in (3, 0, 40):
+            x = (torch.randn(size, 5) + 5).to(dtype)
+            passes.merge(pooled, TorchPasses.moments(x, None))
+        return pooled
+
+    torch.testing.assert_close(
+        pool(CpuPasses, torch.float32).double(), pool(TorchPasses, torch.float64), rtol=1e-6, atol=0
+    )
+
+
+def test_statistics_in_float64_take_the_path_of_pytorch():
+    running, updates = [torch.zeros(3, dtype=torch.float64)], torch.tensor(0)
+    CpuPasses.update(running, [torch.ones(3)], updates, torch.tensor(2.0), 0.5)
+    assert running[0].tolist() == [0.5] * 3
+    assert updates == 1
+
+
 NORMS = {
     "batchnorm": lambda c: BatchNorm(c),
     "rbn": lambda c: RegularizedBatchNorm(c),
