@@ -63,7 +63,9 @@ def make_model(args):
 def make_step(norm, args):
     """A function that trains for one step; with `logs` it takes the TID and the penalty as the trainer does."""
     torch.manual_seed(0)
-    model = swap_norm(make_model(args), norm, where="all")
+    model = make_model(args)
+    if norm != "layernorm":
+        swap_norm(model, norm, where="all")
     if args.checkpointing:
         model.activation_checkpointing_enable()
     model = model.to(args.device).train()

@@ -2,7 +2,8 @@
 //
 // x, y, g, dx: n rows of c channels, float32 or bfloat16. mask: n bytes, 1 at real tokens, or null. Statistics and
 // coefficients: float32; a null center or shift is zero. With groups > 0, z is x divided by the root mean square of
-// each group of channels of its token, else z is x. A pad may hold anything: what has no finite sum of squares counts as zero there.
+// each group of channels of its token, else z is x. A pad may hold anything: what has no finite sum of squares counts
+// as zero there.
 // Rows are divided among the threads in order and partial results merged in order: no result varies from run to run.
 
 #include <algorithm>
@@ -366,7 +367,7 @@ void backward(const T* g, const T* x, const uint8_t* mask, const float* center, 
 
 float count_real(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
-  for (int64_t row = 0; mask && row < n; ++row) count += mask[row];
+  for (int64_t row = 0; mask && row < n; ++row) count += mask[row] != 0;
   return float(mask ? count : n);
 }
 
@@ -458,7 +459,8 @@ extern "C" void update(float* const* running, const float* const* values, int64_
   bool valid = *count > 0;
   for (int64_t i = 0; i < number; ++i) valid = valid && all_finite(values[i], c);
   for (int64_t i = 0; valid && i < number; ++i)
-    for (int64_t j = 0; j < c; ++j) running[i][j] += weight * (values[i][j] - running[i][j]);
+    for (int64_t j = 0; j < c; ++j)
+      running[i][j] = weight == 1 ? values[i][j] : running[i][j] + weight * (values[i][j] - running[i][j]);
   *updates += valid;
 }
 
@@ -466,7 +468,9 @@ extern "C" void update_nu(float* nu, float* largest_gamma, const float* of_batch
                           float weight) {
   const float number = std::max(of_batch[0], 1.0f), of_loss = number * *loss_scale;
   const float *gamma = of_batch + 1, *lambda = gamma + c;
-  if (!(of_batch[0] > 0) || !all_finite(gamma, 2 * c) || !std::isfinite(of_loss)) return;
+  bool valid = of_batch[0] > 0 && all_finite(gamma, c);
+  for (int64_t j = 0; j < c; ++j) valid = valid && std::isfinite(lambda[j] / of_loss);
+  if (!valid) return;
   for (int64_t j = 0; j < c; ++j) {
     const float power = gamma[j] / number, step = std::min(weight, 1 / power);
     nu[j] += step * (lambda[j] / of_loss - nu[j] * power);

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import increment_version
 
 from hf_normswap.modeling.moments import Moments
 from hf_normswap.modeling.passes import TorchPasses
@@ -86,7 +87,7 @@ def _cache() -> Path:
 
 
 class CpuPasses(TorchPasses):
-    """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one trip through memory.
+    """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same, each pass one trip through memory.
 
     Tokens are float32 or bfloat16, statistics and coefficients float32. Deterministic for a number of threads.
     """
@@ -155,24 +156,29 @@ class CpuPasses(TorchPasses):
 
     @staticmethod
     def update(running, values, updates, count, weight):
-        if not _are_floats(*running, *values, count):
+        if not _are_floats(len(values[0]), *running, *values) or count.dtype != torch.float32:
             return TorchPasses.update(running, values, updates, count, weight)
         addresses = [(ctypes.c_void_p * len(part))(*_addresses(part)) for part in (running, values)]
         arguments = *addresses, *_addresses((updates, count)), len(running), len(values[0]), float(weight)
         load_library()["update"](*arguments)
+        increment_version([*running, updates])
 
     @staticmethod
     def update_nu(nu, largest_gamma, of_batch, weight, loss_scale):
-        tensors = nu, largest_gamma, of_batch, loss_scale
-        if not _are_floats(*tensors):
+        tensors, c = (nu, largest_gamma, of_batch, loss_scale), len(nu)
+        if not (_are_floats(c, nu) and _are_floats(1, largest_gamma, loss_scale) and _are_floats(2 * c + 1, of_batch)):
             return TorchPasses.update_nu(nu, largest_gamma, of_batch, weight, loss_scale)
-        load_library()["update_nu"](*_addresses(tensors), len(nu), float(weight))
+        load_library()["update_nu"](*_addresses(tensors), c, float(weight))
+        increment_version([nu, largest_gamma])
 
     @staticmethod
     def merge(pooled, moments):
-        if not _are_floats(pooled, *moments):
+        count, *vectors = moments
+        c = len(moments.mean)
+        if not (_are_floats(2 * c + 1, pooled) and _are_floats(1, count) and _are_floats(c, *vectors)):
             return TorchPasses.merge(pooled, moments)
-        load_library()["merge"](*_addresses((pooled, *moments)), len(moments.mean))
+        load_library()["merge"](*_addresses((pooled, *moments)), c)
+        increment_version([pooled])
 
 
 def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):
@@ -188,8 +194,8 @@ def _addresses(tensors):
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _are_floats(*tensors):
-    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+def _are_floats(size, *tensors):
+    return all(t.numel() == size and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
 def _new(x, *shape):

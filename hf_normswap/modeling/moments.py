@@ -53,10 +53,11 @@ def sum_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
 
 
 def count_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Number of real tokens of `values` (`(..., C)`), a scalar of the dtype of `values`."""
+    """Number of real tokens of `values` (`(..., C)`), a scalar of float32, or float64 as `values`."""
+    dtype = torch.promote_types(values.dtype, torch.float32)  # bfloat16 cannot count to 257
     if mask is None:
-        return torch.full((), values.numel() // values.shape[-1], dtype=values.dtype, device=values.device)
-    return mask.sum().to(values.dtype)
+        return torch.full((), values.numel() // values.shape[-1], dtype=dtype, device=values.device)
+    return mask.sum().to(dtype)
 
 
 def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:

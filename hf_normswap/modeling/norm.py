@@ -51,6 +51,8 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise `x` of shape `(..., C)`; without a `mask` `(...)` that of the running model call counts."""
+        if x.shape[-1] != self.num_features:
+            raise ValueError(f"Tokens of {x.shape[-1]} channels do not fit a norm of {self.num_features}.")
         mask = self.token_mask(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             return self.transform(x, mask)
@@ -208,7 +210,7 @@ class BatchStatisticNorm(Norm):
         """Take the batch into the running values: at once, or pooled while `deferred`."""
         with torch.no_grad():
             if self.deferred:
-                passes_for(self.pending).merge(self.pending, moments)
+                passes_for(self.pending, *moments).merge(self.pending, moments)
             else:
                 self.update_statistics(moments)
 
@@ -223,10 +225,10 @@ class BatchStatisticNorm(Norm):
         `weight` is that of the batch, [`BatchStatisticNorm.update_weight`] by default; 1 forgets what was before.
         """
         values = self.batch_values(moments)
-        running = [getattr(self, name) for name in values]
+        running, values = [getattr(self, name) for name in values], [*values.values()]
         weight = self.update_weight() if weight is None else weight
-        passes = passes_for(moments.mean)
-        passes.update(running, [*values.values()], self.num_batches_tracked, moments.count, weight)
+        passes = passes_for(moments.mean, *running, *values)
+        passes.update(running, values, self.num_batches_tracked, moments.count, weight)
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
@@ -263,7 +265,7 @@ class BatchStandardize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, mask, eps, centered, group):
-        y, moments = passes_for(x).standardize(x, weight, bias, mask, eps, centered, group)
+        y, moments = passes_for(x, weight).standardize(x, weight, bias, mask, eps, centered, group)
         return y, *moments
 
     @staticmethod
@@ -279,7 +281,7 @@ class BatchStandardize(torch.autograd.Function):
     def backward(ctx, g, of_count, of_mean, of_m2):
         x, weight, mask, *moments = ctx.saved_tensors
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-        dx, of_weight, of_bias = passes_for(x).standardize_backward(
+        dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(
             g, x, weight, mask, Moments(*moments), of_mean, of_m2, ctx.eps, ctx.centered, ctx.group
         )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None

@@ -13,9 +13,9 @@ from .ranks import sum_over_ranks
 
 
 class TorchPasses:
-    """In plain PyTorch, for every device and dtype, differentiable; what a faster path has to agree with.
+    """In plain PyTorch, for every device and dtype; what a faster path has to agree with, and may inherit from.
 
-    A path takes the place of some or of all of this: of the passes over the tokens, first, which the rest is made of.
+    First the passes over the tokens, then what is made of them. All is differentiable but what works in place.
     """
 
     @staticmethod
@@ -133,8 +133,8 @@ class TorchPasses:
 
         Nothing where `count` is 0 or a value is not finite.
         """
-        # A sum is finite where all its terms are. One sum for each: with a stack of them inductor (torch 2.13)
-        # computes other outputs, in a graph of several norms.
+        # A sum is finite where all its terms are, but for those near the largest number. One sum for each: with a
+        # stack of them inductor (torch 2.13) computes other outputs, in a graph of several norms.
         valid = (count > 0) & sum(value.sum() for value in values).isfinite()
         for buffer, value in zip(running, values, strict=True):
             buffer.lerp_(torch.where(valid, value.to(buffer.dtype), buffer), weight)
@@ -165,7 +165,7 @@ class TorchPasses:
 
 def power_moments(x, mask, squares):
     """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
-    return Moments(count_tokens(x, mask).to(squares.dtype), torch.zeros_like(squares), squares)
+    return Moments(count_tokens(x, mask), torch.zeros_like(squares), squares)
 
 
 def _gradients_of_affine(sums, inverse):

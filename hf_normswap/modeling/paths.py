@@ -14,15 +14,15 @@ PATHS: dict[str, Callable[[torch.Tensor], type | None]] = {"cpu": lambda x: Slab
 COMPILED: dict[str, type] = {}  # device type: the passes of a compiled graph, if they are operators
 
 
-def passes_for(x: torch.Tensor) -> type:
-    """What computes the passes over `x`: that of its device, and [`TorchPasses`] where there is none.
+def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
+    """What computes the passes over `x` with `others`: that of their device, and [`TorchPasses`] where there is none.
 
-    Only plain tensors of floating point, outside of autograd, take another path than that.
+    Only plain tensors of floating point on one device, outside of autograd, take another path than that.
     """
     if torch.compiler.is_compiling():
         return COMPILED.get(x.device.type, TorchPasses)
     find = PATHS.get(x.device.type)
-    is_plain = type(x) in (torch.Tensor, nn.Parameter) and x.is_floating_point() and x.numel() > 0
-    if find is None or not is_plain or torch.is_grad_enabled():
+    are_plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device == x.device for t in (x, *others))
+    if find is None or not are_plain or not x.is_floating_point() or x.numel() == 0 or torch.is_grad_enabled():
         return TorchPasses
     return find(x) or TorchPasses

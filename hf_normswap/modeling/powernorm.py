@@ -151,7 +151,7 @@ class PowerNorm(PowerStatisticNorm):
         """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a deferred layer."""
         weight = self._weight(self.alpha_bwd, self.num_batches_tracked)
         with torch.no_grad():
-            passes_for(self.nu).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
+            passes_for(self.nu, sums).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
 
     def extra_repr(self):
         groups = f", num_groups={self.num_groups}" if self.group_scaling else ", group_scaling=False"
@@ -167,7 +167,7 @@ class _PowerNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
-        passes = passes_for(x)
+        passes = passes_for(x, weight, power)
         if is_warming_up is None:
             y, moments = passes.rescale(x, weight, bias, mask, power, groups, eps)
             return y, None, *moments
@@ -196,13 +196,13 @@ class _PowerNormalize(torch.autograd.Function):
         if g is None:
             return (None,) * 11
         x, weight, mask, power, nu, is_warming_up, squares, *moments = ctx.saved_tensors
-        passes, moments, g = passes_for(x), Moments(*moments), g.to(x.dtype)
+        passes, moments, g = passes_for(x, g, weight, power), Moments(*moments), g.to(x.dtype)
         count, inverse = moments.count, torch.rsqrt(power + ctx.eps)
         if is_warming_up is None:
             squares = moments.m2
         else:
             inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + ctx.eps), inverse)
-            count = count_tokens(x, mask).to(squares.dtype)
+            count = count_tokens(x, mask)
             products = weight * inverse * passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1]
             nu = torch.where(is_warming_up, _nu_of_batch(count, products, ctx.group), nu)
         of_inverse = torch.rsqrt(moments.power + ctx.eps) if ctx.grad_scale == "batch" else inverse
@@ -212,7 +212,9 @@ class _PowerNormalize(torch.autograd.Function):
         if ctx.deferred:
             ctx.pending.add_(of_batch)
         else:
-            passes_for(ctx.nu).update_nu(ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale)
+            passes_for(ctx.nu, of_batch).update_nu(
+                ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale
+            )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
         return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 8
 

@@ -28,7 +28,8 @@ class SlabPasses(TorchPasses):
             mean = values.sum(0) / count
             # A mean far from zero is rounded: what it leaves is taken off again.
             rest, squares = _products(values.sub_(mean), values)
-            parts.append(Moments(mean.new_tensor(len(values)), mean + rest / count, squares - rest.square() / count))
+            m2 = (squares - rest.square() / count).clamp(min=0)
+            parts.append(Moments(mean.new_tensor(len(values)), mean + rest / count, m2))
         return merge_moments(Moments(*map(torch.stack, zip(*parts))))
 
     @staticmethod
@@ -67,18 +68,15 @@ class SlabPasses(TorchPasses):
                 if wants_sums:
                     total = total + _sums(wide, centered, real, pads)
                 torch.addcmul(shift, centered, b, out=of_z)
-                if len(pads):
-                    of_z.mul_(real.unsqueeze(1))
-                if len(pads) and pad is not a:
-                    of_pads = wide.index_select(0, pads)
-                    of_z[pads] = of_pads * pad - of_pads * a
                 of_z.addcmul_(wide, a)
+                if len(pads):
+                    of_z.index_copy_(0, pads, wide.index_select(0, pads).mul_(pad))
                 if groups:
                     by_group, of_group = z.unflatten(-1, (groups, -1)), of_z.unflatten(-1, (groups, -1))
                     along = (of_group * by_group).mean(-1, keepdim=True)
                     of_group.addcmul_(by_group, along, value=-1).mul_(inverse)
             if is_dirty:
-                dx[rows][values != x.reshape(dx.shape)[rows]] = 0
+                dx[rows][(values != x.reshape(dx.shape)[rows]) & (real == 0).unsqueeze(1)] = 0
         return dx.view(x.shape), total if wants_sums else None
 
 

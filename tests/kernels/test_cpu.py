@@ -205,6 +205,39 @@ def test_each_step_is_that_of_pytorch(passes, dtype, groups, with_mask):
         assert error(value, exact[name]) <= 2 * error(plain[name], exact[name]) + 1e-6, name
 
 
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses, TorchPasses])
+def test_tokens_of_few_bits_are_counted_one_by_one(passes):
+    x = torch.randn(999, 8).bfloat16()  # bfloat16 counts 998, 1000
+    _, moments = passes.rescale(x, torch.ones(8), None, None, torch.ones(8), 0, EPS)
+    assert moments.count == 999
+
+
+@pytest.mark.parametrize("passes", [CpuPasses, SlabPasses])
+def test_a_real_token_that_is_not_finite_has_no_finite_gradient(passes):
+    x, g, mask, center, _, shift, a, b, pad, groups = make_case(20, 8, 0, torch.float32, True, seed=0)
+    mask[:2] = torch.tensor([True, False])
+    x[:2, 3] = float("nan")
+    dx, _ = passes.backward(g, x, mask, center, a, b, shift, pad, groups, EPS, False)
+    assert dx[0, 3].isnan()
+    assert dx[1, 3] == 0
+
+
+def test_a_norm_refuses_tokens_of_another_width():
+    norm = BatchNorm(4)
+    for channels in (2, 8):
+        with pytest.raises(ValueError, match=f"{channels} channels do not fit a norm of 4"):
+            norm(torch.randn(3, channels))
+    assert norm.num_batches_tracked == 0
+
+
+def test_a_buffer_that_a_graph_saved_may_not_change():
+    norm = BatchNorm(4)
+    kept = torch.ones(4, requires_grad=True) * norm.running_var
+    norm(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
 def test_no_token_leaves_the_statistics_alone():
     c, nothing = 6, torch.zeros(4, dtype=torch.bool)
     x, weight = torch.randn(4, c), torch.ones(c)
