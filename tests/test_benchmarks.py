@@ -221,12 +221,12 @@ def test_norms_against_layer_norm(tmp_path, capsys):
         assert 0 < row["interval"][0] <= row["ratio"] <= row["interval"][1]
     assert len(capsys.readouterr().out.splitlines()) == len(result["rows"])
 
-    slow = [
-        {**row, "ratio": 9 * row["ratio"], "interval": [9 * end for end in row["interval"]]} for row in result["rows"]
-    ]
-    assert norms.find_slower(result["rows"], result["rows"]) == []
-    assert len(norms.find_slower(slow, result["rows"])) == len(slow)
-    assert norms.find_slower(result["rows"], slow) == []
+    # A few pairs on a busy machine have no narrow intervals: these are made.
+    rows = [{**row, "interval": [0.9 * row["ratio"], 1.1 * row["ratio"]]} for row in result["rows"]]
+    slow = [{**row, "ratio": 2 * row["ratio"], "interval": [2 * end for end in row["interval"]]} for row in rows]
+    assert norms.find_slower(rows, rows) == []
+    assert len(norms.find_slower(slow, rows)) == len(slow)
+    assert norms.find_slower(rows, slow) == []
 
 
 def test_memory_is_that_of_the_process_which_runs(tmp_path):
