@@ -29,8 +29,12 @@ def describe_machine(result):
     return f"{result['hardware']}, {result['threads']} threads, PyTorch {result['versions']['torch']}"
 
 
-def table_of_norms(*names):
-    """Ratios to LayerNorm with their intervals: a row for each norm, a column for each size and dtype."""
+def show_ratio(row):
+    return "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["interval"])
+
+
+def table_of_norms(*names, show=show_ratio):
+    """What `show` makes of a figure: a row for each norm, a column for each size and dtype."""
     rows = [row for name in names for row in read(name)["rows"]]
     cases = sorted({(row["dtype"] == "bfloat16", row["channels"], row["tokens"]) for row in rows})
     titles = [f"{tokens // 1024}k x {c}, {'bf16' if is_bf16 else 'f32'}" for is_bf16, c, tokens in cases]
@@ -40,18 +44,8 @@ def table_of_norms(*names):
         for is_bf16, channels, tokens in cases:
             wanted = norm, channels, tokens, "bfloat16" if is_bf16 else "float32"
             of = [r for r in rows if (r["norm"], r["channels"], r["tokens"], r["dtype"]) == wanted]
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(of[0]["ratio"], *of[0]["interval"]) if of else "")
+            cells.append(show(of[0]) if of else "")
         lines.append([norm, *cells])
-    return to_markdown(lines)
-
-
-def table_of_memory(name):
-    rows = [row for row in read(name)["rows"] if "memory_ratio" in row]
-    cases = list(dict.fromkeys((row["tokens"], row["channels"], row["dtype"]) for row in rows))
-    lines = [["norm", *(f"{n // 1024}k x {c}, {dtype}" for n, c, dtype in cases)], ["---"] * (len(cases) + 1)]
-    for norm in dict.fromkeys(row["norm"] for row in rows):
-        of_norm = {(r["tokens"], r["channels"], r["dtype"]): r["memory_ratio"] for r in rows if r["norm"] == norm}
-        lines.append([norm, *(f"{of_norm[case]:.3f}" for case in cases)])
     return to_markdown(lines)
 
 
@@ -97,7 +91,7 @@ TABLES = {
     "kept": lambda: table_of_norms("cpu-kept"),
     "scaling": lambda: table_of_norms("cpu-scaling"),
     "widths": lambda: table_of_norms("cpu-widths"),
-    "memory": lambda: table_of_memory("cpu-16384"),
+    "memory": lambda: table_of_norms("cpu-16384", show=lambda row: f"{row['memory_ratio']:.3f}"),
     "steps": table_of_steps,
     "machine": lambda: f"Measured on: {describe_machine(read('cpu-4096'))}.",
 }

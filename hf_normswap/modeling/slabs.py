@@ -40,10 +40,10 @@ class SlabPasses(TorchPasses):
     @staticmethod
     def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
         y, squares = _empty_rows(x), 0
-        for rows, values, real, pads, _ in _slabs(x, mask):
+        for rows, values, reals, pads, _ in _slabs(x, mask):
             z, _ = scale_groups(values, groups, eps)
             if wants_squares:
-                squares = squares + _squares(z, real, pads)
+                squares = squares + _squares(z, reals, pads)
             with _written_to(y[rows], z) as to:
                 torch.addcmul(shift, z if center is None else torch.sub(z, center, out=to), scale, out=to)
         return y.view(x.shape), squares if wants_squares else None
@@ -51,22 +51,22 @@ class SlabPasses(TorchPasses):
     @staticmethod
     def sums(g, x, mask, center, groups, eps):
         g, total = g.reshape(-1, g.shape[-1]), 0
-        for rows, values, real, pads, _ in _slabs(x, mask):
+        for rows, values, reals, pads, _ in _slabs(x, mask):
             z, _ = scale_groups(values, groups, eps)
-            total = total + _sums(g[rows].to(z.dtype), z if center is None else z - center, real, pads)
+            total = total + _sums(g[rows].to(z.dtype), z if center is None else z - center, reals, pads)
         return total
 
     @staticmethod
     def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
         dx, g, total = _empty_rows(x), g.reshape(-1, g.shape[-1]), 0
         shift = torch.zeros_like(a) if shift is None else shift
-        for rows, values, real, pads, is_dirty in _slabs(x, mask):
+        for rows, values, reals, pads, is_dirty in _slabs(x, mask):
             wide = g[rows].to(values.dtype)
             z, inverse = scale_groups(values, groups, eps)
             with _written_to(dx[rows], z) as of_z:
                 centered = z if center is None else torch.sub(z, center, out=of_z)
                 if wants_sums:
-                    total = total + _sums(wide, centered, real, pads)
+                    total = total + _sums(wide, centered, reals, pads)
                 torch.addcmul(shift, centered, b, out=of_z)
                 of_z.addcmul_(wide, a)
                 if len(pads):
@@ -76,7 +76,8 @@ class SlabPasses(TorchPasses):
                     along = (of_group * by_group).mean(-1, keepdim=True)
                     of_group.addcmul_(by_group, along, value=-1).mul_(inverse)
             if is_dirty:
-                dx[rows][(values != x.reshape(dx.shape)[rows]) & (real == 0).unsqueeze(1)] = 0
+                changed = values != x.reshape(dx.shape)[rows]
+                dx[rows][changed.index_fill_(0, reals, False)] = 0  # what is not finite at a real token stays so
         return dx.view(x.shape), total if wants_sums else None
 
 
@@ -95,33 +96,33 @@ def _take(x, rows, mask):
 
 
 def _slabs(x: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple]:
-    """Slabs: rows; values in the dtype of statistics; 1 at real tokens and 0 at pads; pads; whether one was dirty."""
+    """Slabs: rows, values in the dtype of statistics, real tokens, pads (none without a mask), if one was dirty."""
     x, dtype = x.reshape(-1, x.shape[-1]), torch.promote_types(x.dtype, torch.float32)
     mask = None if mask is None else mask.reshape(-1)
     bound = torch.finfo(dtype).max ** 0.5 / x.shape[-1]
     for rows in _rows(x):
         values = x[rows].to(dtype)
         if mask is None:
-            yield rows, values, values.new_ones(len(values)), (), False
+            yield rows, values, None, (), False
             continue
         # A sum of squares takes one trip and no memory; what is above it by one value is looked at value by value.
         if is_dirty := not torch.dot(values.flatten(), values.flatten()) < bound**2:
             values = torch.where(mask[rows].unsqueeze(-1) | (values.abs() < bound), values, 0)
-        yield rows, values, mask[rows].to(dtype), (~mask[rows]).nonzero().flatten(), is_dirty
+        yield rows, values, mask[rows].nonzero().flatten(), (~mask[rows]).nonzero().flatten(), is_dirty
 
 
-def _sums(g, z, real, pads):
+def _sums(g, z, reals, pads):
     """Sums of g and of g z, over real tokens and over pads."""
     if len(pads) == 0:
         of_all = _products(g, z)
         return torch.stack([*of_all, *map(torch.zeros_like, of_all)])
-    parts = [(g.index_select(0, rows), z.index_select(0, rows)) for rows in (real.nonzero().flatten(), pads)]
+    parts = [(g.index_select(0, rows), z.index_select(0, rows)) for rows in (reals, pads)]
     return torch.stack([value for part in parts for value in _products(*part)])
 
 
-def _squares(z, real, pads):
+def _squares(z, reals, pads):
     """Sum of z² over real tokens."""
-    z = z.index_select(0, real.nonzero().flatten()) if len(pads) else z
+    z = z.index_select(0, reals) if len(pads) else z
     return _products(z, z)[1]
 
 
