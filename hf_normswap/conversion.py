@@ -184,8 +184,8 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
         for x, mask in inputs:
             norm.forward(x, mask)
         pending = norm.pending.clone()
-    moments = merge_over_ranks(Moments.unpack(pending))
-    _check_finite(site.name, *moments)
+    moments = merge_over_ranks(Moments(pending))
+    _check_finite(site.name, moments.packed)
     norm.update_statistics(moments, weight=1)
 
 

@@ -37,8 +37,8 @@ def pooled_moments(batches: Iterable, width: int, device) -> Moments:
     pooled = torch.zeros(2 * width + 1, dtype=torch.float64)
     for values, mask in batches:
         batch = masked_moments(values.to("cpu", torch.float64), None if mask is None else mask.cpu())
-        pooled = merge_moments(Moments.unpack(torch.stack([pooled, batch.pack()]))).pack()
-    return merge_moments(Moments.unpack(gather_over_ranks(pooled.to(device)).cpu()))
+        pooled = merge_moments(Moments(torch.stack([pooled, batch.packed]))).packed
+    return merge_moments(Moments(gather_over_ranks(pooled.to(device)).cpu()))
 
 
 def fit_affine(tokens: Iterable, width: int, device, intercept: bool = True) -> AffineFit:
@@ -52,7 +52,7 @@ def fit_affine(tokens: Iterable, width: int, device, intercept: bool = True) -> 
     gain = torch.where(var_x > 0, covariance / var_x, 0)
     shift = mean_t - gain * mean_x if intercept else torch.zeros_like(gain)
     residual = (var_t - gain * covariance).clamp(min=0)
-    return AffineFit(gain, shift, residual, Moments(moments.count, mean_t, moments.m2.split(width)[1]))
+    return AffineFit(gain, shift, residual, Moments.of(moments.count, mean_t, moments.m2.split(width)[1]))
 
 
 def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.Tensor, torch.Tensor]:

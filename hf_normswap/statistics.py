@@ -61,7 +61,7 @@ def norm_penalty(model: nn.Module) -> torch.Tensor:
     """
     norms = [norm for norm in statistic_norms(model) if isinstance(norm, RegularizedBatchNorm) and norm.training]
     # Cross-attention that is given no encoder does not run. Where no norm ran, penalty() says what to do.
-    ran = [norm for norm in norms if norm.statistics is not None]
+    ran = [norm for norm in norms if norm.has_observed]
     penalties = [norm.penalty() for norm in ran or norms]
     if penalties:
         return torch.stack(penalties).sum()
@@ -75,21 +75,22 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     NaN for a layer that did not run or is frozen, `None` if that is all of them. Layers of one width are taken
     together: a handful of operations, whatever the depth, and no host synchronisation.
     """
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[tuple[int, Statistics]]] = {}
     of_layers: dict[int, torch.Tensor] = {}
     for index, norm in enumerate(norms):
-        if norm.statistics is None:
+        if not norm.has_observed:
             of_layers[index] = torch.full((2,), torch.nan, device=norm.weight.device, dtype=norm.pending.dtype)
         else:
-            has_mean = norm.statistics.batch_mean is not None
-            groups.setdefault((norm.num_features, norm.eps, has_mean), []).append(index)
+            statistics = norm.statistics
+            has_mean = statistics.batch_mean is not None
+            groups.setdefault((norm.num_features, norm.eps, has_mean), []).append((index, statistics))
     if not groups:
         return None
     for (_, eps, _), members in groups.items():
-        fields = zip(*(norms[index].statistics for index in members), strict=True)
+        fields = zip(*(statistics for _, statistics in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
         values = torch.stack(training_inference_discrepancy(stacked, eps))
-        for index, value in zip(members, values.unbind(1), strict=True):
+        for (index, _), value in zip(members, values.unbind(1), strict=True):
             of_layers[index] = value
     return torch.stack([of_layers[index] for index in range(len(norms))], dim=1)
 
@@ -113,12 +114,13 @@ def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
     What they saw is in [`BatchStatisticNorm.pending`](hf_normswap.BatchStatisticNorm), and nowhere else.
     """
     norms = list(norms)
-    flags = "training", "frozen", "deferred", "process_group", "statistics"
+    flags = "training", "frozen", "deferred", "process_group", "_observed"
     before = [{name: getattr(norm, name) for name in flags} for norm in norms]
     buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
         for norm in norms:
-            norm.deferred, norm.frozen, norm.process_group, norm.statistics = True, False, None, None
+            norm.deferred, norm.frozen, norm.process_group = True, False, None
+            norm.forget_statistics()
             norm.discard_pending()
             if isinstance(norm, PowerNorm):
                 norm.loss_scale.fill_(1)
@@ -219,5 +221,5 @@ def sync_norm_statistics(model: nn.Module) -> None:
     for norm, part in zip(power_norms, parts[len(norms) :], strict=True):
         norm.update_gradient_statistic(part.sum(0))
     for norm, part in zip(norms, parts[: len(norms)], strict=True):
-        norm.update_statistics(merge_moments(Moments.unpack(part)))
+        norm.update_statistics(merge_moments(Moments(part)))
         norm.discard_pending()

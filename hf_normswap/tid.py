@@ -99,11 +99,11 @@ def measure_tid(
         with observing(norms.values()):
             for batch in batches:
                 run_model(model, batch)
-                ran = torch.tensor([norm.statistics is not None for norm in norms.values()], device=sums.device)
+                ran = torch.tensor([norm.has_observed for norm in norms.values()], device=sums.device)
                 values = last_discrepancy(list(norms.values())).double()
                 sums += torch.cat([ran[None].double(), torch.where(ran, values, 0)])
                 for norm in norms.values():
-                    norm.statistics = None
+                    norm.forget_statistics()
     counts, means, variances = sum_over_ranks(sums).tolist()
     return TidReport(
         LayerTid(name, mean / count if has_mean(norm) else None, variance / count, int(count))

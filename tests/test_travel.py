@@ -65,9 +65,6 @@ class Centre(BatchStatisticNorm):
 
     running = {"running_mean": 0.0}
 
-    def batch_values(self, moments):
-        return {"running_mean": moments.mean}
-
     def normalize(self, x, mask):
         if not self.training:
             return x - self.running_mean

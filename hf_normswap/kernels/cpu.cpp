@@ -1,9 +1,9 @@
 // Passes over the tokens of a batch norm, each one trip through memory; plain functions, called through ctypes.
 //
 // x, y, g, dx: n rows of c channels, float32 or bfloat16. mask: n bytes, 1 at real tokens, or null. Statistics and
-// coefficients: float32; a null center or shift is zero. With groups > 0, z is x divided by the root mean square of
-// each group of channels of its token, else z is x. A pad may hold anything: what has no finite sum of squares counts
-// as zero there.
+// coefficients: float32, moments packed as count, mean and m2; a null center or shift is zero. With groups > 0, z is x
+// divided by the root mean square of each group of channels of its token, else z is x. A pad may hold anything: what
+// has no finite sum of squares counts as zero there.
 // Rows are divided among the threads in order and partial results merged in order: no result varies from run to run.
 
 #include <algorithm>
@@ -175,6 +175,11 @@ struct Moments {
     count += n;
   }
 
+  void pack(float* packed) const {
+    *packed = float(count);
+    std::copy(m2.begin(), m2.end(), std::copy(mean.begin(), mean.end(), packed + 1));
+  }
+
   void merge(const Moments& other) {
     if (other.count == 0) return;
     const double share = other.count / (count + other.count), between = count * share;
@@ -189,8 +194,7 @@ struct Moments {
 
 // Two passes over blocks that stay in the cache between them, then merged: never E[x^2] - E[x]^2, which cancels.
 template <typename T>
-void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* m2, int64_t n, int64_t c, int64_t,
-             float, int threads) {
+void moments(const T* x, const uint8_t* mask, float* packed, int64_t n, int64_t c, int64_t, float, int threads) {
   constexpr int R = 8;
   const int64_t size = std::max<int64_t>(R, std::min<int64_t>(kBlock, 32768 / c / R * R));
   std::vector<Moments> parts(threads);
@@ -239,8 +243,7 @@ void moments(const T* x, const uint8_t* mask, float* count, float* mean, float* 
   });
   Moments& all = parts[0];
   for (int t = 1; t < threads; ++t) all.merge(parts[t]);
-  *count = float(all.count);
-  std::copy(all.mean.begin(), all.mean.end(), mean), std::copy(all.m2.begin(), all.m2.end(), m2);
+  all.pack(packed);
 }
 
 struct Coefficients {
@@ -262,6 +265,12 @@ inline void backward_row(const T* g, const T* x, T* dx, Coefficients k, float* s
 #pragma omp simd
     for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]) + (b[j] * (load(x[j]) - center[j]) + shift[j]));
   }
+}
+
+template <typename T>
+inline void scale_row(const T* g, const float* a, T* dx, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]));
 }
 
 // g and g (x - center) of R rows of each, added to the sums.
@@ -313,11 +322,12 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
   }
 }
 
-// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g.
+// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g. `dirty`, n bytes or null:
+// which pads are, noted by a pass for sums alone and spared by one for dx alone, which then reads no x at the others.
 template <typename T>
-void backward(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
-              const float* shift, const float* pad, T* dx, float* sums, int64_t n, int64_t c, int64_t groups, float eps,
-              int threads) {
+void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
+                   const float* shift, const float* pad, T* dx, float* sums, uint8_t* dirty, int64_t n, int64_t c,
+                   int64_t groups, float eps, int threads) {
   ask_for_large_pages(dx, n * c * sizeof(T));
   const std::vector<float> zeros(c);
   if (!center) center = zeros.data();
@@ -333,7 +343,13 @@ void backward(const T* g, const T* x, const uint8_t* mask, const float* center, 
     for (int64_t row = begin; row < end; ++row) {
       const T *gi = g + row * c, *xi = x + row * c;
       T* to = dx ? dx + row * c : nullptr;
-      const bool is_real = !mask || mask[row], is_dirty = !is_real && !is_clean(xi, c);
+      const bool is_real = !mask || mask[row];
+      if (!is_real && !sums && dirty && !dirty[row]) {
+        scale_row(gi, pad, to, c);
+        continue;
+      }
+      const bool is_dirty = !is_real && !is_clean(xi, c);
+      if (sums && dirty) dirty[row] = is_dirty;
       if (is_dirty) {
         cleaned.resize(kBlock * c);
         T* instead = cleaned.data() + (row - begin) % kBlock * c;
@@ -365,6 +381,13 @@ void backward(const T* g, const T* x, const uint8_t* mask, const float* center, 
   }
 }
 
+template <typename T>
+void backward(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
+              const float* shift, const float* pad, T* dx, float* sums, int64_t n, int64_t c, int64_t groups, float eps,
+              int threads) {
+  backward_rows<T>(g, x, mask, center, a, b, shift, pad, dx, sums, nullptr, n, c, groups, eps, threads);
+}
+
 float count_real(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
   for (int64_t row = 0; mask && row < n; ++row) count += mask[row] != 0;
@@ -384,66 +407,77 @@ void scale(const T* x, const uint8_t* mask, const float* mean, const float* vari
 }
 
 template <typename T>
-void standardize(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* count,
-                 float* mean, float* m2, int64_t n, int64_t c, int64_t centered, float eps, int threads) {
+void standardize(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
+                 int64_t n, int64_t c, int64_t centered, float eps, int threads) {
+  float *mean = packed + 1, *m2 = mean + c;
   if (centered) {
-    moments(x, mask, count, mean, m2, n, c, 0, eps, threads);
+    moments(x, mask, packed, n, c, 0, eps, threads);
   } else {
     forward<T>(x, mask, nullptr, nullptr, nullptr, nullptr, m2, n, c, 0, eps, threads);
     std::fill(mean, mean + c, 0.0f);
-    *count = count_real(mask, n);
+    *packed = count_real(mask, n);
   }
-  scale<T>(x, mask, mean, m2, std::max(*count, 1.0f), weight, bias, y, nullptr, n, c, 0, eps, threads);
+  scale<T>(x, mask, mean, m2, std::max(*packed, 1.0f), weight, bias, y, nullptr, n, c, 0, eps, threads);
 }
 
 template <typename T>
-void standardize_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* count,
-                          const float* mean, const float* m2, const float* of_mean, const float* of_m2, T* dx,
-                          float* of_weight, float* of_bias, int64_t n, int64_t c, int64_t centered, float eps,
-                          int threads) {
+void standardize_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* packed,
+                          const float* of_packed, T* dx, float* of_weight, float* of_bias, int64_t n, int64_t c,
+                          int64_t centered, float eps, int threads) {
+  const float *mean = packed + 1, *m2 = mean + c, *of_mean = of_packed + 1, *of_m2 = of_mean + c;
   std::vector<float> sums(4 * c), a(c), b(c), shift(c);
-  backward<T>(g, x, mask, mean, nullptr, nullptr, nullptr, nullptr, nullptr, sums.data(), n, c, 0, eps, threads);
-  const float number = std::max(*count, 1.0f);
+  std::vector<uint8_t> dirty(n);
+  backward_rows<T>(g, x, mask, mean, nullptr, nullptr, nullptr, nullptr, nullptr, sums.data(), dirty.data(), n, c, 0,
+                   eps, threads);
+  const float number = std::max(*packed, 1.0f);
   for (int64_t j = 0; j < c; ++j) {
     const float inverse = 1 / std::sqrt(m2[j] / number + eps), share = -weight[j] * inverse / number;
     a[j] = weight[j] * inverse;
-    b[j] = share * sums[c + j] * (inverse * inverse) + (of_m2 ? 2 * of_m2[j] : 0);
-    shift[j] = (centered ? share * sums[j] : 0) + (of_mean ? of_mean[j] / number : 0);
+    b[j] = share * sums[c + j] * (inverse * inverse) + (of_packed ? 2 * of_m2[j] : 0);
+    shift[j] = (centered ? share * sums[j] : 0) + (of_packed ? of_mean[j] / number : 0);
     of_weight[j] = inverse * (sums[c + j] + sums[3 * c + j]);
     of_bias[j] = sums[j] + sums[2 * c + j];
   }
   const float* scale = a.data();
-  backward<T>(g, x, mask, mean, scale, b.data(), shift.data(), scale, dx, nullptr, n, c, 0, eps, threads);
+  backward_rows<T>(g, x, mask, mean, scale, b.data(), shift.data(), scale, dx, nullptr, dirty.data(), n, c, 0, eps,
+                   threads);
 }
 
 template <typename T>
 void rescale(const T* x, const uint8_t* mask, const float* power, const float* weight, const float* bias, T* y,
-             float* count, float* mean, float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
-  scale<T>(x, mask, nullptr, power, 1, weight, bias, y, squares, n, c, groups, eps, threads);
-  std::fill(mean, mean + c, 0.0f);
-  *count = count_real(mask, n);
+             float* packed, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  scale<T>(x, mask, nullptr, power, 1, weight, bias, y, packed + 1 + c, n, c, groups, eps, threads);
+  std::fill(packed + 1, packed + 1 + c, 0.0f);
+  *packed = count_real(mask, n);
 }
 
 template <typename T>
-void rescale_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* inverse,
-                      const float* of_inverse, const float* nu, const float* count, const float* squares, T* dx,
-                      float* of_weight, float* of_bias, float* of_batch, int64_t n, int64_t c, int64_t groups,
-                      float eps, int threads) {
-  std::vector<float> sums(4 * c), a(c), b(c), pad(c);
+void rescale_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* power,
+                      const float* of_power, const float* nu, const float* packed, T* dx, float* of_weight,
+                      float* of_bias, float* of_batch, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  std::vector<float> sums(4 * c), inverse(c), a(c), b(c), pad(c);
   for (int64_t j = 0; j < c; ++j) {
-    a[j] = weight[j] * of_inverse[j];
-    b[j] = -nu[j] * inverse[j] * of_inverse[j];
+    inverse[j] = 1 / std::sqrt(power[j] + eps);
+    const float of_inverse = of_power ? 1 / std::sqrt(of_power[j] + eps) : inverse[j];
+    a[j] = weight[j] * of_inverse;
+    b[j] = -nu[j] * inverse[j] * of_inverse;
     pad[j] = weight[j] * inverse[j];
   }
   backward<T>(g, x, mask, nullptr, a.data(), b.data(), nullptr, pad.data(), dx, sums.data(), n, c, groups, eps,
               threads);
-  of_batch[0] = *count;
+  const float* squares = packed + 1 + c;
+  of_batch[0] = *packed;
   for (int64_t j = 0; j < c; ++j) {
     of_weight[j] = inverse[j] * (sums[c + j] + sums[3 * c + j]);
     of_bias[j] = sums[j] + sums[2 * c + j];
     of_batch[1 + j] = inverse[j] * inverse[j] * squares[j];
     of_batch[1 + c + j] = pad[j] * sums[c + j];
   }
+}
+
+Moments unpack(const float* packed, int64_t c) {
+  const float* m2 = packed + 1 + c;
+  return {*packed, {packed + 1, m2}, {m2, m2 + c}};
 }
 
 bool all_finite(const float* values, int64_t c) {
@@ -454,12 +488,18 @@ bool all_finite(const float* values, int64_t c) {
 
 }  // namespace
 
-extern "C" void update(float* const* running, const float* const* values, int64_t* updates, const float* count,
-                       int64_t number, int64_t c, float weight) {
-  bool valid = *count > 0;
-  for (int64_t i = 0; i < number; ++i) valid = valid && all_finite(values[i], c);
-  for (int64_t i = 0; valid && i < number; ++i)
-    for (int64_t j = 0; j < c; ++j)
+// A null running value is not kept.
+extern "C" void update(float* mean, float* var, float* power, int64_t* updates, const float* packed, int64_t c,
+                       float weight) {
+  const float number = std::max(*packed, 1.0f), *of_mean = packed + 1, *m2 = of_mean + c;
+  std::vector<float> of_var(c), of_power(c);
+  for (int64_t j = 0; j < c; ++j) of_var[j] = m2[j] / number, of_power[j] = of_var[j] + of_mean[j] * of_mean[j];
+  float* const running[] = {mean, var, power};
+  const float* const values[] = {of_mean, of_var.data(), of_power.data()};
+  bool valid = *packed > 0;
+  for (int i = 0; i < 3; ++i) valid = valid && (!running[i] || all_finite(values[i], c));
+  for (int i = 0; valid && i < 3; ++i)
+    for (int64_t j = 0; running[i] && j < c; ++j)
       running[i][j] = weight == 1 ? values[i][j] : running[i][j] + weight * (values[i][j] - running[i][j]);
   *updates += valid;
 }
@@ -478,12 +518,30 @@ extern "C" void update_nu(float* nu, float* largest_gamma, const float* of_batch
   }
 }
 
-extern "C" void merge(float* pooled, const float* count, const float* mean, const float* m2, int64_t c) {
-  Moments all{pooled[0], {pooled + 1, pooled + 1 + c}, {pooled + 1 + c, pooled + 1 + 2 * c}};
-  all.merge({*count, {mean, mean + c}, {m2, m2 + c}});
-  pooled[0] = float(all.count);
-  std::copy(all.mean.begin(), all.mean.end(), pooled + 1);
-  std::copy(all.m2.begin(), all.m2.end(), pooled + 1 + c);
+extern "C" void merge(float* pooled, const float* packed, int64_t c) {
+  Moments all = unpack(pooled, c);
+  all.merge(unpack(packed, c));
+  all.pack(pooled);
+}
+
+// Weighted distances of a batch's moments from running ones (modeling/discrepancy.py), and the gradient of the moments.
+extern "C" void penalize(const float* packed, const float* mean, const float* var, float* value, float* of_packed,
+                         int64_t c, int64_t relative, int64_t of_variances, float weight_mean, float weight_var,
+                         float eps) {
+  const float number = *packed, *of_mean = packed + 1, *m2 = of_mean + c;
+  std::fill(of_packed, of_packed + 2 * c + 1, 0.0f);
+  double total = 0;
+  for (int64_t j = 0; number > 0 && j < c; ++j) {
+    const float sigma = std::sqrt(var[j] + eps), of_sigma = std::sqrt(m2[j] / number + eps);
+    const float unit = relative ? 1 / (sigma * sigma * c) : 1.0f, gap = of_mean[j] - mean[j];
+    const float spread = of_variances ? m2[j] / number - var[j] : of_sigma - sigma;
+    total += double(weight_mean) * unit * gap * gap;
+    total += double(weight_var) * (of_variances ? std::fabs(spread) : unit * spread * spread);
+    of_packed[1 + j] = 2 * weight_mean * unit * gap;
+    of_packed[1 + c + j] =
+        weight_var / number * (of_variances ? float((spread > 0) - (spread < 0)) : unit * spread / of_sigma);
+  }
+  *value = float(total);
 }
 
 // Each function for each dtype of tokens.

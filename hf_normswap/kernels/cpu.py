@@ -23,13 +23,14 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c
 TIMEOUT = 300  # seconds
 
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
-_POINTERS = {"moments": 5, "forward": 7, "backward": 10}
-_POINTERS |= {"standardize": 8, "standardize_backward": 12, "rescale": 9, "rescale_backward": 13}
+_POINTERS = {"moments": 3, "forward": 7, "backward": 10}
+_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12}
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
 _OF_CHANNELS = {
-    "update": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_int64, ctypes.c_float),
+    "update": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
-    "merge": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64),
+    "merge": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
+    "penalize": (*(5 * (ctypes.c_void_p,)), *(3 * (ctypes.c_int64,)), *(3 * (ctypes.c_float,))),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -97,9 +98,9 @@ class CpuPasses(TorchPasses):
 
     @staticmethod
     def moments(x, mask):
-        moments = _new_moments(x)
-        _call("moments", (x,), mask, (), moments)
-        return moments
+        packed = _new_packed(x)
+        _call("moments", (x,), mask, (), (packed,))
+        return Moments(packed)
 
     @staticmethod
     def squares(x, mask, groups, eps):
@@ -129,39 +130,38 @@ class CpuPasses(TorchPasses):
     def standardize(cls, x, weight, bias, mask, eps, centered, group):
         if group is not None:
             return super().standardize(x, weight, bias, mask, eps, centered, group)
-        y, moments = _new_tokens(x), _new_moments(x)
-        _call("standardize", (x,), mask, (weight, bias), (y, *moments), centered, eps)
-        return y, moments
+        y, packed = _new_tokens(x), _new_packed(x)
+        _call("standardize", (x,), mask, (weight, bias), (y, packed), centered, eps)
+        return y, Moments(packed)
 
     @classmethod
-    def standardize_backward(cls, g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group):
+    def standardize_backward(cls, g, x, weight, mask, moments, of_moments, eps, centered, group):
         if group is not None:
-            return super().standardize_backward(g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group)
+            return super().standardize_backward(g, x, weight, mask, moments, of_moments, eps, centered, group)
         gradients = _new_gradients(x)
-        _call("standardize_backward", (g, x), mask, (weight, *moments, of_mean, of_m2), gradients, centered, eps)
+        _call("standardize_backward", (g, x), mask, (weight, moments.packed, of_moments), gradients, centered, eps)
         return gradients
 
     @classmethod
     def rescale(cls, x, weight, bias, mask, power, groups, eps):
-        y, moments = _new_tokens(x), _new_moments(x)
-        _call("rescale", (x,), mask, (power, weight, bias), (y, *moments), groups, eps)
-        return y, moments
+        y, packed = _new_tokens(x), _new_packed(x)
+        _call("rescale", (x,), mask, (power, weight, bias), (y, packed), groups, eps)
+        return y, Moments(packed)
 
     @classmethod
-    def rescale_backward(cls, g, x, weight, mask, inverse, of_inverse, nu, count, squares, groups, eps):
-        results = *_new_gradients(x), _new(x, 2 * x.shape[-1] + 1)
-        inputs = weight, inverse, of_inverse, nu, count, squares
-        _call("rescale_backward", (g, x), mask, inputs, results, groups, eps)
+    def rescale_backward(cls, g, x, weight, mask, power, of_power, nu, moments, groups, eps):
+        results = *_new_gradients(x), _new_packed(x)
+        _call("rescale_backward", (g, x), mask, (weight, power, of_power, nu, moments.packed), results, groups, eps)
         return results
 
     @staticmethod
-    def update(running, values, updates, count, weight):
-        if not _are_floats(len(values[0]), *running, *values) or count.dtype != torch.float32:
-            return TorchPasses.update(running, values, updates, count, weight)
-        addresses = [(ctypes.c_void_p * len(part))(*_addresses(part)) for part in (running, values)]
-        arguments = *addresses, *_addresses((updates, count)), len(running), len(values[0]), float(weight)
-        load_library()["update"](*arguments)
-        increment_version([*running, updates])
+    def update(running, moments, updates, weight):
+        packed, buffers = moments.packed, [running.get(name) for name in ("mean", "var", "power")]
+        c, kept = len(packed) // 2, [buffer for buffer in buffers if buffer is not None]
+        if len(kept) < len(running) or not (_are_floats(c, *kept) and _are_floats(2 * c + 1, packed)):
+            return TorchPasses.update(running, moments, updates, weight)
+        load_library()["update"](*_addresses((*buffers, updates, packed)), c, float(weight))
+        increment_version([*kept, updates])
 
     @staticmethod
     def update_nu(nu, largest_gamma, of_batch, weight, loss_scale):
@@ -173,21 +173,30 @@ class CpuPasses(TorchPasses):
 
     @staticmethod
     def merge(pooled, moments):
-        count, *vectors = moments
-        c = len(moments.mean)
-        if not (_are_floats(2 * c + 1, pooled) and _are_floats(1, count) and _are_floats(c, *vectors)):
+        if not _are_floats(len(pooled), pooled, moments.packed):
             return TorchPasses.merge(pooled, moments)
-        load_library()["merge"](*_addresses((pooled, *moments)), c)
+        load_library()["merge"](*_addresses((pooled, moments.packed)), len(pooled) // 2)
         increment_version([pooled])
+
+    @staticmethod
+    def penalize(moments, mean, var, eps, distance, weights):
+        packed, c = moments.packed, len(mean)
+        if not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
+            return TorchPasses.penalize(moments, mean, var, eps, distance, weights)
+        value, of_packed = _new(packed), torch.empty_like(packed)
+        form = distance == "relative", distance == "reference"
+        load_library()["penalize"](*_addresses((packed, mean, var, value, of_packed)), c, *form, *weights, eps)
+        return value, of_packed
 
 
 def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):
     """Calls a compiled function with as many threads as PyTorch has."""
     x = tokens[-1]
-    inputs = [value if value is None else value.float().contiguous() for value in inputs]
-    tensors = [*(part.contiguous() for part in tokens), None if mask is None else mask.contiguous(), *inputs, *outputs]
+    inputs = [value if value is None or value.dtype is torch.float32 else value.float() for value in inputs]
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (*tokens, mask, *inputs)]
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
-    load_library()[name, x.dtype](*_addresses(tensors), rows, channels, groups, eps, torch.get_num_threads())
+    addresses = _addresses((*tensors, *outputs))
+    load_library()[name, x.dtype](*addresses, rows, channels, groups, eps, torch.get_num_threads())
 
 
 def _addresses(tensors):
@@ -206,9 +215,8 @@ def _new_tokens(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _new_moments(x):
-    c = x.shape[-1]
-    return Moments(_new(x), _new(x, c), _new(x, c))
+def _new_packed(x):
+    return _new(x, 2 * x.shape[-1] + 1)
 
 
 def _new_gradients(x):

@@ -12,7 +12,7 @@ class OpPasses(TorchPasses):
 
     @staticmethod
     def moments(x, mask):
-        return Moments(*torch.ops.hf_normswap.passes_moments(x, mask))
+        return Moments(torch.ops.hf_normswap.passes_moments(x, mask))
 
     @staticmethod
     def squares(x, mask, groups, eps):
@@ -57,12 +57,12 @@ def _finish(
 if not hasattr(torch.ops.hf_normswap, "passes_forward"):  # the file may be imported twice
 
     @torch.library.custom_op("hf_normswap::passes_moments", mutates_args=())
-    def _moments(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(_passes(x).moments(x, mask))
+    def _moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return _passes(x).moments(x, mask).packed
 
     @_moments.register_fake
     def _(x, mask):
-        return _statistic(x), _statistic(x, x.shape[-1]), _statistic(x, x.shape[-1])
+        return _statistic(x, 2 * x.shape[-1] + 1)
 
     @torch.library.custom_op("hf_normswap::passes_squares", mutates_args=())
     def _squares(x: torch.Tensor, mask: torch.Tensor | None, groups: int, eps: float) -> torch.Tensor:

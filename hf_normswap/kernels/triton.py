@@ -37,11 +37,11 @@ class TritonPasses(TorchPasses):
     def moments(x, mask):
         x, (programs, c) = x.contiguous(), _shape_of_parts(x, 0)
         counts, parts = _new(x, programs), _new(x, programs, 3, c)
-        count, mean, m2 = _new(x), _new(x, c), _new(x, c)
+        packed = _new(x, 2 * c + 1)
         _launch(moments_kernel, x, programs, 0, x, _bytes(mask), counts, parts, _count(x))
         with torch.cuda.device_of(x):
-            merge_kernel[(triton.cdiv(c, 32),)](counts, parts, count, mean, m2, programs, C=c, BLOCK=32, ROWS=64)
-        return Moments(count, mean, m2)
+            merge_kernel[(triton.cdiv(c, 32),)](counts, parts, packed, programs, C=c, BLOCK=32, ROWS=64)
+        return Moments(packed)
 
     @staticmethod
     def squares(x, mask, groups, eps):

@@ -119,7 +119,7 @@ def moments_kernel(
 
 
 @triton.jit
-def merge_kernel(counts, parts, count, mean, m2, programs, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def merge_kernel(counts, parts, packed, programs, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     columns, valid = _columns(C, BLOCK, BLOCK)
     total = 0.0
     pivot = tl.zeros((BLOCK,), tl.float32)
@@ -134,9 +134,9 @@ def merge_kernel(counts, parts, count, mean, m2, programs, C: tl.constexpr, BLOC
         within += tl.sum(tl.load(places + 2 * C, mask=read, other=0), 0)
         total, pivot, center, within = _merge(total, pivot, center, within, weights, pivots, means)
     if tl.program_id(0) == 0:
-        tl.store(count, total)
-    tl.store(mean + columns, pivot + center, mask=valid)
-    tl.store(m2 + columns, within, mask=valid)
+        tl.store(packed, total)
+    tl.store(packed + 1 + columns, pivot + center, mask=valid)
+    tl.store(packed + 1 + C + columns, within, mask=valid)
 
 
 @_tune

@@ -2,7 +2,7 @@
 
 import torch
 
-from .discrepancy import Statistics
+from .discrepancy import compare_moments
 from .moments import Moments
 from .norm import BatchStandardize, BatchStatisticNorm
 from .registry import register_norm
@@ -35,22 +35,23 @@ class BatchNorm(BatchStatisticNorm):
     """
 
     running = {"running_mean": 0.0, "running_var": 1.0}
-    penalized = False  # whether the batch's statistics keep their graph for a penalty
-
-    def batch_values(self, moments):
-        return {"running_mean": moments.mean, "running_var": moments.var}
 
     def normalize(self, x, mask):
         return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
 
     def transform(self, x, mask):
         if not self.training:
-            self.statistics = None
+            self.forget_statistics()
             return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        y, *moments = BatchStandardize.apply(x, self.weight, self.bias, mask, self.eps, True, self.process_group)
-        self.observe(Moments(*moments), running, is_first_run)
+        options = self.eps, True, self.process_group, self.regularizer(running)
+        y, moments, penalty = BatchStandardize.apply(x, self.weight, self.bias, mask, *options)
+        self.observe(Moments(moments), running, is_first_run, penalty)
         return y
+
+    def regularizer(self, running: dict[str, torch.Tensor]) -> tuple | None:
+        """What follows the moments in the [`penalty`](hf_normswap.modeling.discrepancy.penalty), if there is one."""
+        return None
 
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
@@ -58,7 +59,4 @@ class BatchNorm(BatchStatisticNorm):
         return scale, shift if self.bias is None else shift + self.bias
 
     def compare(self, moments, running):
-        before = running["running_mean"], running["running_var"]
-        pairs = zip((moments.mean, moments.var), before, strict=True)
-        batch = [torch.where(moments.count > 0, value, old) for value, old in pairs]
-        return Statistics(*(batch if self.penalized else [value.detach() for value in batch]), *before)
+        return compare_moments(moments, running["running_mean"], running["running_var"])

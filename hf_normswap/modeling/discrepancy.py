@@ -1,12 +1,14 @@
 """How far a batch's statistics are from the running ones: the RBN penalty and the TID, as pure functions.
 
-Every function takes a [`Statistics`] whose fields have shape `(..., C)` and returns values of shape `(...)`.
+Distances take a [`Statistics`] whose fields have shape `(..., C)` and return values of shape `(...)`.
 Deviations are σ = √(variance + ε) throughout: the bare root has an infinite gradient at a constant channel.
 """
 
 from typing import NamedTuple
 
 import torch
+
+from .moments import Moments
 
 
 class Statistics(NamedTuple):
@@ -43,6 +45,18 @@ def relative_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor,
 
 
 DISTANCES = {"relative": relative_distance, "paper": paper_distance, "reference": reference_distance}
+
+
+def compare_moments(moments: Moments, mean: torch.Tensor, var: torch.Tensor) -> Statistics:
+    """A batch's mean and variance beside the running ones, and equal to these where the batch has no tokens."""
+    pairs = (moments.mean, mean), (moments.var, var)
+    return Statistics(*(torch.where(moments.count > 0, value, old) for value, old in pairs), mean, var)
+
+
+def penalty(moments: Moments, mean, var, eps: float, distance: str, weights: tuple[float, float]) -> torch.Tensor:
+    """`λ_μ d(μ_B, μ) + λ_σ d(σ_B, σ)` of a batch's moments; `mean`, `var`: the running pair, `weights`: both λ."""
+    of_mean, of_var = DISTANCES[distance](compare_moments(moments, mean, var), eps)
+    return weights[0] * of_mean + weights[1] * of_var
 
 
 def training_inference_discrepancy(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

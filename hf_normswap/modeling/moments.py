@@ -11,17 +11,33 @@ from .ranks import gather_over_ranks
 
 
 class Moments(NamedTuple):
-    """First two moments of a set of tokens.
+    """First two moments of a set of tokens, in one tensor: for one buffer, one collective, one output of a graph.
 
     Attributes:
-        count (`torch.Tensor` of shape `(...)`): number of real tokens.
-        mean (`torch.Tensor` of shape `(..., C)`): mean of each channel, 0 where `count` is 0.
-        m2 (`torch.Tensor` of shape `(..., C)`): sum of squared deviations from `mean`.
+        packed (`torch.Tensor` of shape `(..., 2C + 1)`): `count`, `mean` and `m2` side by side.
     """
 
-    count: torch.Tensor
-    mean: torch.Tensor
-    m2: torch.Tensor
+    packed: torch.Tensor
+
+    @classmethod
+    def of(cls, count: torch.Tensor, mean: torch.Tensor, m2: torch.Tensor) -> "Moments":
+        """From a number of tokens `(...)`, means `(..., C)`, and sums of squared deviations from them `(..., C)`."""
+        return cls(torch.cat([count.unsqueeze(-1), mean, m2], dim=-1))
+
+    @property
+    def count(self) -> torch.Tensor:
+        """Number of real tokens, of shape `(...)`."""
+        return self.packed[..., 0]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of each channel, of shape `(..., C)`, 0 where there are no tokens."""
+        return self.packed[..., 1 : self.packed.shape[-1] // 2 + 1]
+
+    @property
+    def m2(self) -> torch.Tensor:
+        """Sum of squared deviations from the mean, of shape `(..., C)`."""
+        return self.packed[..., self.packed.shape[-1] // 2 + 1 :]
 
     @property
     def var(self) -> torch.Tensor:
@@ -32,16 +48,6 @@ class Moments(NamedTuple):
     def power(self) -> torch.Tensor:
         """Quadratic mean squared, the ψ² of PowerNorm: `mean(x²)` of each channel."""
         return self.var + self.mean.square()
-
-    def pack(self) -> torch.Tensor:
-        """The moments as one tensor of shape `(..., 2C + 1)`, for one buffer or one collective."""
-        return torch.cat([self.count.unsqueeze(-1), self.mean, self.m2], dim=-1)
-
-    @classmethod
-    def unpack(cls, packed: torch.Tensor) -> "Moments":
-        """Inverse of [`Moments.pack`]."""
-        width = packed.shape[-1] // 2
-        return cls(packed[..., 0], packed[..., 1 : width + 1], packed[..., width + 1 :])
 
 
 def sum_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,25 +92,26 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Mo
     """
     count = count_tokens(values, mask)
     mean = sum_tokens(values, mask) / count.clamp(min=1)
-    return Moments(count, mean, sum_tokens((values - mean).square(), mask))
+    return Moments.of(count, mean, sum_tokens((values - mean).square(), mask))
 
 
 def merge_moments(parts: Moments) -> Moments:
     """Moments of the union of several sets of tokens, exactly (Chan, Golub and LeVeque, 1983).
 
     Args:
-        parts ([`Moments`] with a leading dimension): one entry per set, `(K,)`, `(K, C)`, `(K, C)`; sets may be empty.
+        parts ([`Moments`] with a leading dimension): one entry per set, `(K, 2C + 1)`; sets may be empty.
 
     Returns:
         [`Moments`]: of all tokens together, without the leading dimension.
     """
-    count = parts.count.sum(0)
-    weight = (parts.count / count.clamp(min=1)).unsqueeze(-1)
-    mean = (weight * parts.mean).sum(0)
-    between = (parts.count.unsqueeze(-1) * (parts.mean - mean).square()).sum(0)
-    return Moments(count, mean, parts.m2.sum(0) + between)
+    counts, means = parts.count, parts.mean
+    count = counts.sum(0)
+    weight = (counts / count.clamp(min=1)).unsqueeze(-1)
+    mean = (weight * means).sum(0)
+    between = (counts.unsqueeze(-1) * (means - mean).square()).sum(0)
+    return Moments.of(count, mean, parts.m2.sum(0) + between)
 
 
 def merge_over_ranks(moments: Moments, group=None) -> Moments:
     """Moments of the tokens of all ranks of a process `group`, by default of all, in one collective."""
-    return merge_moments(Moments.unpack(gather_over_ranks(moments.pack(), group)))
+    return merge_moments(Moments(gather_over_ranks(moments.packed, group)))

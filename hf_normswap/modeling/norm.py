@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .discrepancy import Statistics
+from .discrepancy import Statistics, penalty
 from .moments import Moments
 from .options import check_number
 from .paths import passes_for
@@ -54,6 +54,8 @@ class Norm(nn.Module):
         if x.shape[-1] != self.num_features:
             raise ValueError(f"Tokens of {x.shape[-1]} channels do not fit a norm of {self.num_features}.")
         mask = self.token_mask(x, mask)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.transform(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             return self.transform(x, mask)
 
@@ -132,8 +134,8 @@ class Norm(nn.Module):
 class BatchStatisticNorm(Norm):
     """Base of the norms that normalise with statistics of the batch and keep running ones for inference.
 
-    A subclass names its buffers in `running` and says in [`BatchStatisticNorm.batch_values`] what a batch contributes
-    to each. They are float32 at least, whatever the model's dtype.
+    A subclass names its buffers in `running`. Those called `running_mean`, `running_var` and `running_power` follow
+    what [`Moments`] of a batch have under the rest of the name. They are float32 at least, whatever the model's dtype.
 
     In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
@@ -158,7 +160,7 @@ class BatchStatisticNorm(Norm):
         self._register_pending("pending", dtype, device)
         self.deferred = self.frozen = False
         self.process_group = None
-        self.statistics = None
+        self._observed = None
 
     def _register_pending(self, name, dtype, device):
         self.register_buffer(
@@ -172,47 +174,53 @@ class BatchStatisticNorm(Norm):
         """Forget what was pooled since the last update."""
         self.pending.zero_()
 
-    def batch_values(self, moments: Moments) -> dict[str, torch.Tensor]:
-        """The batch's value of each buffer in `running`, of shape `(C,)`."""
-        raise NotImplementedError(f"{type(self).__name__} must implement batch_values(moments).")
-
     def frozen_running(self) -> tuple[dict[str, torch.Tensor], bool]:
         """The running values from before this batch, and whether this is the first run of the forward."""
         return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in self.running})
 
     def compare(self, moments: Moments, running: dict[str, torch.Tensor]) -> Statistics:
-        """The batch's statistics beside the running ones from before it; equal to these where there are no tokens."""
+        """The batch's statistics beside the running ones from before it; equal to these where there are no tokens.
+
+        Called without a graph: a penalty takes its gradient where the moments are made.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement compare(moments, running).")
 
-    def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
-        """Keep the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
+    def observe(
+        self,
+        moments: Moments,
+        running: dict[str, torch.Tensor],
+        is_first_run: bool,
+        penalty: torch.Tensor | None = None,
+    ) -> None:
+        """Keep the batch's statistics for the TID, and its penalty, and track them: once, in the first run."""
         if is_first_run:
-            self._observed = moments, running
+            self._observed = moments, running, penalty
             self.track(moments)
 
     @property
     def statistics(self) -> Statistics | None:
-        """Those of the last training forward and the running ones from before it, `None` where there was none.
+        """Those of the last training forward and the running ones from before it, `None` where there was none."""
+        if not self.has_observed:
+            return None
+        moments, running, _ = self._observed
+        with torch.no_grad():
+            return self.compare(moments, running)
 
-        Compared here and not in the forward: what a block that is checkpointed saves for the penalty would be asked
-        for first in the backward, before FSDP has gathered the block's weights.
-        """
-        if self._observed is not None and not isinstance(self._observed, Statistics):
-            with torch.enable_grad():
-                self._observed = self.compare(*self._observed)
-        return self._observed
+    @property
+    def has_observed(self) -> bool:
+        """Whether there are statistics of a training forward."""
+        return self._observed is not None
 
-    @statistics.setter
-    def statistics(self, value: Statistics | None) -> None:
-        self._observed = value
+    def forget_statistics(self) -> None:
+        """As if there had been no training forward."""
+        self._observed = None
 
     def track(self, moments: Moments) -> None:
         """Take the batch into the running values: at once, or pooled while `deferred`."""
+        if not self.deferred:
+            return self.update_statistics(moments)
         with torch.no_grad():
-            if self.deferred:
-                passes_for(self.pending, *moments).merge(self.pending, moments)
-            else:
-                self.update_statistics(moments)
+            passes_for(self.pending, moments.packed).merge(self.pending, moments)
 
     def update_weight(self) -> float | torch.Tensor:
         """Weight of the batch in the next update."""
@@ -224,11 +232,10 @@ class BatchStatisticNorm(Norm):
 
         `weight` is that of the batch, [`BatchStatisticNorm.update_weight`] by default; 1 forgets what was before.
         """
-        values = self.batch_values(moments)
-        running, values = [getattr(self, name) for name in values], [*values.values()]
+        prefix = "running_"
+        running = {name[len(prefix) :]: getattr(self, name) for name in self.running if name.startswith(prefix)}
         weight = self.update_weight() if weight is None else weight
-        passes = passes_for(moments.mean, *running, *values)
-        passes.update(running, values, self.num_batches_tracked, moments.count, weight)
+        passes_for(moments.packed, *running.values()).update(running, moments, self.num_batches_tracked, weight)
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
@@ -240,53 +247,53 @@ class PowerStatisticNorm(BatchStatisticNorm):
 
     running = {"running_power": 1.0}
 
-    def batch_values(self, moments):
-        return {"running_power": moments.power}
-
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_power + self.eps)
         return scale, torch.zeros_like(scale) if self.bias is None else self.bias
 
     def compare(self, moments, running):
         power = torch.where(moments.count > 0, moments.power, running["running_power"])
-        return Statistics(None, power.detach(), None, running["running_power"])
+        return Statistics(None, power, None, running["running_power"])
 
 
 class BatchStandardize(torch.autograd.Function):
     """`y = γ x̂ + β` of a batch in its own statistics, with the exact gradient.
 
-    `centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The moments are
-    outputs too, mean and m2 differentiable; without `centered` those about zero. At a pad the output is the same
-    affine map, with its plain gradient.
+    `centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The packed moments
+    are an output too, differentiable; without `centered` those about zero. At a pad the output is the same affine map,
+    with its plain gradient. With a `regularizer`, what follows the moments in the [`penalty`], that is the third
+    output. Its gradient is taken in the forward: operations of its own would take as long as a pass over the tokens.
 
     With a process `group` the batch is that of its ranks together, and so is the gradient: that of the sum of the
     losses of all ranks. One collective in the forward, one in the backward, of the same size on every rank.
     """
 
     @staticmethod
-    def forward(x, weight, bias, mask, eps, centered, group):
-        y, moments = passes_for(x, weight).standardize(x, weight, bias, mask, eps, centered, group)
-        return y, *moments
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, mask, ctx.eps, ctx.centered, ctx.group = inputs
-        _, count, mean, m2 = output
+    def forward(ctx, x, weight, bias, mask, eps, centered, group, regularizer):
+        # With setup_context it would take a tenth of a millisecond more.
+        passes = passes_for(x, weight)
+        y, moments = passes.standardize(x, weight, bias, mask, eps, centered, group)
+        value = of_penalty = None
+        if regularizer is not None:
+            value, of_penalty = passes.penalize(moments, *regularizer)
+        ctx.eps, ctx.centered, ctx.group, ctx.regularizer = eps, centered, group, regularizer
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(count)
-        # Outputs, and nothing computed from them: a second derivative sees that they depend on x.
-        ctx.save_for_backward(x, weight, mask, count, mean, m2)
+        # The output, and nothing computed from it: a second derivative sees that it depends on x.
+        ctx.save_for_backward(x, weight, mask, moments.packed, of_penalty)
+        return y, moments.packed, value
 
     @staticmethod
-    def backward(ctx, g, of_count, of_mean, of_m2):
-        x, weight, mask, *moments = ctx.saved_tensors
+    def backward(ctx, g, of_moments, of_value):
+        x, weight, mask, packed, of_penalty = ctx.saved_tensors
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
+        if of_value is not None:
+            if torch.is_grad_enabled():  # for a second derivative
+                value = penalty(Moments(packed), *ctx.regularizer)
+                (of_penalty,) = torch.autograd.grad(value, packed, create_graph=True)
+            of_penalty = of_value * of_penalty
+            of_moments = of_penalty if of_moments is None else of_moments + of_penalty
         dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(
-            g, x, weight, mask, Moments(*moments), of_mean, of_m2, ctx.eps, ctx.centered, ctx.group
+            g, x, weight, mask, Moments(packed), of_moments, ctx.eps, ctx.centered, ctx.group
         )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 4
-
-
-# `apply` asks for the signature at each call, which takes a tenth of a millisecond to find out.
-BatchStandardize.forward.__signature__ = inspect.signature(BatchStandardize.forward)
+        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 5

@@ -8,6 +8,7 @@ of squares counts as zero, and gets no gradient.
 
 import torch
 
+from .discrepancy import penalty
 from .moments import Moments, count_tokens, masked_moments, merge_moments, merge_over_ranks, sum_tokens
 from .ranks import sum_over_ranks
 
@@ -72,7 +73,7 @@ class TorchPasses:
 
     @classmethod
     def standardize(cls, x, weight, bias, mask, eps, centered, group) -> tuple[torch.Tensor, Moments]:
-        """`y = γ (x − c) / √(v + ε) + β`, and the moments of the batch, that of all ranks of `group` together.
+        """`y = γ (x − c) / √(v + ε) + β`, and moments of the batch, that of all ranks of `group` together.
 
         c and v are mean and variance where it is `centered`, else 0 and the mean square (with moments about zero).
         """
@@ -83,23 +84,25 @@ class TorchPasses:
         return y, moments
 
     @classmethod
-    def standardize_backward(cls, g, x, weight, mask, moments, of_mean, of_m2, eps, centered, group):
-        """Gradients of x, γ and β from those of y, mean and m2; the last two of shape `(C,)` or `None`."""
+    def standardize_backward(cls, g, x, weight, mask, moments, of_moments, eps, centered, group):
+        """Gradients of x, γ and β from those of y and of the moments, packed as these or `None`."""
         center = moments.mean if centered else None
         inverse = torch.rsqrt(moments.var + eps)
         sums = cls.sums(g, x, mask, center, 0, eps)
         total, products = sums[0], sums[1]
         if group is not None:
-            total, products, of_mean, of_m2 = _sum_over_ranks((total, products, of_mean, of_m2), inverse, group)
+            if of_moments is None:
+                of_moments = torch.zeros_like(moments.packed)
+            pooled = sum_over_ranks(torch.cat([total, products, of_moments]), group)
+            total, products, of_moments = pooled.split((len(total), len(total), len(of_moments)))
         # dx = scale g + b (x − center) + shift: through the affine map, through σ and through μ.
         scale, count = weight * inverse, moments.count.clamp(min=1)
         share = scale / -count
         b = share * products * inverse.square()
         shift = share * total if centered else torch.zeros_like(b)
-        if of_mean is not None:
-            shift = shift + of_mean / count
-        if of_m2 is not None:
-            b = b + 2 * of_m2
+        if of_moments is not None:
+            shift = shift + Moments(of_moments).mean / count
+            b = b + 2 * Moments(of_moments).m2
         dx, _ = cls.backward(g, x, mask, center, scale, b, shift, scale, 0, eps, False)
         return dx, *_gradients_of_affine(sums, inverse)
 
@@ -110,16 +113,19 @@ class TorchPasses:
         return y, power_moments(x, mask, squares)
 
     @classmethod
-    def rescale_backward(cls, g, x, weight, mask, inverse, of_inverse, nu, count, squares, groups, eps):
-        """Gradients of x, γ and β for `x̂ = z inverse`; and `(n, Σ x̂², Σ γ g x̂)` over real tokens, `(2C + 1,)`.
+    def rescale_backward(cls, g, x, weight, mask, power, of_power, nu, moments, groups, eps):
+        """Gradients of x, γ and β for `x̂ = z / √(power + ε)`; and `(n, Σ x̂², Σ γ g x̂)` over real tokens, `(2C + 1,)`.
 
-        That of z is `(γ g − ν x̂) of_inverse` at real tokens and `γ g inverse` at pads; that of x follows.
+        That of z is `(γ g − ν x̂) / √(of_power + ε)` at real tokens and `γ g / √(power + ε)` at pads; that of x
+        follows. `moments` are those of z about zero; without `of_power` it is `power`.
         """
+        inverse = torch.rsqrt(power + eps)
+        of_inverse = inverse if of_power is None else torch.rsqrt(of_power + eps)
         pad = weight * inverse
-        a, b = pad if of_inverse is inverse else weight * of_inverse, -nu * inverse * of_inverse
+        a, b = weight * of_inverse, -nu * inverse * of_inverse
         dx, sums = cls.backward(g, x, mask, None, a, b, None, pad, groups, eps, True)
-        of_batch = torch.cat([count.unsqueeze(0), inverse.square() * squares, pad * sums[1]])
-        return dx, *_gradients_of_affine(sums, inverse), of_batch
+        of_batch = Moments.of(moments.count, inverse.square() * moments.m2, pad * sums[1])
+        return dx, *_gradients_of_affine(sums, inverse), of_batch.packed
 
     @classmethod
     def _scale(cls, x, weight, bias, mask, center, variance, groups, eps, wants_squares):
@@ -128,16 +134,18 @@ class TorchPasses:
         return cls.forward(x, mask, center, weight * inverse, shift, groups, eps, wants_squares)
 
     @staticmethod
-    def update(running: list, values: list, updates: torch.Tensor, count: torch.Tensor, weight) -> None:
+    def update(running: dict[str, torch.Tensor], moments: Moments, updates: torch.Tensor, weight) -> None:
         """`r ← (1 − weight) r + weight · value` in place, and one more of `updates`.
 
-        Nothing where `count` is 0 or a value is not finite.
+        `running` names the property of `moments` that a buffer follows: `mean`, `var`, `power`. Nothing where there
+        are no tokens or a value is not finite.
         """
+        values = {name: getattr(moments, name) for name in running}
         # A sum is finite where all its terms are, but for those near the largest number. One sum for each: with a
         # stack of them inductor (torch 2.13) computes other outputs, in a graph of several norms.
-        valid = (count > 0) & sum(value.sum() for value in values).isfinite()
-        for buffer, value in zip(running, values, strict=True):
-            buffer.lerp_(torch.where(valid, value.to(buffer.dtype), buffer), weight)
+        valid = (moments.count > 0) & sum(value.sum() for value in values.values()).isfinite()
+        for name, buffer in running.items():
+            buffer.lerp_(torch.where(valid, values[name].to(buffer.dtype), buffer), weight)
         updates.add_(valid)
 
     @staticmethod
@@ -146,10 +154,11 @@ class TorchPasses:
 
         `of_batch` is that of [`TorchPasses.rescale_backward`], with gradients of a loss times `loss_scale`.
         """
-        count, gamma, lambda_ = Moments.unpack(of_batch)
+        sums = Moments(of_batch)  # of the same layout
+        count = sums.count
         number = count.clamp(min=1)
-        gamma = gamma / number
-        lambda_ = lambda_ / (number * loss_scale)  # ν carries the units of the unscaled loss
+        gamma = sums.mean / number
+        lambda_ = sums.m2 / (number * loss_scale)  # ν carries the units of the unscaled loss
         step = gamma.reciprocal().clamp(max=weight)
         new = torch.addcmul(nu, step, torch.addcmul(lambda_, nu, gamma, value=-1))
         # One overflow under a loss scale must not make ν NaN for good.
@@ -160,23 +169,25 @@ class TorchPasses:
     @staticmethod
     def merge(pooled: torch.Tensor, moments: Moments) -> None:
         """Take `moments` into the `pooled` ones, packed, in place."""
-        pooled.copy_(merge_moments(Moments.unpack(torch.stack([pooled, moments.pack()]))).pack())
+        pooled.copy_(merge_moments(Moments(torch.stack([pooled, moments.packed]))).packed)
+
+    @staticmethod
+    def penalize(moments: Moments, mean, var, eps, distance: str, weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """The [`penalty`] of a batch's moments beside the running pair, and the gradient of mean and m2, packed."""
+        with torch.enable_grad():
+            packed = moments.packed.detach().requires_grad_()
+            value = penalty(Moments(packed), mean, var, eps, distance, weights)
+        return value.detach(), *torch.autograd.grad(value, packed)
 
 
 def power_moments(x, mask, squares):
     """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
-    return Moments(count_tokens(x, mask), torch.zeros_like(squares), squares)
+    return Moments.of(count_tokens(x, mask), torch.zeros_like(squares), squares)
 
 
 def _gradients_of_affine(sums, inverse):
     """Gradients of γ and β of `y = γ z · inverse + β` from the sums over real tokens and pads."""
     return inverse * (sums[1] + sums[3]), sums[0] + sums[2]
-
-
-def _sum_over_ranks(parts: tuple, like: torch.Tensor, group) -> tuple[torch.Tensor, ...]:
-    """Each of `parts`, of shape `(C,)` or `None` for zeros, summed over ranks, in one collective."""
-    packed = torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
-    return sum_over_ranks(packed, group).split(len(like))
 
 
 def _promote(x):

@@ -21,8 +21,11 @@ def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
     """
     if torch.compiler.is_compiling():
         return COMPILED.get(x.device.type, TorchPasses)
-    find = PATHS.get(x.device.type)
-    are_plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device == x.device for t in (x, *others))
-    if find is None or not are_plain or not x.is_floating_point() or x.numel() == 0 or torch.is_grad_enabled():
+    device = x.device
+    find = PATHS.get(device.type)
+    if find is None or torch.is_grad_enabled() or not x.is_floating_point() or x.numel() == 0:
         return TorchPasses
+    for tensor in (x, *others):
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
+            return TorchPasses
     return find(x) or TorchPasses

@@ -25,9 +25,10 @@ class PowerNormV(PowerStatisticNorm):
 
     def transform(self, x, mask):
         if not self.training:
-            self.statistics = None
+            self.forget_statistics()
             return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
-        y, *moments = BatchStandardize.apply(x, self.weight, self.bias, mask, self.eps, False, self.process_group)
-        self.observe(Moments(*moments), running, is_first_run)
+        options = self.eps, False, self.process_group, None
+        y, moments, _ = BatchStandardize.apply(x, self.weight, self.bias, mask, *options)
+        self.observe(Moments(moments), running, is_first_run)
         return y

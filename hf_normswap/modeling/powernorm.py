@@ -1,11 +1,9 @@
 """Power normalisation: running quadratic mean in the forward, running gradient statistic in the backward."""
 
-import inspect
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from .moments import Moments, count_tokens, merge_over_ranks
+from .moments import Moments, merge_over_ranks
 from .norm import PowerStatisticNorm
 from .options import check_number
 from .passes import power_moments, scale_groups
@@ -117,11 +115,11 @@ class PowerNorm(PowerStatisticNorm):
 
     def transform(self, x, mask):
         if not self.training:
-            self.statistics = None
+            self.forget_statistics()
             return super().transform(x, mask)
         running, is_first_run = self.frozen_running()
         step, _ = replay_or_record(lambda: snapshot(self.num_batches_tracked)) if self.warmup_steps else (None, None)
-        y, _, *moments = _PowerNormalize.apply(
+        y, moments = _PowerNormalize.apply(
             x,
             self.weight,
             self.bias,
@@ -134,7 +132,7 @@ class PowerNorm(PowerStatisticNorm):
             self.eps,
             self,
         )
-        self.observe(Moments(*moments), running, is_first_run)
+        self.observe(Moments(moments), running, is_first_run)
         return y
 
     def _weight(self, alpha: float, step: torch.Tensor | None) -> float | torch.Tensor:
@@ -161,53 +159,43 @@ class PowerNorm(PowerStatisticNorm):
 class _PowerNormalize(torch.autograd.Function):
     """`y = γ x̂ + β`, x̂ = z / √(ψ² + ε), with PowerNorm's backward; there Γ and Λ go to buffers of the layer.
 
-    Outputs are the moments of the batch about zero, too; and the sum of z² over the real tokens of this process in the
-    warm-up, when ψ and ν are those of the batch, and a forward and a backward take two passes each, not one.
+    The packed moments of the batch about zero are an output, too. In the warm-up ψ and ν are those of the batch, and a
+    forward and a backward take two passes each, not one.
     """
 
     @staticmethod
-    def forward(x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
-        passes = passes_for(x, weight, power)
-        if is_warming_up is None:
-            y, moments = passes.rescale(x, weight, bias, mask, power, groups, eps)
-            return y, None, *moments
-        moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
-        if layer.process_group is not None:
-            moments = merge_over_ranks(moments, layer.process_group)
-        power = torch.where(is_warming_up, moments.power, power)
+    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
+        passes, moments = passes_for(x, weight, power), None
+        if is_warming_up is not None:
+            moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
+            if layer.process_group is not None:
+                moments = merge_over_ranks(moments, layer.process_group)
+            power = torch.where(is_warming_up, moments.power, power)
         y, of_process = passes.rescale(x, weight, bias, mask, power, groups, eps)
-        return y, of_process.m2, *moments
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, mask, power, nu, is_warming_up, ctx.update_weight, ctx.groups, ctx.eps, layer = inputs
-        _, squares, *moments = output
+        moments = of_process if moments is None else moments
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*moments, *(() if squares is None else (squares,)))
-        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, squares, *moments)
+        ctx.mark_non_differentiable(moments.packed)
+        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, moments.packed, of_process.packed)
+        ctx.update_weight, ctx.groups, ctx.eps = update_weight, groups, eps
         ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
         ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
+        return y, moments.packed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, *_):
+    def backward(ctx, g, _):
         if g is None:
             return (None,) * 11
-        x, weight, mask, power, nu, is_warming_up, squares, *moments = ctx.saved_tensors
-        passes, moments, g = passes_for(x, g, weight, power), Moments(*moments), g.to(x.dtype)
-        count, inverse = moments.count, torch.rsqrt(power + ctx.eps)
-        if is_warming_up is None:
-            squares = moments.m2
-        else:
-            inverse = torch.where(is_warming_up, torch.rsqrt(moments.power + ctx.eps), inverse)
-            count = count_tokens(x, mask)
-            products = weight * inverse * passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1]
-            nu = torch.where(is_warming_up, _nu_of_batch(count, products, ctx.group), nu)
-        of_inverse = torch.rsqrt(moments.power + ctx.eps) if ctx.grad_scale == "batch" else inverse
+        x, weight, mask, power, nu, is_warming_up, moments, of_process = ctx.saved_tensors
+        passes, of_process, g = passes_for(x, g, weight, power), Moments(of_process), g.to(x.dtype)
+        if is_warming_up is not None:
+            products = passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1] * weight * torch.rsqrt(power + ctx.eps)
+            nu = torch.where(is_warming_up, _nu_of_batch(of_process.count, products, ctx.group), nu)
+        of_power = Moments(moments).power if ctx.grad_scale == "batch" else None
         dx, of_weight, of_bias, of_batch = passes.rescale_backward(
-            g, x, weight, mask, inverse, of_inverse, nu, count, squares, ctx.groups, ctx.eps
+            g, x, weight, mask, power, of_power, nu, of_process, ctx.groups, ctx.eps
         )
         if ctx.deferred:
             ctx.pending.add_(of_batch)
@@ -217,9 +205,6 @@ class _PowerNormalize(torch.autograd.Function):
             )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
         return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 8
-
-
-_PowerNormalize.forward.__signature__ = inspect.signature(_PowerNormalize.forward)  # see BatchStandardize
 
 
 def _nu_of_batch(count, products, group):

@@ -3,7 +3,7 @@
 import torch
 
 from .batchnorm import BatchNorm
-from .discrepancy import DISTANCES
+from .discrepancy import DISTANCES, penalty
 from .options import check_number
 from .registry import register_norm
 
@@ -28,8 +28,6 @@ class RegularizedBatchNorm(BatchNorm):
         eps, momentum, bias: as in [`BatchNorm`].
     """
 
-    penalized = True
-
     def __init__(
         self,
         num_features: int,
@@ -52,10 +50,18 @@ class RegularizedBatchNorm(BatchNorm):
         Raises:
             RuntimeError: when there was no training forward since the last call.
         """
-        if self.statistics is None:
+        if not self.has_observed:
             raise RuntimeError(
                 "There is no penalty to take: call this after each forward in training mode, before the next one."
             )
-        of_mean, of_var = DISTANCES[self.distance](self.statistics, self.eps)
-        self.statistics = None
-        return self.lambda_mean * of_mean + self.lambda_var * of_var
+        moments, running, value = self._observed
+        self.forget_statistics()
+        return penalty(moments, *self._regularization(running)) if value is None else value
+
+    def regularizer(self, running):
+        # A compiled graph has no use for a gradient that is taken at once: it fuses the operations.
+        return None if torch.compiler.is_compiling() else self._regularization(running)
+
+    def _regularization(self, running):
+        weights = self.lambda_mean, self.lambda_var
+        return running["running_mean"], running["running_var"], self.eps, self.distance, weights

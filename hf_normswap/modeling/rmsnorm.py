@@ -3,6 +3,7 @@
 import torch
 
 from .norm import Norm
+from .paths import passes_for
 from .registry import register_norm
 
 
@@ -20,3 +21,30 @@ class RMSNorm(Norm):
 
     def normalize(self, x, mask):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    def transform(self, x, mask):
+        if torch.compiler.is_compiling():  # a compiler fuses these few operations, and an exporter shows them
+            return super().transform(x, mask)
+        return _RescaleTokens.apply(x, self.weight, self.bias, mask, self.eps)
+
+
+class _RescaleTokens(torch.autograd.Function):
+    """`y = γ z + β`, z = x / rms: the group scaling of PowerNorm with all channels in one group, and no statistics."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, eps):
+        ctx.save_for_backward(x, weight, mask)
+        ctx.eps = eps
+        shift = torch.zeros_like(weight) if bias is None else bias
+        scale, shift = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (weight, shift))
+        return passes_for(x, weight).forward(x, mask, None, scale, shift, 1, eps, False)[0]
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, mask = ctx.saved_tensors
+        g, scale = g.to(x.dtype), weight.to(torch.promote_types(weight.dtype, torch.float32))
+        passes, none = passes_for(x, g, weight), torch.zeros_like(scale)
+        dx, sums = passes.backward(g, x, mask, None, scale, none, None, scale, 1, ctx.eps, True)
+        of_bias = sums[0] + sums[2] if ctx.needs_input_grad[2] else None
+        gradients = (None if value is None else value.to(weight.dtype) for value in (sums[1] + sums[3], of_bias))
+        return dx, *gradients, None, None

@@ -29,8 +29,8 @@ class SlabPasses(TorchPasses):
             # A mean far from zero is rounded: what it leaves is taken off again.
             rest, squares = _products(values.sub_(mean), values)
             m2 = (squares - rest.square() / count).clamp(min=0)
-            parts.append(Moments(mean.new_tensor(len(values)), mean + rest / count, m2))
-        return merge_moments(Moments(*map(torch.stack, zip(*parts))))
+            parts.append(Moments.of(mean.new_tensor(len(values)), mean + rest / count, m2))
+        return merge_moments(Moments(torch.stack([part.packed for part in parts])))
 
     @staticmethod
     def squares(x, mask, groups, eps):

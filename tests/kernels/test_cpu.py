@@ -9,6 +9,8 @@ import hf_normswap.kernels as kernels
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
 from hf_normswap.kernels import cpu
 from hf_normswap.kernels.cpu import CpuPasses
+from hf_normswap.modeling.discrepancy import DISTANCES
+from hf_normswap.modeling.moments import Moments
 from hf_normswap.modeling.passes import TorchPasses
 from hf_normswap.modeling.paths import PATHS, passes_for
 from hf_normswap.modeling.slabs import SlabPasses
@@ -148,7 +150,7 @@ def test_what_stands_at_a_pad_counts_as_zero(passes, groups, dirt):
 def test_no_real_token_and_no_cancellation(passes):
     x = torch.randn(500, 6) + 1e4
     moments = passes.moments(x, torch.zeros(500, dtype=torch.bool))
-    assert not any(value.any() for value in moments)
+    assert not moments.packed.any()
     # Of E[x²] − E[x]² in float32 nothing would be left here.
     assert error(passes.moments(x, None).var, x.double().var(0, correction=0)) < 1e-3
     assert not passes.squares(x, torch.zeros(500, dtype=torch.bool), 0, EPS).any()
@@ -172,20 +174,24 @@ def test_tokens_need_not_be_contiguous():
 
 def run_steps(passes, x, g, mask, center, scale, shift, a, b, pad, groups):
     """What the passes add up to: each norm's forward and backward, and its statistics."""
-    power, inverse, nu = 1 + a.square(), torch.rsqrt(1 + pad.square()), b
+    power, nu = 1 + a.square(), b
     results = {}
     for name, centered, bias in (("batchnorm", True, shift), ("pnv", False, None)):
         y, moments = passes.standardize(x, scale, bias, mask, EPS, centered, None)
-        results |= {f"{name} y": y, **zip_names(name, ("count", "mean", "m2"), moments)}
-        for of_mean, of_m2 in ((None, None), (a, b)):
-            of = passes.standardize_backward(g, x, scale, mask, moments, of_mean, of_m2, EPS, centered, None)
-            results |= zip_names(f"{name} {of_mean is None}", ("dx", "dw", "db"), of)
+        results |= {f"{name} y": y, **parts_of(name, moments)}
+        for of_moments in (None, torch.cat([a[:1], a, b])):
+            of = passes.standardize_backward(g, x, scale, mask, moments, of_moments, EPS, centered, None)
+            results |= zip_names(f"{name} {of_moments is None}", ("dx", "dw", "db"), of)
     y, moments = passes.rescale(x, scale, shift, mask, power, groups, EPS)
-    results |= {"rescale y": y, **zip_names("rescale", ("count", "mean", "m2"), moments)}
-    count, _, squares = moments
-    of = passes.rescale_backward(g, x, scale, mask, inverse, inverse + 1, nu, count, squares, groups, EPS)
-    results |= zip_names("rescale", ("dx", "dw", "db", "of batch"), of)
+    results |= {"rescale y": y, **parts_of("rescale", moments)}
+    for of_power in (None, 1 + pad.square()):
+        of = passes.rescale_backward(g, x, scale, mask, power, of_power, nu, moments, groups, EPS)
+        results |= zip_names(f"rescale {of_power is None}", ("dx", "dw", "db", "of batch"), of)
     return results
+
+
+def parts_of(name, moments):
+    return zip_names(name, ("count", "mean", "m2"), (moments.count, moments.mean, moments.m2))
 
 
 def zip_names(name, parts, values):
@@ -242,8 +248,8 @@ def test_no_token_leaves_the_statistics_alone():
     c, nothing = 6, torch.zeros(4, dtype=torch.bool)
     x, weight = torch.randn(4, c), torch.ones(c)
     y, moments = CpuPasses.standardize(x, weight, None, nothing, EPS, True, None)
-    assert not any(value.any() for value in moments)
-    dx, of_weight, _ = CpuPasses.standardize_backward(x, x, weight, nothing, moments, None, None, EPS, True, None)
+    assert not moments.packed.any()
+    dx, of_weight, _ = CpuPasses.standardize_backward(x, x, weight, nothing, moments, None, EPS, True, None)
     for value in (y, dx, of_weight):
         assert value.isfinite().all()
 
@@ -253,11 +259,14 @@ def test_no_token_leaves_the_statistics_alone():
 def test_updates_are_those_of_pytorch(count, dirt):
     def update(passes, dtype):
         torch.manual_seed(0)
-        values = [torch.randn(5).to(dtype), torch.rand(5).to(dtype)]
-        values[1][2] += dirt
-        running, updates = [torch.ones(5, dtype=dtype), torch.zeros(5, dtype=dtype)], torch.tensor(3)
-        passes.update(running, values, updates, torch.tensor(count, dtype=dtype), 0.25)
-        return [*running, updates]
+        moments = Moments.of(torch.tensor(count), torch.randn(5), torch.rand(5))
+        moments.m2[2] += dirt
+        results = []
+        for names in (("mean", "var"), ("power",)):
+            running, updates = {name: torch.ones(5, dtype=dtype) for name in names}, torch.tensor(3)
+            passes.update(running, Moments(moments.packed.to(dtype)), updates, 0.25)
+            results += [*running.values(), updates]
+        return results
 
     def update_nu(passes, dtype):
         torch.manual_seed(0)
@@ -288,10 +297,27 @@ def test_pooling_is_that_of_pytorch():
 
 
 def test_statistics_in_float64_take_the_path_of_pytorch():
-    running, updates = [torch.zeros(3, dtype=torch.float64)], torch.tensor(0)
-    CpuPasses.update(running, [torch.ones(3)], updates, torch.tensor(2.0), 0.5)
-    assert running[0].tolist() == [0.5] * 3
+    running, updates = {"mean": torch.zeros(3, dtype=torch.float64)}, torch.tensor(0)
+    CpuPasses.update(running, Moments.of(torch.tensor(2.0), torch.ones(3), torch.ones(3)), updates, 0.5)
+    assert running["mean"].tolist() == [0.5] * 3
     assert updates == 1
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("count", [0.0, 7.0])
+def test_penalties_are_those_of_pytorch(distance, count):
+    torch.manual_seed(0)
+    moments = Moments.of(torch.tensor(count), torch.randn(5), torch.rand(5))
+    running = torch.randn(5), torch.rand(5)
+
+    def penalize(passes, dtype):
+        return passes.penalize(
+            Moments(moments.packed.to(dtype)), *(value.to(dtype) for value in running), EPS, distance, (0.3, 0.7)
+        )
+
+    (value, gradient), (expected, exact) = penalize(CpuPasses, torch.float32), penalize(TorchPasses, torch.float64)
+    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient[1:], exact[1:].float(), rtol=1e-5, atol=1e-7)  # the count is a constant
 
 
 NORMS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_normswap import BatchNorm, PowerNorm, PowerNormV, use_kernels
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RMSNorm, use_kernels
 
 
 C = 64
@@ -13,6 +13,7 @@ NORMS = {
     "pnv": lambda: PowerNormV(C),
     "powernorm": lambda: PowerNorm(C, group_scaling=False),
     "powernorm-groups": lambda: PowerNorm(C, num_groups=4),
+    "rmsnorm": lambda: RMSNorm(C),
 }
 
 

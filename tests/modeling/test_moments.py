@@ -72,19 +72,19 @@ def test_merging_parts_gives_the_moments_of_the_whole(seed, sizes, channels, off
     generator = torch.Generator().manual_seed(seed)
     values = offset + torch.randn(sum(sizes), channels, dtype=torch.float64, generator=generator)
     parts = [masked_moments(part) for part in values.split(sizes)]
-    merged = merge_moments(Moments(*map(torch.stack, zip(*parts, strict=True))))
+    merged = merge_moments(Moments(torch.stack([part.packed for part in parts])))
     assert_moments_of(merged, values)
 
     one_by_one = parts[0]
     for part in parts[1:]:
-        one_by_one = merge_moments(Moments(*map(torch.stack, zip(one_by_one, part, strict=True))))
+        one_by_one = merge_moments(Moments(torch.stack([one_by_one.packed, part.packed])))
     assert_moments_of(one_by_one, values)
 
 
 def test_merging_does_not_cancel_in_float32():
     values = 1e4 + 1e-2 * torch.randn(4096, 3)
     parts = [masked_moments(part) for part in values.split([1, 1000, 95, 3000])]
-    merged = merge_moments(Moments(*map(torch.stack, zip(*parts, strict=True))))
+    merged = merge_moments(Moments(torch.stack([part.packed for part in parts])))
     exact = values.double().var(0, correction=0)
     torch.testing.assert_close(merged.var.double(), exact, rtol=0.05, atol=0)
 
@@ -94,15 +94,16 @@ def test_merging_has_the_gradient_of_the_whole():
 
     def merged(values):
         parts = [masked_moments(part) for part in values.split([2, 0, 4])]
-        return merge_moments(Moments(*map(torch.stack, zip(*parts, strict=True))))[1:]
+        moments = merge_moments(Moments(torch.stack([part.packed for part in parts])))
+        return moments.mean, moments.m2
 
     assert torch.autograd.gradcheck(merged, values)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_packing_can_be_undone(leading):
-    moments = Moments(torch.rand(leading), torch.rand(*leading, 5), torch.rand(*leading, 5))
-    packed = moments.pack()
-    assert packed.shape == (*leading, 11)
-    for before, after in zip(moments, Moments.unpack(packed), strict=True):
-        assert torch.equal(before, after)
+def test_moments_are_one_tensor(leading):
+    parts = torch.rand(leading), torch.rand(*leading, 5), torch.rand(*leading, 5)
+    moments = Moments.of(*parts)
+    assert moments.packed.shape == (*leading, 11)
+    for found, expected in zip((moments.count, moments.mean, moments.m2), parts, strict=True):
+        assert torch.equal(found, expected)

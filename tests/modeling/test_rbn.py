@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
-from hf_normswap.modeling.discrepancy import DISTANCES, Statistics
+from hf_normswap.modeling.discrepancy import DISTANCES
 from tests.modeling.vectors import load_vectors
 
 
@@ -33,15 +33,16 @@ def test_agrees_with_the_published_code(file, distance):
     channels = len(vectors["weight"])
     momentum, lambdas = vectors["momentum"].item(), (vectors["lam_mean"].item(), vectors["lam_var"].item())
     # eps = 0: the published code takes it as a lower bound of the variance.
-    norm = RegularizedBatchNorm(channels, eps=0.0, momentum=momentum).double()
+    options = {"lambda_mean": lambdas[0], "lambda_var": lambdas[1], "distance": distance}
+    norm = RegularizedBatchNorm(channels, eps=0.0, momentum=momentum, **options).double()
     norm.load_state_dict({"weight": vectors["weight"], "bias": vectors["bias"]}, strict=False)
     for step in range(vectors["meta"][-1].item()):
         x, g, real = vectors[f"x{step}"].requires_grad_(), vectors[f"g{step}"], ~vectors[f"pad{step}"].T
         y = norm(x, real)
         # The published code updates its running pair before it takes the penalty.
-        after = vectors[f"running_mean{step}"], vectors[f"running_var{step}"]
-        of_mean, of_var = DISTANCES[distance](Statistics(*norm.statistics[:2], *after), 0.0)
-        penalty = lambdas[0] * of_mean + lambdas[1] * of_var
+        moments, _, _ = norm._observed
+        norm._observed = moments, {name: vectors[f"{name}{step}"] for name in norm.running}, None
+        penalty = norm.penalty()
         dx, dw, db = torch.autograd.grad((y * g).sum() + penalty, [x, norm.weight, norm.bias])
 
         results = {"penalty": penalty, "dw": dw, "db": db}

@@ -1,10 +1,11 @@
 """RMSNorm against the formula, PyTorch's own and finite differences."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from hf_normswap import RMSNorm
+from hf_normswap import RMSNorm, use_kernels
 from tests.modeling import reference
 
 
@@ -33,4 +34,30 @@ def test_shift():
 
 def test_gradcheck():
     norm = RMSNorm(3, eps=1e-3).double()
-    assert torch.autograd.gradcheck(norm, torch.randn(2, 3, dtype=torch.float64, requires_grad=True))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(norm, x)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_path_agrees_with_pytorch(kernels, dtype, bias):
+    norm, theirs = RMSNorm(48, bias=bias), nn.RMSNorm(48, eps=1e-5).double()
+    nn.init.uniform_(norm.weight)
+    x, upstream = torch.randn(2, 70, 48).to(dtype), torch.randn(2, 70, 48).to(dtype)
+    norm.to(dtype)
+    theirs.weight.data.copy_(norm.weight.data)
+
+    def run(norm, x, upstream):
+        x = x.detach().requires_grad_()
+        y = norm(x)
+        return y, *torch.autograd.grad(y, [x, norm.weight], upstream)
+
+    use_kernels(kernels)
+    found = run(norm, x, upstream)
+    use_kernels("auto")
+    for ours, exact in zip(found, run(theirs, x.double(), upstream.double()), strict=True):
+        assert ours.dtype == dtype
+        error = (ours.double() - exact).abs().max() / exact.abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
