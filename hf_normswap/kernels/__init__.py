@@ -1,4 +1,4 @@
-"""Faster paths for the passes of batch norms (see `hf_normswap/modeling/passes.py`), one for each kind of device.
+"""Faster paths for the passes of batch norms and RMSNorm (see `hf_normswap/modeling/passes.py`), one for each kind of device.
 
 On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for. Where a path
 does not work (no compiler, no Triton), PyTorch takes its place.
@@ -24,7 +24,7 @@ _IN_PYTORCH = {"cpu": SlabPasses}
 
 
 def use_kernels(kernels: str) -> None:
-    """Choose how batch norms compute from now on, in this process.
+    """Choose how batch norms and RMSNorm compute from now on, in this process.
 
     `import hf_normswap` does what the environment variable `HF_NORMSWAP_KERNELS` says, and else `"auto"`.
 

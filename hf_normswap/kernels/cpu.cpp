@@ -322,8 +322,8 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
   }
 }
 
-// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g. `dirty`, n bytes or null:
-// which pads are, noted by a pass for sums alone and spared by one for dx alone, which then reads no x at the others.
+// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g. dirty: n bytes or null,
+// which pads are so: a pass for sums alone notes it, and one for dx alone then reads no x at the others.
 template <typename T>
 void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
                    const float* shift, const float* pad, T* dx, float* sums, uint8_t* dirty, int64_t n, int64_t c,
@@ -424,17 +424,17 @@ template <typename T>
 void standardize_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* packed,
                           const float* of_packed, T* dx, float* of_weight, float* of_bias, int64_t n, int64_t c,
                           int64_t centered, float eps, int threads) {
-  const float *mean = packed + 1, *m2 = mean + c, *of_mean = of_packed + 1, *of_m2 = of_mean + c;
+  const float *mean = packed + 1, *m2 = mean + c;
   std::vector<float> sums(4 * c), a(c), b(c), shift(c);
-  std::vector<uint8_t> dirty(n);
+  std::vector<uint8_t> dirty(mask ? n : 0);
   backward_rows<T>(g, x, mask, mean, nullptr, nullptr, nullptr, nullptr, nullptr, sums.data(), dirty.data(), n, c, 0,
                    eps, threads);
   const float number = std::max(*packed, 1.0f);
   for (int64_t j = 0; j < c; ++j) {
     const float inverse = 1 / std::sqrt(m2[j] / number + eps), share = -weight[j] * inverse / number;
     a[j] = weight[j] * inverse;
-    b[j] = share * sums[c + j] * (inverse * inverse) + (of_packed ? 2 * of_m2[j] : 0);
-    shift[j] = (centered ? share * sums[j] : 0) + (of_packed ? of_mean[j] / number : 0);
+    b[j] = share * sums[c + j] * (inverse * inverse) + (of_packed ? 2 * of_packed[1 + c + j] : 0);
+    shift[j] = (centered ? share * sums[j] : 0) + (of_packed ? of_packed[1 + j] / number : 0);
     of_weight[j] = inverse * (sums[c + j] + sums[3 * c + j]);
     of_bias[j] = sums[j] + sums[2 * c + j];
   }
@@ -544,6 +544,21 @@ extern "C" void penalize(const float* packed, const float* mean, const float* va
   *value = float(total);
 }
 
+// A training forward of a batch norm: its statistics, its output, and what becomes of the statistics. Null: running values
+// that it has not, `pending` where they are updated at once, and `value` without a penalty.
+template <typename T>
+void run_norm(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
+              float* before, float* mean, float* var, float* power, int64_t* updates, float* pending, float* value,
+              float* of_packed, int64_t n, int64_t c, int64_t centered, float eps, int threads, float momentum,
+              int64_t relative, int64_t of_variances, float weight_mean, float weight_var) {
+  for (const float* running : {mean, var, power})
+    if (running) before = std::copy(running, running + c, before);
+  standardize(x, mask, weight, bias, y, packed, n, c, centered, eps, threads);
+  if (value) penalize(packed, mean, var, value, of_packed, c, relative, of_variances, weight_mean, weight_var, eps);
+  if (pending) merge(pending, packed, c);
+  else update(mean, var, power, updates, packed, c, momentum);
+}
+
 // Each function for each dtype of tokens.
 #define EXPORT(name)                                                        \
   extern "C" {                                                              \
@@ -554,6 +569,7 @@ extern "C" void penalize(const float* packed, const float* mean, const float* va
 EXPORT(moments)
 EXPORT(forward)
 EXPORT(backward)
+EXPORT(run_norm)
 EXPORT(standardize)
 EXPORT(standardize_backward)
 EXPORT(rescale)

@@ -1,4 +1,4 @@
-"""The passes of batch norms on CPUs: a C++ file, compiled on first use and kept in the user's cache."""
+"""The passes of norms on CPUs: a C++ file, compiled on first use and kept in the user's cache."""
 
 import ctypes
 import functools
@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.norm import FOLLOWED
 from hf_normswap.modeling.passes import TorchPasses
 
 
@@ -24,13 +25,15 @@ TIMEOUT = 300  # seconds
 
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
 _POINTERS = {"moments": 3, "forward": 7, "backward": 10}
-_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12}
+_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12, "run_norm": 14}
+_FORMS = {"relative": (True, False), "paper": (False, False), "reference": (False, True)}
+_OF_PENALTY = (ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_float)
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
 _OF_CHANNELS = {
     "update": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "merge": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
-    "penalize": (*(5 * (ctypes.c_void_p,)), *(3 * (ctypes.c_int64,)), *(3 * (ctypes.c_float,))),
+    "penalize": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, *_OF_PENALTY, ctypes.c_float),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -56,7 +59,8 @@ def load_library() -> dict:
             os.replace(f"{folder}/{name}", path)  # another process may have been faster
     library, functions = ctypes.CDLL(str(path)), {}
     for name, pointers in _POINTERS.items():
-        prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
+        further = (ctypes.c_float, *_OF_PENALTY) if name == "run_norm" else ()
+        prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES, *further)
         for dtype, suffix in _DTYPES.items():
             functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
     for name, arguments in _OF_CHANNELS.items():
@@ -158,7 +162,8 @@ class CpuPasses(TorchPasses):
     def update(running, moments, updates, weight):
         packed, buffers = moments.packed, [running.get(name) for name in ("mean", "var", "power")]
         c, kept = len(packed) // 2, [buffer for buffer in buffers if buffer is not None]
-        if len(kept) < len(running) or not (_are_floats(c, *kept) and _are_floats(2 * c + 1, packed)):
+        is_known = len(kept) == len(running) and updates.dtype == torch.int64 and updates.device == packed.device
+        if not (is_known and _are_floats(c, *kept) and _are_floats(2 * c + 1, packed)):
             return TorchPasses.update(running, moments, updates, weight)
         load_library()["update"](*_addresses((*buffers, updates, packed)), c, float(weight))
         increment_version([*kept, updates])
@@ -181,22 +186,48 @@ class CpuPasses(TorchPasses):
     @staticmethod
     def penalize(moments, mean, var, eps, distance, weights):
         packed, c = moments.packed, len(mean)
-        if not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
+        if distance not in _FORMS or not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
             return TorchPasses.penalize(moments, mean, var, eps, distance, weights)
         value, of_packed = _new(packed), torch.empty_like(packed)
-        form = distance == "relative", distance == "reference"
-        load_library()["penalize"](*_addresses((packed, mean, var, value, of_packed)), c, *form, *weights, eps)
+        addresses = _addresses((packed, mean, var, value, of_packed))
+        load_library()["penalize"](*addresses, c, *_FORMS[distance], *weights, eps)
         return value, of_packed
 
+    @classmethod
+    def run_norm(cls, norm, x, weight, bias, mask, running):
+        """As [`TorchPasses.run_norm`], in one call."""
+        kept, c = {name: norm._buffers.get(name) for name in FOLLOWED}, x.shape[-1]
+        buffers = {name: buffer for name, buffer in kept.items() if buffer is not None}
+        pending, updates = norm.pending, norm.num_batches_tracked
+        eps, distance, weights = norm.regularization or (norm.eps, "paper", (0, 0))
+        is_known = running is None and norm.process_group is None and distance in _FORMS
+        is_known = is_known and len(buffers) == len(norm.running)
+        is_known = is_known and updates.dtype is torch.int64 and updates.device == x.device
+        if not (is_known and _are_floats(c, *buffers.values()) and _are_floats(2 * c + 1, pending)):
+            return super().run_norm(norm, x, weight, bias, mask, running)
+        y, packed, before = _new_tokens(x), _new_packed(x), _new(x, len(buffers), c)
+        value = of_penalty = None
+        if norm.regularization:
+            value, of_penalty = _new(x), _new_packed(x)
+        outputs = y, packed, before, *kept.values(), updates, pending if norm.deferred else None, value, of_penalty
+        further = float(norm.update_weight()), *_FORMS[distance], *weights
+        _call("run_norm", (x,), mask, (weight, bias), outputs, norm.centered, eps, *further)
+        increment_version([pending] if norm.deferred else [*buffers.values(), updates])
+        return y, Moments(packed), dict(zip(buffers, before)), value, of_penalty
 
-def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):
+
+def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0, *further):
     """Calls a compiled function with as many threads as PyTorch has."""
     x = tokens[-1]
     inputs = [value if value is None or value.dtype is torch.float32 else value.float() for value in inputs]
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (*tokens, mask, *inputs)]
-    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    for value in inputs:
+        if value is not None and value.numel() not in (channels, 2 * channels + 1):
+            raise ValueError(f"{value.numel()} statistics or coefficients do not fit tokens of {channels} channels.")
     addresses = _addresses((*tensors, *outputs))
-    load_library()[name, x.dtype](*addresses, rows, channels, groups, eps, torch.get_num_threads())
+    load_library()[name, x.dtype](*addresses, rows, channels, groups, eps, torch.get_num_threads(), *further)
 
 
 def _addresses(tensors):

@@ -3,8 +3,7 @@
 import torch
 
 from .discrepancy import compare_moments
-from .moments import Moments
-from .norm import BatchStandardize, BatchStatisticNorm
+from .norm import BatchStatisticNorm
 from .registry import register_norm
 
 
@@ -35,6 +34,7 @@ class BatchNorm(BatchStatisticNorm):
     """
 
     running = {"running_mean": 0.0, "running_var": 1.0}
+    centered = True
 
     def normalize(self, x, mask):
         return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
@@ -43,15 +43,7 @@ class BatchNorm(BatchStatisticNorm):
         if not self.training:
             self.forget_statistics()
             return super().transform(x, mask)
-        running, is_first_run = self.frozen_running()
-        options = self.eps, True, self.process_group, self.regularizer(running)
-        y, moments, penalty = BatchStandardize.apply(x, self.weight, self.bias, mask, *options)
-        self.observe(Moments(moments), running, is_first_run, penalty)
-        return y
-
-    def regularizer(self, running: dict[str, torch.Tensor]) -> tuple | None:
-        """What follows the moments in the [`penalty`](hf_normswap.modeling.discrepancy.penalty), if there is one."""
-        return None
+        return self.standardize(x, mask)
 
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)

@@ -59,6 +59,19 @@ def penalty(moments: Moments, mean, var, eps: float, distance: str, weights: tup
     return weights[0] * of_mean + weights[1] * of_var
 
 
+def penalize(moments: Moments, mean, var, eps: float, distance: str, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The [`penalty`], and its gradient with respect to `moments.packed` (the count is a constant), in closed form."""
+    of_mean, of_var = 2 * weights[0] * (moments.mean - mean), moments.var
+    if distance == "reference":
+        of_var = weights[1] * (of_var - var).sign()
+    else:
+        of_var = weights[1] * (1 - ((var + eps) / (of_var + eps)).sqrt())
+    if distance == "relative":
+        of_mean, of_var = (value / (len(var) * (var + eps)) for value in (of_mean, of_var))
+    gradient = Moments.of(torch.zeros_like(moments.count), of_mean, of_var / moments.count.clamp(min=1)).packed
+    return penalty(moments, mean, var, eps, distance, weights), torch.where(moments.count > 0, gradient, 0)
+
+
 def training_inference_discrepancy(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """TID of one batch (Wang et al. 2022, section 3): `‖μ_B − μ‖₂ / ‖σ‖₂` and `‖σ_B − σ‖₂ / ‖σ‖₂`.
 

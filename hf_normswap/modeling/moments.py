@@ -55,7 +55,7 @@ def sum_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     if mask is not None:
         # Selecting, not multiplying: 0 · NaN is NaN.
         values = torch.where(mask.unsqueeze(-1), values, 0)
-    return values.flatten(0, -2).sum(0)
+    return values.reshape(-1, values.shape[-1]).sum(0)
 
 
 def count_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

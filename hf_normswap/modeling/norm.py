@@ -11,8 +11,11 @@ from .discrepancy import Statistics, penalty
 from .moments import Moments
 from .options import check_number
 from .paths import passes_for
-from .recompute import replay_or_record, snapshot
+from .recompute import may_run_again, replay_or_record, snapshot
 from .token_mask import current_mask
+
+
+FOLLOWED = {f"running_{kind}": kind for kind in ("mean", "var", "power")}
 
 
 class Norm(nn.Module):
@@ -135,7 +138,8 @@ class BatchStatisticNorm(Norm):
     """Base of the norms that normalise with statistics of the batch and keep running ones for inference.
 
     A subclass names its buffers in `running`. Those called `running_mean`, `running_var` and `running_power` follow
-    what [`Moments`] of a batch have under the rest of the name. They are float32 at least, whatever the model's dtype.
+    what [`Moments`] of a batch have under the rest of the name; others are its own to update. They are float32 at
+    least, whatever the model's dtype.
 
     In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
@@ -147,6 +151,8 @@ class BatchStatisticNorm(Norm):
     """
 
     running: dict[str, float]  # buffer name: value at the start
+    centered: bool  # of those that standardize: whether by mean and variance, else by the mean square
+    regularization: tuple | None = None  # what follows the running values in the penalty, if there is one
 
     def __init__(self, num_features: int, *, momentum: float = 0.1, **kwargs):
         super().__init__(num_features, **kwargs)
@@ -174,28 +180,38 @@ class BatchStatisticNorm(Norm):
         """Forget what was pooled since the last update."""
         self.pending.zero_()
 
+    def copy_running(self) -> dict[str, torch.Tensor]:
+        """The running values as they are now."""
+        return {name: snapshot(getattr(self, name)) for name in self.running}
+
     def frozen_running(self) -> tuple[dict[str, torch.Tensor], bool]:
         """The running values from before this batch, and whether this is the first run of the forward."""
-        return replay_or_record(lambda: {name: snapshot(getattr(self, name)) for name in self.running})
+        return replay_or_record(self.copy_running)
 
     def compare(self, moments: Moments, running: dict[str, torch.Tensor]) -> Statistics:
         """The batch's statistics beside the running ones from before it; equal to these where there are no tokens.
 
-        Called without a graph: a penalty takes its gradient where the moments are made.
+        Called without a graph.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement compare(moments, running).")
 
-    def observe(
-        self,
-        moments: Moments,
-        running: dict[str, torch.Tensor],
-        is_first_run: bool,
-        penalty: torch.Tensor | None = None,
-    ) -> None:
-        """Keep the batch's statistics for the TID, and its penalty, and track them: once, in the first run."""
+    def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
+        """Keep the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
         if is_first_run:
-            self._observed = moments, running, penalty
+            self._observed = moments, running, None
             self.track(moments)
+
+    def standardize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """A training forward in the statistics of the batch, which are observed (see [`BatchStandardize`])."""
+        running, is_first_run = self.frozen_running() if may_run_again() else (None, True)
+        y, packed, penalty, before = BatchStandardize.apply(x, self.weight, self.bias, mask, self, running)
+        if is_first_run:
+            # In a compiled graph the penalty is made of the moments, when it is asked for.
+            moments = Moments(packed if torch.compiler.is_compiling() else packed.detach())
+            self._observed = moments, before, penalty
+            if running is not None:
+                self.track(moments)
+        return y
 
     @property
     def statistics(self) -> Statistics | None:
@@ -232,8 +248,7 @@ class BatchStatisticNorm(Norm):
 
         `weight` is that of the batch, [`BatchStatisticNorm.update_weight`] by default; 1 forgets what was before.
         """
-        prefix = "running_"
-        running = {name[len(prefix) :]: getattr(self, name) for name in self.running if name.startswith(prefix)}
+        running = {kind: getattr(self, name) for name, kind in FOLLOWED.items() if name in self.running}
         weight = self.update_weight() if weight is None else weight
         passes_for(moments.packed, *running.values()).update(running, moments, self.num_batches_tracked, weight)
 
@@ -259,41 +274,40 @@ class PowerStatisticNorm(BatchStatisticNorm):
 class BatchStandardize(torch.autograd.Function):
     """`y = γ x̂ + β` of a batch in its own statistics, with the exact gradient.
 
-    `centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). The packed moments
-    are an output too, differentiable; without `centered` those about zero. At a pad the output is the same affine map,
-    with its plain gradient. With a `regularizer`, what follows the moments in the [`penalty`], that is the third
-    output. Its gradient is taken in the forward: operations of its own would take as long as a pass over the tokens.
+    With `norm.centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). At a pad
+    the output is the same affine map, with its plain gradient.
+
+    Further outputs are the packed moments, differentiable, without `centered` those about zero; the penalty, if the
+    norm has a `regularization`, whose gradient is taken in the forward, as operations of its own would take as long as
+    a pass over the tokens; and the running values from before. Without `running`, those of a block that may run again,
+    it copies these by itself and tracks the batch.
 
     With a process `group` the batch is that of its ranks together, and so is the gradient: that of the sum of the
     losses of all ranks. One collective in the forward, one in the backward, of the same size on every rank.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, eps, centered, group, regularizer):
-        # With setup_context it would take a tenth of a millisecond more.
-        passes = passes_for(x, weight)
-        y, moments = passes.standardize(x, weight, bias, mask, eps, centered, group)
-        value = of_penalty = None
-        if regularizer is not None:
-            value, of_penalty = passes.penalize(moments, *regularizer)
-        ctx.eps, ctx.centered, ctx.group, ctx.regularizer = eps, centered, group, regularizer
+    def forward(ctx, x, weight, bias, mask, norm, running):  # with setup_context a tenth of a millisecond more
+        passes = passes_for(x, weight, norm.pending)
+        y, moments, running, value, of_penalty = passes.run_norm(norm, x, weight, bias, mask, running)
+        ctx.norm, ctx.running, ctx.group = norm, running, norm.process_group
         ctx.set_materialize_grads(False)
         # The output, and nothing computed from it: a second derivative sees that it depends on x.
         ctx.save_for_backward(x, weight, mask, moments.packed, of_penalty)
-        return y, moments.packed, value
+        return y, moments.packed, value, running
 
     @staticmethod
-    def backward(ctx, g, of_moments, of_value):
+    def backward(ctx, g, of_moments, of_value, _):
         x, weight, mask, packed, of_penalty = ctx.saved_tensors
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
         if of_value is not None:
             if torch.is_grad_enabled():  # for a second derivative
-                value = penalty(Moments(packed), *ctx.regularizer)
+                value = penalty(Moments(packed), *ctx.running.values(), *ctx.norm.regularization)
                 (of_penalty,) = torch.autograd.grad(value, packed, create_graph=True)
             of_penalty = of_value * of_penalty
             of_moments = of_penalty if of_moments is None else of_moments + of_penalty
         dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(
-            g, x, weight, mask, Moments(packed), of_moments, ctx.eps, ctx.centered, ctx.group
+            g, x, weight, mask, Moments(packed), of_moments, ctx.norm.eps, ctx.norm.centered, ctx.group
         )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 5
+        return dx, of_weight.to(weight.dtype), of_bias, None, None, None

@@ -1,4 +1,4 @@
-"""The passes over the tokens that batch norms are made of, and what they add up to, in PyTorch.
+"""The passes over the tokens that batch norms and RMSNorm are made of, and what they add up to, in PyTorch.
 
 `x`, `y`, `g`, `dx`: tokens of shape `(..., C)`. `mask`: of shape `(...)`, True at real tokens, or `None`. Statistics
 and coefficients: of shape `(C,)`, float32 or float64. With `groups` above 0, z is `x` divided by the root mean square
@@ -8,7 +8,7 @@ of squares counts as zero, and gets no gradient.
 
 import torch
 
-from .discrepancy import penalty
+from .discrepancy import penalize
 from .moments import Moments, count_tokens, masked_moments, merge_moments, merge_over_ranks, sum_tokens
 from .ranks import sum_over_ranks
 
@@ -16,7 +16,8 @@ from .ranks import sum_over_ranks
 class TorchPasses:
     """In plain PyTorch, for every device and dtype; what a faster path has to agree with, and may inherit from.
 
-    First the passes over the tokens, then what is made of them. All is differentiable but what works in place.
+    First the passes over the tokens, then what is made of them. All is differentiable but the penalty, which brings
+    its gradient along, and what works in place.
     """
 
     @staticmethod
@@ -140,10 +141,11 @@ class TorchPasses:
         `running` names the property of `moments` that a buffer follows: `mean`, `var`, `power`. Nothing where there
         are no tokens or a value is not finite.
         """
-        values = {name: getattr(moments, name) for name in running}
+        values, valid = {name: getattr(moments, name) for name in running}, moments.count > 0
         # A sum is finite where all its terms are, but for those near the largest number. One sum for each: with a
         # stack of them inductor (torch 2.13) computes other outputs, in a graph of several norms.
-        valid = (moments.count > 0) & sum(value.sum() for value in values.values()).isfinite()
+        for value in values.values():
+            valid = valid & value.sum().isfinite()
         for name, buffer in running.items():
             buffer.lerp_(torch.where(valid, values[name].to(buffer.dtype), buffer), weight)
         updates.add_(valid)
@@ -172,12 +174,25 @@ class TorchPasses:
         pooled.copy_(merge_moments(Moments(torch.stack([pooled, moments.packed]))).packed)
 
     @staticmethod
-    def penalize(moments: Moments, mean, var, eps, distance: str, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """The [`penalty`] of a batch's moments beside the running pair, and the gradient of mean and m2, packed."""
-        with torch.enable_grad():
-            packed = moments.packed.detach().requires_grad_()
-            value = penalty(Moments(packed), mean, var, eps, distance, weights)
-        return value.detach(), *torch.autograd.grad(value, packed)
+    def penalize(moments: Moments, *options) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`penalize`](hf_normswap.modeling.discrepancy.penalize)."""
+        return penalize(moments, *options)
+
+    @classmethod
+    def run_norm(cls, norm, x, weight, bias, mask, running) -> tuple:
+        """A training forward of a `norm` that standardizes.
+
+        Returns the output, the moments, the running values from before, and what [`TorchPasses.penalize`] returns, if
+        the norm has a penalty. Unless it is given these running values, it copies them, and tracks the batch.
+        """
+        before = norm.copy_running() if running is None else running
+        y, moments = cls.standardize(x, weight, bias, mask, norm.eps, norm.centered, norm.process_group)
+        value = of_penalty = None
+        if norm.regularization is not None and not torch.compiler.is_compiling():
+            value, of_penalty = cls.penalize(moments, *before.values(), *norm.regularization)
+        if running is None:
+            norm.track(moments)
+        return y, moments, before, value, of_penalty
 
 
 def power_moments(x, mask, squares):

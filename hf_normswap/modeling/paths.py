@@ -14,6 +14,15 @@ PATHS: dict[str, Callable[[torch.Tensor], type | None]] = {"cpu": lambda x: Slab
 COMPILED: dict[str, type] = {}  # device type: the passes of a compiled graph, if they are operators
 
 
+def is_watched() -> bool:
+    """Whether something looks at single operations: a tracer, a transform or a mode. They see none in another path."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
     """What computes the passes over `x` with `others`: that of their device, and [`TorchPasses`] where there is none.
 
@@ -23,7 +32,7 @@ def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
         return COMPILED.get(x.device.type, TorchPasses)
     device = x.device
     find = PATHS.get(device.type)
-    if find is None or torch.is_grad_enabled() or not x.is_floating_point() or x.numel() == 0:
+    if find is None or torch.is_grad_enabled() or not x.is_floating_point() or x.numel() == 0 or is_watched():
         return TorchPasses
     for tensor in (x, *others):
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:

@@ -2,8 +2,7 @@
 
 import torch
 
-from .moments import Moments
-from .norm import BatchStandardize, PowerStatisticNorm
+from .norm import PowerStatisticNorm
 from .registry import register_norm
 
 
@@ -20,6 +19,8 @@ class PowerNormV(PowerStatisticNorm):
         bias (`bool`, *optional*, defaults to `True`): whether there is a shift β.
     """
 
+    centered = False
+
     def normalize(self, x, mask):
         return x * torch.rsqrt(self.running_power + self.eps)
 
@@ -27,8 +28,4 @@ class PowerNormV(PowerStatisticNorm):
         if not self.training:
             self.forget_statistics()
             return super().transform(x, mask)
-        running, is_first_run = self.frozen_running()
-        options = self.eps, False, self.process_group, None
-        y, moments, _ = BatchStandardize.apply(x, self.weight, self.bias, mask, *options)
-        self.observe(Moments(moments), running, is_first_run)
-        return y
+        return self.standardize(x, mask)

@@ -56,12 +56,8 @@ class RegularizedBatchNorm(BatchNorm):
             )
         moments, running, value = self._observed
         self.forget_statistics()
-        return penalty(moments, *self._regularization(running)) if value is None else value
+        return penalty(moments, *running.values(), *self.regularization) if value is None else value
 
-    def regularizer(self, running):
-        # A compiled graph has no use for a gradient that is taken at once: it fuses the operations.
-        return None if torch.compiler.is_compiling() else self._regularization(running)
-
-    def _regularization(self, running):
-        weights = self.lambda_mean, self.lambda_var
-        return running["running_mean"], running["running_var"], self.eps, self.distance, weights
+    @property
+    def regularization(self):
+        return self.eps, self.distance, (self.lambda_mean, self.lambda_var)

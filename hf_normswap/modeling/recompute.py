@@ -51,6 +51,11 @@ def tape_checkpoint(function: Callable, refuse_compile: bool = True) -> Callable
     return checkpoint
 
 
+def may_run_again() -> bool:
+    """Whether what this forward reads has to go through [`replay_or_record`], and through operators of a graph."""
+    return torch.compiler.is_compiling() or SCOPE.tape is not None or torch._C._current_graph_task_id() != -1
+
+
 def replay_or_record(make: Callable):
     """What `make()` returned in the first run of this block, and whether this is the first run.
 

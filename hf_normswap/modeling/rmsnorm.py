@@ -1,9 +1,10 @@
 """RMSNorm."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .norm import Norm
-from .paths import passes_for
+from .paths import is_watched, passes_for
 from .registry import register_norm
 
 
@@ -23,7 +24,9 @@ class RMSNorm(Norm):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
     def transform(self, x, mask):
-        if torch.compiler.is_compiling():  # a compiler fuses these few operations, and an exporter shows them
+        # A compiler fuses these few operations, and an exporter shows them.
+        is_plain = type(self).normalize is RMSNorm.normalize and forward_ad._current_level < 0
+        if torch.compiler.is_compiling() or is_watched() or not is_plain:
             return super().transform(x, mask)
         return _RescaleTokens.apply(x, self.weight, self.bias, mask, self.eps)
 

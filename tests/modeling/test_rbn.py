@@ -1,12 +1,17 @@
 """RBN: the penalty and its gradient against the published code's numbers, the formulas and finite differences."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
-from hf_normswap.modeling.discrepancy import DISTANCES
+from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty, use_kernels
+from hf_normswap.modeling.discrepancy import DISTANCES, penalize, penalty
+from hf_normswap.modeling.moments import Moments
+from hf_normswap.modeling.recompute import tape_checkpoint
 from tests.modeling.vectors import load_vectors
 
 
@@ -181,3 +186,58 @@ def test_constant_channels_have_a_finite_gradient(distance):
 def test_unknown_distances_are_named():
     with pytest.raises(ValueError, match="'paper', 'reference', 'relative'.*'cosine'"):
         RegularizedBatchNorm(4, distance="cosine")
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("count", [0.0, 7.0])
+def test_the_gradient_in_closed_form(distance, count):
+    packed = torch.cat([torch.tensor([count]), torch.randn(4), torch.rand(4)]).double().requires_grad_()
+    running = torch.randn(4).double(), torch.rand(4).double()
+    options = *running, 1e-3, distance, (0.3, 0.7)
+    expected = penalty(Moments(packed), *options)
+    value, gradient = penalize(Moments(packed.detach()), *options)
+    assert value.item() == expected.item()
+    (exact,) = torch.autograd.grad(expected, packed)
+    torch.testing.assert_close(gradient[1:], exact[1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_a_checkpointed_block_runs_twice_in_all(kernels):
+    calls = 0
+
+    class Block(nn.Sequential):
+        def forward(self, x):
+            nonlocal calls
+            calls += 1
+            return super().forward(x)
+
+    block = Block(*(RegularizedBatchNorm(CHANNELS) for _ in range(3)))
+    use_kernels(kernels)
+    try:
+        run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
+        y = run(block, torch.randn(9, CHANNELS, requires_grad=True))
+        assert calls == 1
+        (y.square().sum() + norm_penalty(block)).backward()
+        assert calls == 2
+    finally:
+        use_kernels("auto")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_training_mode_without_any_graph(kernels):
+    use_kernels(kernels)
+    try:
+        with torch.inference_mode():
+            norm = RegularizedBatchNorm(CHANNELS)
+            norm(torch.randn(9, CHANNELS))
+            assert norm.penalty() > 0
+    finally:
+        use_kernels("auto")
+
+
+def test_statistics_hold_no_graph():
+    norm = make_norm()
+    norm(make_tokens(5), None)
+    moments, _, value = norm._observed
+    assert not moments.packed.requires_grad
+    assert value.requires_grad

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_normswap import RMSNorm, use_kernels
 from tests.modeling import reference
@@ -61,3 +64,34 @@ def test_every_path_agrees_with_pytorch(kernels, dtype, bias):
         assert ours.dtype == dtype
         error = (ours.double() - exact).abs().max() / exact.abs().max()
         assert error <= 4 * torch.finfo(dtype).eps
+
+
+def test_tracers_and_transforms_see_the_operations():
+    norm, x, other = RMSNorm(4), torch.randn(3, 4), torch.randn(3, 4)
+    for traced in (torch.jit.trace(norm, x), make_fx(norm)(x)):
+        torch.testing.assert_close(traced(other), norm(other))
+    torch.testing.assert_close(torch.vmap(norm)(other), norm(other))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, other))).tangent
+    torch.testing.assert_close(tangent, torch.autograd.functional.jvp(norm, x, other)[1])
+
+
+def test_a_subclass_normalizes_in_its_own_way():
+    class Halved(RMSNorm):
+        def normalize(self, x, mask):
+            return super().normalize(x, mask) / 2
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(Halved(4)(x), RMSNorm(4)(x) / 2)
+
+
+def test_a_single_token_of_one_dimension():
+    x = torch.randn(4, requires_grad=True)
+    (dx,) = torch.autograd.grad(RMSNorm(4)(x).square().sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(RMSNorm(4)(x[None]).square().sum(), x)
+    torch.testing.assert_close(dx, again)
+
+
+def test_gains_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="1 statistics or coefficients do not fit tokens of 64 channels"):
+        functional_call(RMSNorm(64), {"weight": torch.ones(1)}, (torch.randn(3, 64),))
