@@ -1,4 +1,4 @@
-"""Faster paths for the passes of batch norms and RMSNorm (see `hf_normswap/modeling/passes.py`), one for each kind of device.
+"""Faster paths for the passes of norms (see `hf_normswap/modeling/passes.py`), one for each kind of device.
 
 On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for. Where a path
 does not work (no compiler, no Triton), PyTorch takes its place.
