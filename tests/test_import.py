@@ -39,7 +39,7 @@ print(type(config).__name__, "transformers.models.gpt2.modeling_gpt2" in sys.mod
         "hf_normswap.modeling",
         *(
             f"hf_normswap.modeling.{name}"
-            for name in ("configuration", "moments", "passes", "paths", "ranks", "slabs")
+            for name in ("configuration", "discrepancy", "moments", "passes", "paths", "ranks", "slabs")
         ),
     }
     assert not others

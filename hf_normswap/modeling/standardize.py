@@ -1,0 +1,49 @@
+"""Normalisation of a batch in its own statistics: what batch norms have in common, with its gradient."""
+
+import torch
+
+from .discrepancy import penalty
+from .moments import Moments
+from .paths import passes_for
+
+
+class BatchStandardize(torch.autograd.Function):
+    """`y = γ x̂ + β` of a batch in its own statistics, with the exact gradient.
+
+    With `norm.centered`: `x̂ = (x − μ_B) / √(σ_B² + ε)` (batch normalisation); else `x / √(ψ_B² + ε)` (PN-V). At a pad
+    the output is the same affine map, with its plain gradient.
+
+    Further outputs are the packed moments, differentiable, without `centered` those about zero; the penalty, if the
+    norm has a `regularization`, whose gradient is taken in the forward, as operations of its own would take as long as
+    a pass over the tokens; and the running values from before. Without `running`, those of a block that may run again,
+    it copies these by itself and tracks the batch.
+
+    With a process `group` the batch is that of its ranks together, and so is the gradient: that of the sum of the
+    losses of all ranks. One collective in the forward, one in the backward, of the same size on every rank.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, norm, running):  # with setup_context a tenth of a millisecond more
+        passes = passes_for(x, weight, norm.pending)
+        y, moments, running, value, of_penalty = passes.run_norm(norm, x, weight, bias, mask, running)
+        ctx.norm, ctx.running, ctx.group = norm, running, norm.process_group
+        ctx.set_materialize_grads(False)
+        # The output, and nothing computed from it: a second derivative sees that it depends on x.
+        ctx.save_for_backward(x, weight, mask, moments.packed, of_penalty)
+        return y, moments.packed, value, running
+
+    @staticmethod
+    def backward(ctx, g, of_moments, of_value, _):
+        x, weight, mask, packed, of_penalty = ctx.saved_tensors
+        g = torch.zeros_like(x) if g is None else g.to(x.dtype)
+        if of_value is not None:
+            if torch.is_grad_enabled():  # for a second derivative
+                value = penalty(Moments(packed), *ctx.running.values(), *ctx.norm.regularization)
+                (of_penalty,) = torch.autograd.grad(value, packed, create_graph=True)
+            of_penalty = of_value * of_penalty
+            of_moments = of_penalty if of_moments is None else of_moments + of_penalty
+        dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(
+            g, x, weight, mask, Moments(packed), of_moments, ctx.norm.eps, ctx.norm.centered, ctx.group
+        )
+        of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dx, of_weight.to(weight.dtype), of_bias, None, None, None
