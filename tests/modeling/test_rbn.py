@@ -1,5 +1,6 @@
 """RBN: the penalty and its gradient against the published code's numbers, the formulas and finite differences."""
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -241,3 +242,6 @@ def test_statistics_hold_no_graph():
     moments, _, value = norm._observed
     assert not moments.packed.requires_grad
     assert value.requires_grad
+    gone = weakref.ref(norm)
+    del norm, moments, value
+    assert gone() is None
