@@ -89,6 +89,7 @@ TABLES = {
     "norms": lambda: table_of_norms("cpu-4096", "cpu-16384"),
     "pytorch": lambda: table_of_norms("cpu-pytorch"),
     "kept": lambda: table_of_norms("cpu-kept"),
+    "forward": lambda: table_of_norms("cpu-forward"),
     "scaling": lambda: table_of_norms("cpu-scaling"),
     "widths": lambda: table_of_norms("cpu-widths"),
     "memory": lambda: table_of_norms("cpu-16384", show=lambda row: f"{row['memory_ratio']:.3f}"),

@@ -73,7 +73,7 @@ def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
     """TID of the last training forward, of shape `(2, layers)`: mean TID and variance TID of each layer.
 
     NaN for a layer that did not run or is frozen, `None` if that is all of them. Layers of one width are taken
-    together: a handful of operations, whatever the depth, and no host synchronisation.
+    together, without host synchronisation.
     """
     groups: dict[tuple, list[tuple[int, Statistics]]] = {}
     of_layers: dict[int, torch.Tensor] = {}
