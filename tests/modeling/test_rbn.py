@@ -40,19 +40,20 @@ def test_agrees_with_the_published_code(file, distance):
     momentum, lambdas = vectors["momentum"].item(), (vectors["lam_mean"].item(), vectors["lam_var"].item())
     # eps = 0: the published code takes it as a lower bound of the variance.
     options = {"lambda_mean": lambdas[0], "lambda_var": lambdas[1], "distance": distance}
-    norm = RegularizedBatchNorm(channels, eps=0.0, momentum=momentum, **options).double()
+    norm, tracking = (RegularizedBatchNorm(channels, eps=0.0, momentum=momentum, **options).double() for _ in range(2))
     norm.load_state_dict({"weight": vectors["weight"], "bias": vectors["bias"]}, strict=False)
     for step in range(vectors["meta"][-1].item()):
         x, g, real = vectors[f"x{step}"].requires_grad_(), vectors[f"g{step}"], ~vectors[f"pad{step}"].T
-        y = norm(x, real)
+        tracking(x.detach(), real)
         # The published code updates its running pair before it takes the penalty.
-        moments, _, _ = norm._observed
-        norm._observed = moments, {name: vectors[f"{name}{step}"] for name in norm.running}, None
+        for name in norm.running:
+            getattr(norm, name).copy_(vectors[f"{name}{step}"])
+        y = norm(x, real)
         penalty = norm.penalty()
         dx, dw, db = torch.autograd.grad((y * g).sum() + penalty, [x, norm.weight, norm.bias])
 
         results = {"penalty": penalty, "dw": dw, "db": db}
-        results |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        results |= {"running_mean": tracking.running_mean, "running_var": tracking.running_var}
         for name, value in results.items():
             torch.testing.assert_close(value.detach(), vectors[f"{name}{step}"], rtol=1e-10, atol=1e-10)
         for name, value in (("y", y), ("dx", dx)):
