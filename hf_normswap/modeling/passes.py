@@ -123,7 +123,7 @@ class TorchPasses:
         inverse = torch.rsqrt(power + eps)
         of_inverse = inverse if of_power is None else torch.rsqrt(of_power + eps)
         pad = weight * inverse
-        a, b = weight * of_inverse, -nu * inverse * of_inverse
+        a, b = pad if of_power is None else weight * of_inverse, -nu * inverse * of_inverse
         dx, sums = cls.backward(g, x, mask, None, a, b, None, pad, groups, eps, True)
         of_batch = Moments.of(moments.count, inverse.square() * moments.m2, pad * sums[1])
         return dx, *_gradients_of_affine(sums, inverse), of_batch.packed
