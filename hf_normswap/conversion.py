@@ -11,6 +11,7 @@ from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .modeling.layernorm import LayerNorm
 from .modeling.moments import Moments, merge_over_ranks
 from .modeling.norm import BatchStatisticNorm
+from .modeling.passes import promote
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
 from .statistics import observing
@@ -119,9 +120,7 @@ class Conversion:
     def _fit(self, site: NormSite) -> AffineFit:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
         estimate_statistics(site, self.student.inputs(site.name))
-        normalized = (
-            (norm.normalize(_promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name)
-        )
+        normalized = ((norm.normalize(promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
         fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
         _check_finite(site.name, fit.gain, fit.shift)
         norm.weight.copy_(fit.gain)
@@ -130,7 +129,7 @@ class Conversion:
         return fit
 
     def _count_sinks(self, name: str) -> int:
-        sizes = [(_promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
+        sizes = [(promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
         logarithms = pooled_moments(((size.clamp(min=1e-30).log(), mask) for size, mask in sizes), 1, self.device)
         limit = SINK_RATIO * logarithms.mean.exp().item()
         count = sum((_select(size, mask) > limit).sum() for size, mask in sizes)
@@ -192,10 +191,6 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
 def _check_finite(name: str, *values: torch.Tensor) -> None:
     if not all(value.isfinite().all() for value in values):
         raise ValueError(f"The activations that reach {name} are not finite: check the data, and the model's dtype.")
-
-
-def _promote(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -42,3 +42,13 @@ def no_kernels():
     use_kernels("none")
     yield
     use_kernels("auto")
+
+
+@pytest.fixture(params=["auto", "none"])
+def kernels(request):
+    """The passes of norms on both paths of a CPU."""
+    from hf_normswap import use_kernels
+
+    use_kernels(request.param)
+    yield
+    use_kernels("auto")

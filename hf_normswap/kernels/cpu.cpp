@@ -544,8 +544,8 @@ extern "C" void penalize(const float* packed, const float* mean, const float* va
   *value = float(total);
 }
 
-// A training forward of a batch norm: its statistics, its output, and what becomes of the statistics. Null: running values
-// that it has not, `pending` where they are updated at once, and `value` without a penalty.
+// A training forward of a batch norm: its statistics, its output, and what becomes of the statistics. Null: running
+// values that it has not, `pending` where they are updated at once, and `value` without a penalty.
 template <typename T>
 void run_norm(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
               float* before, float* mean, float* var, float* power, int64_t* updates, float* pending, float* value,

@@ -23,7 +23,7 @@ class TorchPasses:
     @staticmethod
     def moments(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
         """Moments of the real tokens (see [`masked_moments`])."""
-        return masked_moments(_promote(x), mask)
+        return masked_moments(promote(x), mask)
 
     @staticmethod
     def squares(x, mask, groups, eps) -> torch.Tensor:
@@ -41,7 +41,7 @@ class TorchPasses:
     def sums(g, x, mask, center, groups, eps) -> torch.Tensor:
         """Sums of g and of g (z − center), over real tokens and over pads, of shape `(4, C)`."""
         z, _ = scale_groups(_values(x, mask), groups, eps)
-        g = _promote(g)
+        g = promote(g)
         products = g * (z if center is None else z - center)
         sums = [sum_tokens(g), sum_tokens(products)]
         if mask is None:
@@ -59,7 +59,7 @@ class TorchPasses:
         """
         values = _values(x, mask)
         z, inverse = scale_groups(values, groups, eps)
-        wide = _promote(g)
+        wide = promote(g)
         dx = torch.addcmul(wide * a, z if center is None else z - center, b)
         if shift is not None:
             dx = dx + shift
@@ -105,7 +105,7 @@ class TorchPasses:
             shift = shift + Moments(of_moments).mean / count
             b = b + 2 * Moments(of_moments).m2
         dx, _ = cls.backward(g, x, mask, center, scale, b, shift, scale, 0, eps, False)
-        return dx, *_gradients_of_affine(sums, inverse)
+        return dx, *gradients_of_affine(sums, inverse)
 
     @classmethod
     def rescale(cls, x, weight, bias, mask, power, groups, eps) -> tuple[torch.Tensor, Moments]:
@@ -126,7 +126,7 @@ class TorchPasses:
         a, b = pad if of_power is None else weight * of_inverse, -nu * inverse * of_inverse
         dx, sums = cls.backward(g, x, mask, None, a, b, None, pad, groups, eps, True)
         of_batch = Moments.of(moments.count, inverse.square() * moments.m2, pad * sums[1])
-        return dx, *_gradients_of_affine(sums, inverse), of_batch.packed
+        return dx, *gradients_of_affine(sums, inverse), of_batch.packed
 
     @classmethod
     def _scale(cls, x, weight, bias, mask, center, variance, groups, eps, wants_squares):
@@ -200,18 +200,19 @@ def power_moments(x, mask, squares):
     return Moments.of(count_tokens(x, mask), torch.zeros_like(squares), squares)
 
 
-def _gradients_of_affine(sums, inverse):
+def gradients_of_affine(sums, inverse):
     """Gradients of γ and β of `y = γ z · inverse + β` from the sums over real tokens and pads."""
     return inverse * (sums[1] + sums[3]), sums[0] + sums[2]
 
 
-def _promote(x):
+def promote(x):
+    """`x` in the dtype of statistics: float32, or float64 as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _values(x, mask):
     """`x` in the dtype of statistics, with zeros for what a pad may hold and a gradient could not bear."""
-    values = _promote(x)
+    values = promote(x)
     if mask is None:
         return values
     bound = torch.finfo(values.dtype).max ** 0.5 / x.shape[-1]

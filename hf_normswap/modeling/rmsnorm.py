@@ -4,6 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .norm import Norm
+from .passes import gradients_of_affine, promote
 from .paths import is_watched, passes_for
 from .registry import register_norm
 
@@ -38,16 +39,14 @@ class _RescaleTokens(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mask, eps):
         ctx.save_for_backward(x, weight, mask)
         ctx.eps = eps
-        shift = torch.zeros_like(weight) if bias is None else bias
-        scale, shift = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (weight, shift))
+        scale, shift = promote(weight), promote(torch.zeros_like(weight) if bias is None else bias)
         return passes_for(x, weight).forward(x, mask, None, scale, shift, 1, eps, False)[0]
 
     @staticmethod
     def backward(ctx, g):
         x, weight, mask = ctx.saved_tensors
-        g, scale = g.to(x.dtype), weight.to(torch.promote_types(weight.dtype, torch.float32))
+        g, scale = g.to(x.dtype), promote(weight)
         passes, none = passes_for(x, g, weight), torch.zeros_like(scale)
         dx, sums = passes.backward(g, x, mask, None, scale, none, None, scale, 1, ctx.eps, True)
-        of_bias = sums[0] + sums[2] if ctx.needs_input_grad[2] else None
-        gradients = (None if value is None else value.to(weight.dtype) for value in (sums[1] + sums[3], of_bias))
-        return dx, *gradients, None, None
+        of_weight, of_bias = (value.to(weight.dtype) for value in gradients_of_affine(sums, 1))
+        return dx, of_weight, of_bias if ctx.needs_input_grad[2] else None, None, None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RMSNorm, use_kernels
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RMSNorm
 
 
 C = 64
@@ -42,13 +42,6 @@ def with_constant_channels():
 
 
 TOKENS = [easy, with_a_mean, with_outliers, with_denormals, with_constant_channels]
-
-
-@pytest.fixture(params=["auto", "none"])
-def kernels(request):
-    use_kernels(request.param)
-    yield
-    use_kernels("auto")
 
 
 def run(norm, x, upstream, *mask):

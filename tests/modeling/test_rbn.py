@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty, use_kernels
+from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
 from hf_normswap.modeling.discrepancy import DISTANCES, penalize, penalty
 from hf_normswap.modeling.moments import Moments
 from hf_normswap.modeling.recompute import tape_checkpoint
@@ -203,7 +203,6 @@ def test_the_gradient_in_closed_form(distance, count):
     torch.testing.assert_close(gradient[1:], exact[1:], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "none"])
 def test_a_checkpointed_block_runs_twice_in_all(kernels):
     calls = 0
 
@@ -214,27 +213,18 @@ def test_a_checkpointed_block_runs_twice_in_all(kernels):
             return super().forward(x)
 
     block = Block(*(RegularizedBatchNorm(CHANNELS) for _ in range(3)))
-    use_kernels(kernels)
-    try:
-        run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
-        y = run(block, torch.randn(9, CHANNELS, requires_grad=True))
-        assert calls == 1
-        (y.square().sum() + norm_penalty(block)).backward()
-        assert calls == 2
-    finally:
-        use_kernels("auto")
+    run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
+    y = run(block, torch.randn(9, CHANNELS, requires_grad=True))
+    assert calls == 1
+    (y.square().sum() + norm_penalty(block)).backward()
+    assert calls == 2
 
 
-@pytest.mark.parametrize("kernels", ["auto", "none"])
 def test_training_mode_without_any_graph(kernels):
-    use_kernels(kernels)
-    try:
-        with torch.inference_mode():
-            norm = RegularizedBatchNorm(CHANNELS)
-            norm(torch.randn(9, CHANNELS))
-            assert norm.penalty() > 0
-    finally:
-        use_kernels("auto")
+    with torch.inference_mode():
+        norm = RegularizedBatchNorm(CHANNELS)
+        norm(torch.randn(9, CHANNELS))
+        assert norm.penalty() > 0
 
 
 def test_statistics_hold_no_graph():
