@@ -197,13 +197,18 @@ template <typename T>
 void moments(const T* x, const uint8_t* mask, float* packed, int64_t n, int64_t c, int64_t, float, int threads) {
   constexpr int R = 8;
   const int64_t size = std::max<int64_t>(R, std::min<int64_t>(kBlock, 32768 / c / R * R));
+  // Real tokens are shared out, and not rows: sequences may be ordered by their length.
+  std::vector<const T*> reals;
+  reals.reserve(n);
+  for (int64_t row = 0; row < n; ++row)
+    if (!mask || mask[row]) reals.push_back(x + row * c);
   std::vector<Moments> parts(threads);
-  for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
+  for_each_share(threads, reals.size(), [&](int t, int64_t begin, int64_t end) {
     std::vector<float> reference(c), shift(c), squares(c);
-    std::vector<const T*> rows(size);
+    const T* const* rows = nullptr;  // those of a block
     parts[t].mean.assign(c, 0), parts[t].m2.assign(c, 0);
     auto add = [&](auto R, int64_t i) {
-      const T* const* x = &rows[i];
+      const T* const* x = rows + i;
       const float* of = reference.data();
       float* to = shift.data();
 #pragma omp simd
@@ -214,7 +219,7 @@ void moments(const T* x, const uint8_t* mask, float* packed, int64_t n, int64_t 
       }
     };
     auto add_squares = [&](auto R, int64_t i) {
-      const T* const* x = &rows[i];
+      const T* const* x = rows + i;
       const float *of = reference.data(), *mean = shift.data();
       float* to = squares.data();
 #pragma omp simd
@@ -227,18 +232,16 @@ void moments(const T* x, const uint8_t* mask, float* packed, int64_t n, int64_t 
         to[j] += total;
       }
     };
-    int64_t reals = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      if (!mask || mask[row]) rows[reals++] = x + row * c;
-      if (reals == 0 || (reals < size && row < end - 1)) continue;
+    for (int64_t start = begin; start < end; start += size) {
+      const int64_t count = std::min(size, end - start);
+      rows = &reals[start];
       // About one of the rows: a mean far from zero would cost the digits of its sum.
       for (int64_t j = 0; j < c; ++j) reference[j] = load(rows[0][j]);
       std::fill(shift.begin(), shift.end(), 0.0f), std::fill(squares.begin(), squares.end(), 0.0f);
-      in_batches<R>(reals, add);
-      for (int64_t j = 0; j < c; ++j) shift[j] /= reals;
-      in_batches<R>(reals, add_squares);
-      parts[t].merge(reals, reference.data(), shift.data(), squares.data());
-      reals = 0;
+      in_batches<R>(count, add);
+      for (int64_t j = 0; j < c; ++j) shift[j] /= count;
+      in_batches<R>(count, add_squares);
+      parts[t].merge(count, reference.data(), shift.data(), squares.data());
     }
   });
   Moments& all = parts[0];
@@ -486,6 +489,11 @@ bool all_finite(const float* values, int64_t c) {
   return result;
 }
 
+void get_power(const float* packed, float* power, int64_t c) {
+  const float number = std::max(*packed, 1.0f), *mean = packed + 1, *m2 = mean + c;
+  for (int64_t j = 0; j < c; ++j) power[j] = m2[j] / number + mean[j] * mean[j];
+}
+
 }  // namespace
 
 // A null running value is not kept.
@@ -493,7 +501,8 @@ extern "C" void update(float* mean, float* var, float* power, int64_t* updates, 
                        float weight) {
   const float number = std::max(*packed, 1.0f), *of_mean = packed + 1, *m2 = of_mean + c;
   std::vector<float> of_var(c), of_power(c);
-  for (int64_t j = 0; j < c; ++j) of_var[j] = m2[j] / number, of_power[j] = of_var[j] + of_mean[j] * of_mean[j];
+  for (int64_t j = 0; j < c; ++j) of_var[j] = m2[j] / number;
+  get_power(packed, of_power.data(), c);
   float* const running[] = {mean, var, power};
   const float* const values[] = {of_mean, of_var.data(), of_power.data()};
   bool valid = *packed > 0;
@@ -544,21 +553,6 @@ extern "C" void penalize(const float* packed, const float* mean, const float* va
   *value = float(total);
 }
 
-// A training forward of a batch norm: its statistics, its output, and what becomes of the statistics. Null: running
-// values that it has not, `pending` where they are updated at once, and `value` without a penalty.
-template <typename T>
-void run_norm(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
-              float* before, float* mean, float* var, float* power, int64_t* updates, float* pending, float* value,
-              float* of_packed, int64_t n, int64_t c, int64_t centered, float eps, int threads, float momentum,
-              int64_t relative, int64_t of_variances, float weight_mean, float weight_var) {
-  for (const float* running : {mean, var, power})
-    if (running) before = std::copy(running, running + c, before);
-  standardize(x, mask, weight, bias, y, packed, n, c, centered, eps, threads);
-  if (value) penalize(packed, mean, var, value, of_packed, c, relative, of_variances, weight_mean, weight_var, eps);
-  if (pending) merge(pending, packed, c);
-  else update(mean, var, power, updates, packed, c, momentum);
-}
-
 // Each function for each dtype of tokens.
 #define EXPORT(name)                                                        \
   extern "C" {                                                              \
@@ -569,7 +563,6 @@ void run_norm(const T* x, const uint8_t* mask, const float* weight, const float*
 EXPORT(moments)
 EXPORT(forward)
 EXPORT(backward)
-EXPORT(run_norm)
 EXPORT(standardize)
 EXPORT(standardize_backward)
 EXPORT(rescale)

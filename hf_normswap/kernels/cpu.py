@@ -1,4 +1,8 @@
-"""The passes of norms on CPUs: a C++ file, compiled on first use and kept in the user's cache."""
+"""The passes of norms on CPUs: C++, compiled on first use and kept in the user's cache.
+
+Where it can be, with the nodes of PyTorch's graph that are made of them: these need PyTorch's headers and a compiler
+that is young enough for them.
+"""
 
 import ctypes
 import functools
@@ -12,28 +16,30 @@ from pathlib import Path
 
 import torch
 from torch.autograd.graph import increment_version
+from transformers.utils import logging
 
+from hf_normswap.modeling.discrepancy import penalty
 from hf_normswap.modeling.moments import Moments
-from hf_normswap.modeling.norm import FOLLOWED
-from hf_normswap.modeling.passes import TorchPasses
+from hf_normswap.modeling.passes import TorchPasses, power_moments
 
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+logger = logging.get_logger(__name__)
+
+PASSES, NODES = (Path(__file__).with_name(name) for name in ("cpu.cpp", "nodes.cpp"))
 # -ffast-math lets sums be vectorised; NaN and infinity stay what they are.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 TIMEOUT = 300  # seconds
 
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
 _POINTERS = {"moments": 3, "forward": 7, "backward": 10}
-_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12, "run_norm": 14}
+_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12}
 _FORMS = {"relative": (True, False), "paper": (False, False), "reference": (False, True)}
-_OF_PENALTY = (ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_float)
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
 _OF_CHANNELS = {
     "update": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "merge": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
-    "penalize": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, *_OF_PENALTY, ctypes.c_float),
+    "penalize": (*(5 * (ctypes.c_void_p,)), *(2 * (ctypes.c_int64,)), ctypes.c_int64, *(3 * (ctypes.c_float,))),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -48,24 +54,43 @@ def load_library() -> dict:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    made_of = [SOURCE.read_bytes(), repr(FLAGS).encode(), _run(compiler, "--version"), _processor()]
-    name = f"passes-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
-    path = _cache() / name
+    sources = [PASSES.read_bytes(), NODES.read_bytes()]
+    made_of = [*sources, repr(FLAGS).encode(), torch.__version__.encode(), _run(compiler, "--version"), _processor()]
+    path = _cache() / f"passes-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{folder}/passes.o")
-            # Without -fopenmp: the threads are to be those of PyTorch, whose OpenMP is loaded already.
-            _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/{name}")
-            os.replace(f"{folder}/{name}", path)  # another process may have been faster
+        try:
+            _build(path, compiler, NODES, *_with_pytorch())
+        except OSError as error:
+            logger.info(f"Batch norms are no nodes of PyTorch's graph: {error}.")
+            _build(path, compiler, PASSES, ["-std=c++17"], [])
     library, functions = ctypes.CDLL(str(path)), {}
     for name, pointers in _POINTERS.items():
-        further = (ctypes.c_float, *_OF_PENALTY) if name == "run_norm" else ()
-        prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES, *further)
+        prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
         for dtype, suffix in _DTYPES.items():
             functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
     for name, arguments in _OF_CHANNELS.items():
         functions[name] = ctypes.CFUNCTYPE(None, *arguments)((name, library))
+    if hasattr(library, "register_nodes") and not hasattr(torch.ops.hf_normswap, "batch_norm"):
+        library.register_nodes.restype = ctypes.c_char_p
+        if said := library.register_nodes():
+            raise OSError(said.decode())
     return functions
+
+
+def _with_pytorch() -> tuple[list[str], list[str]]:
+    """Flags of what uses PyTorch: to compile, and to link."""
+    home = Path(torch.__file__).parent
+    include, abi = home / "include", int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    headers = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    return ["-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", *headers], [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def _build(path: Path, compiler: str, source: Path, flags: list[str], libraries: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _run(compiler, *FLAGS, *flags, "-c", str(source), "-o", f"{folder}/passes.o")
+        # Without -fopenmp: the threads are to be those of PyTorch, whose OpenMP is loaded already.
+        _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/passes.so", *libraries)
+        os.replace(f"{folder}/passes.so", path)  # another process may have been faster
 
 
 def _run(*command: str) -> bytes:
@@ -193,30 +218,46 @@ class CpuPasses(TorchPasses):
         load_library()["penalize"](*addresses, c, *_FORMS[distance], *weights, eps)
         return value, of_packed
 
-    @classmethod
-    def run_norm(cls, norm, x, weight, bias, mask, running):
-        """As [`TorchPasses.run_norm`], in one call."""
-        kept, c = {name: norm._buffers.get(name) for name in FOLLOWED}, x.shape[-1]
-        buffers = {name: buffer for name, buffer in kept.items() if buffer is not None}
-        pending, updates = norm.pending, norm.num_batches_tracked
-        eps, distance, weights = norm.regularization or (norm.eps, "paper", (0, 0))
-        is_known = running is None and norm.process_group is None and distance in _FORMS
-        is_known = is_known and len(buffers) == len(norm.running)
-        is_known = is_known and updates.dtype is torch.int64 and updates.device == x.device
-        if not (is_known and _are_floats(c, *buffers.values()) and _are_floats(2 * c + 1, pending)):
-            return super().run_norm(norm, x, weight, bias, mask, running)
-        y, packed, before = _new_tokens(x), _new_packed(x), _new(x, len(buffers), c)
-        value = of_penalty = None
-        if norm.regularization:
-            value, of_penalty = _new(x), _new_packed(x)
-        outputs = y, packed, before, *kept.values(), updates, pending if norm.deferred else None, value, of_penalty
-        further = float(norm.update_weight()), *_FORMS[distance], *weights
-        _call("run_norm", (x,), mask, (weight, bias), outputs, norm.centered, eps, *further)
-        increment_version([pending] if norm.deferred else [*buffers.values(), updates])
-        return y, Moments(packed), dict(zip(buffers, before)), value, of_penalty
+    @staticmethod
+    def run_node(name, *arguments):
+        node = getattr(torch.ops.hf_normswap, name, None)  # none where PyTorch's headers could not be compiled
+        return node and node(*arguments)
 
 
-def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0, *further):
+if not hasattr(torch.ops.hf_normswap, "batch_norm_backward"):
+    # What the nodes in C++ call where their gradients are to be differentiated again.
+    _LIBRARY = torch.library.Library("hf_normswap", "FRAGMENT")
+    _LIBRARY.define(
+        "batch_norm_backward(Tensor? g, Tensor? of_value, Tensor x, Tensor weight, Tensor? mask, Tensor[] running, "
+        "bool centered, float eps, str? distance, float[]? weights) -> Tensor[]"
+    )
+    _LIBRARY.define("refuse_second_derivative(Tensor[] gradients) -> Tensor[]")
+
+    @torch.library.impl(_LIBRARY, "batch_norm_backward", "CompositeImplicitAutograd")
+    def _differentiate(g, of_value, x, weight, mask, running, centered, eps, distance, weights):
+        """Gradients of x, γ and β in single operations, which can be differentiated again."""
+        g = torch.zeros_like(x) if g is None else g.to(x.dtype)
+        if centered:
+            moments = TorchPasses.moments(x, mask)
+        else:
+            moments = power_moments(x, mask, TorchPasses.squares(x, mask, 0, eps))
+        of_moments = None
+        if of_value is not None and x.requires_grad:
+            value = of_value * penalty(moments, *running, eps, distance, weights)
+            (of_moments,) = torch.autograd.grad(value, moments.packed, create_graph=True)
+        dx, of_weight, of_bias = TorchPasses.standardize_backward(
+            g, x, weight, mask, moments, of_moments, eps, centered, None
+        )
+        return dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+
+    @torch.library.impl(_LIBRARY, "refuse_second_derivative", "CompositeImplicitAutograd")
+    def _refuse(gradients):
+        """The `gradients`, as those of `once_differentiable`."""
+        error = torch._C._functions.DelayedError(b"The gradient of PowerNorm has no derivative.", len(gradients))
+        return error(*(value.detach().requires_grad_() for value in gradients))
+
+
+def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):
     """Calls a compiled function with as many threads as PyTorch has."""
     x = tokens[-1]
     inputs = [value if value is None or value.dtype is torch.float32 else value.float() for value in inputs]
@@ -227,7 +268,7 @@ def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0, *further):
         if value is not None and value.numel() not in (channels, 2 * channels + 1):
             raise ValueError(f"{value.numel()} statistics or coefficients do not fit tokens of {channels} channels.")
     addresses = _addresses((*tensors, *outputs))
-    load_library()[name, x.dtype](*addresses, rows, channels, groups, eps, torch.get_num_threads(), *further)
+    load_library()[name, x.dtype](*addresses, rows, channels, groups, eps, torch.get_num_threads())
 
 
 def _addresses(tensors):

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .discrepancy import Statistics
 from .moments import Moments
 from .options import check_number
-from .paths import passes_for
+from .paths import passes_for, path_of
 from .recompute import may_run_again, replay_or_record, snapshot
 from .standardize import BatchStandardize
 from .token_mask import current_mask
@@ -202,8 +202,33 @@ class BatchStatisticNorm(Norm):
             self._observed = moments, running, None
             self.track(moments)
 
+    def run_node(self, name: str, x, mask, further: dict[str, torch.Tensor], eps, *options) -> torch.Tensor | None:
+        """A whole training forward, observed, by an operator of the path of `x` that has this `name`, if there is one.
+
+        `further`: the running values besides those that follow the moments.
+        """
+        kept = {name: self._buffers[name] for name in FOLLOWED if name in self.running}
+        names = [*kept, *further]
+        if self.process_group is not None or len(names) < len(self.running) or may_run_again():
+            return None
+        results = path_of(x, self.weight, self.pending).run_node(
+            *(name, x, self.weight, self.bias, mask, *map(kept.get, FOLLOWED)),
+            *(self.num_batches_tracked, self.pending if self.deferred else None, self.update_weight(), eps),
+            *(*further.values(), *options),
+        )
+        if not results:
+            return None
+        y, packed, *others = results
+        penalty = others.pop(0) if len(others) > len(names) else None
+        self._observed = Moments(packed), dict(zip(names, others)), penalty
+        return y
+
     def standardize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """A training forward in the statistics of the batch, which are observed (see [`BatchStandardize`])."""
+        eps, distance, weights = self.regularization or (self.eps, None, (0.0, 0.0))
+        y = self.run_node("batch_norm", x, mask, {}, eps, self.centered, distance, *weights)
+        if y is not None:
+            return y
         running, is_first_run = self.frozen_running() if may_run_again() else (None, True)
         y, packed, penalty, before = BatchStandardize.apply(x, self.weight, self.bias, mask, self, running)
         if is_first_run:

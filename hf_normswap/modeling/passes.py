@@ -178,6 +178,10 @@ class TorchPasses:
         """See [`penalize`](hf_normswap.modeling.discrepancy.penalize)."""
         return penalize(moments, *options)
 
+    @staticmethod
+    def run_node(name: str, *arguments) -> list[torch.Tensor] | None:
+        """A training forward as a node of the graph that needs no Python: `None` or empty where the path has none."""
+
     @classmethod
     def run_norm(cls, norm, x, weight, bias, mask, running) -> tuple:
         """A training forward of a `norm` that standardizes.

@@ -23,18 +23,25 @@ def is_watched() -> bool:
     )
 
 
-def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
-    """What computes the passes over `x` with `others`: that of their device, and [`TorchPasses`] where there is none.
+def path_of(x: torch.Tensor, *others: torch.Tensor) -> type:
+    """By what the passes over `x` with `others` are computed: the path of their device, else [`TorchPasses`].
 
-    Only plain tensors of floating point on one device, outside of autograd, take another path than that.
+    Only plain tensors of floating point on one device take another path than that.
     """
     if torch.compiler.is_compiling():
         return COMPILED.get(x.device.type, TorchPasses)
     device = x.device
     find = PATHS.get(device.type)
-    if find is None or torch.is_grad_enabled() or not x.is_floating_point() or x.numel() == 0 or is_watched():
+    if find is None or not x.is_floating_point() or x.numel() == 0 or is_watched():
         return TorchPasses
     for tensor in (x, *others):
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != device:
             return TorchPasses
     return find(x) or TorchPasses
+
+
+def passes_for(x: torch.Tensor, *others: torch.Tensor) -> type:
+    """The passes of [`path_of`], but [`TorchPasses`] inside of autograd, which looks at single operations."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return TorchPasses
+    return path_of(x, *others)
