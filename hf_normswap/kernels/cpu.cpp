@@ -52,6 +52,13 @@ inline void ask_for_large_pages(void* start, int64_t bytes) {
 #endif
 }
 
+// Asks for the row after `row`, to be written: the stores of this one do not make the processor fetch the next page.
+template <typename T>
+inline void ask_for_next(T* row, int64_t c) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = c; j < 2 * c; j += kLine) __builtin_prefetch(row + j, 1);
+}
+
 template <typename Body>
 void for_each_share(int threads, int64_t n, const Body& body) {
   const int64_t share = (n + threads - 1) / threads;
@@ -136,6 +143,7 @@ void forward(const T* x, const uint8_t* mask, const float* center, const float* 
     for (int64_t row = begin; row < end; ++row) {
       const T* from = x + row * c;
       T* to = y ? y + row * c : nullptr;
+      if (to) ask_for_next(to, c);
       const bool is_real = !mask || mask[row];
       if (!is_real && !is_clean(from, c)) clean(from, cleaned.data(), c), from = cleaned.data();
       float* sums = squares && is_real ? block.data() : nullptr;
@@ -346,6 +354,7 @@ void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* cen
     for (int64_t row = begin; row < end; ++row) {
       const T *gi = g + row * c, *xi = x + row * c;
       T* to = dx ? dx + row * c : nullptr;
+      if (to) ask_for_next(to, c);
       const bool is_real = !mask || mask[row];
       if (!is_real && !sums && dirty && !dirty[row]) {
         scale_row(gi, pad, to, c);

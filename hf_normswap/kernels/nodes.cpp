@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -31,9 +30,10 @@ at::IValue value_or_null(const Tensor& tensor) { return tensor.defined() ? at::I
 Tensor in_order(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
 Tensor to_floats(const Tensor& tensor) { return tensor.defined() ? tensor.to(at::kFloat).contiguous() : tensor; }
 Tensor new_floats(const Tensor& x, at::IntArrayRef shape) { return at::empty(shape, x.options().dtype(at::kFloat)); }
-Tensor copy(const Tensor& statistic) {  // a clone costs several times as much
+Tensor copy(const Tensor& statistic, float factor = 1) {  // PyTorch's own operations take several times as long
   Tensor result = new_floats(statistic, statistic.sizes());
-  std::copy_n(floats(statistic), statistic.numel(), mutable_floats(result));
+  const float* from = floats(statistic);
+  std::transform(from, from + statistic.numel(), mutable_floats(result), [=](float value) { return factor * value; });
   return result;
 }
 Tensor new_tokens(const Tensor& x) { return at::empty_like(x, at::MemoryFormat::Contiguous); }
@@ -154,7 +154,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     }
     const int64_t c = x.size(-1), n = x.numel() / c;
     const Tensor g = of[0].defined() ? of[0].to(x.scalar_type()).contiguous() : at::zeros_like(x).contiguous();
-    const Tensor of_packed = of_value.defined() ? at::mul(of_penalty, of_value) : Tensor();
+    const Tensor of_packed = of_value.defined() ? copy(of_penalty, *floats(of_value)) : Tensor();
     const Tensor rows = x.contiguous(), gain = to_floats(weight), dx = new_tokens(x);
     const Tensor of_weight = new_floats(x, {c}), of_bias = new_floats(x, {c});
     for_dtype(x, [&](auto number) {
@@ -183,7 +183,7 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
     norm->packed = new_floats(x, {2 * c + 1});
     norm->keep_running();
     norm->before.push_back(copy(gradient.nu));
-    const Tensor &power = norm->before[0], nu = at::mul(norm->before[1], gradient.loss_scale);
+    const Tensor &power = norm->before[0], nu = copy(gradient.nu, *floats(gradient.loss_scale));
     for_dtype(x, [&](auto number) {
       using T = decltype(number);
       rescale<T>(tokens<T>(rows), bytes(norm->mask), floats(power), floats(gain), floats(offset), tokens<T>(y),

@@ -207,14 +207,15 @@ class BatchStatisticNorm(Norm):
 
         `further`: the running values besides those that follow the moments.
         """
-        kept = {name: self._buffers[name] for name in FOLLOWED if name in self.running}
+        buffers, weight = self._buffers, self.weight
+        kept = {name: buffers[name] for name in FOLLOWED if name in self.running}
         names = [*kept, *further]
         if self.process_group is not None or len(names) < len(self.running) or may_run_again():
             return None
-        results = path_of(x, self.weight, self.pending).run_node(
-            *(name, x, self.weight, self.bias, mask, *map(kept.get, FOLLOWED)),
-            *(self.num_batches_tracked, self.pending if self.deferred else None, self.update_weight(), eps),
-            *(*further.values(), *options),
+        pending = buffers["pending"]
+        results = path_of(x, weight, pending).run_node(
+            *(name, x, weight, self.bias, mask, *map(kept.get, FOLLOWED), buffers["num_batches_tracked"]),
+            *(pending if self.deferred else None, self.update_weight(), eps, *further.values(), *options),
         )
         if not results:
             return None
