@@ -18,9 +18,10 @@ import torch
 from torch.autograd.graph import increment_version
 from transformers.utils import logging
 
-from hf_normswap.modeling.discrepancy import penalty
 from hf_normswap.modeling.moments import Moments
-from hf_normswap.modeling.passes import TorchPasses, power_moments
+from hf_normswap.modeling.passes import TorchPasses
+
+from .nodes import register_nodes
 
 
 logger = logging.get_logger(__name__)
@@ -60,10 +61,11 @@ def load_library() -> dict:
     made_of = [*sources, repr(FLAGS).encode(), torch.__version__.encode(), _run(compiler, "--version"), _processor()]
     path = _cache() / f"passes-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if not path.exists():
+        logger.warning("Compiling the passes of norms for this machine, once; this takes some 20 seconds.")
         try:
             _build(path, compiler, NODES, *_with_pytorch())
         except OSError as error:
-            logger.info(f"Batch norms are no nodes of PyTorch's graph: {error}.")
+            logger.info(f"Without the nodes of PyTorch's graph: {error}.")
             _build(path, compiler, PASSES, ["-std=c++17"], [])
     library, functions = ctypes.CDLL(str(path)), {}
     for name, pointers in _POINTERS.items():
@@ -72,10 +74,7 @@ def load_library() -> dict:
             functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
     for name, arguments in _OF_CHANNELS.items():
         functions[name] = ctypes.CFUNCTYPE(None, *arguments)((name, library))
-    if hasattr(library, "register_nodes") and not hasattr(torch.ops.hf_normswap, "batch_norm"):
-        library.register_nodes.restype = ctypes.c_char_p
-        if said := library.register_nodes():
-            raise OSError(said.decode())
+    register_nodes(library)
     return functions
 
 
@@ -224,39 +223,6 @@ class CpuPasses(TorchPasses):
     def run_node(name, *arguments):
         node = getattr(torch.ops.hf_normswap, name, None)  # none where PyTorch's headers could not be compiled
         return node and node(*arguments)
-
-
-if not hasattr(torch.ops.hf_normswap, "batch_norm_backward"):
-    # What the nodes in C++ call where their gradients are to be differentiated again.
-    _LIBRARY = torch.library.Library("hf_normswap", "FRAGMENT")
-    _LIBRARY.define(
-        "batch_norm_backward(Tensor? g, Tensor? of_value, Tensor x, Tensor weight, Tensor? mask, Tensor[] running, "
-        "bool centered, float eps, str? distance, float[]? weights) -> Tensor[]"
-    )
-    _LIBRARY.define("refuse_second_derivative(Tensor[] gradients) -> Tensor[]")
-
-    @torch.library.impl(_LIBRARY, "batch_norm_backward", "CompositeImplicitAutograd")
-    def _differentiate(g, of_value, x, weight, mask, running, centered, eps, distance, weights):
-        """Gradients of x, γ and β in single operations, which can be differentiated again."""
-        g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-        if centered:
-            moments = TorchPasses.moments(x, mask)
-        else:
-            moments = power_moments(x, mask, TorchPasses.squares(x, mask, 0, eps))
-        of_moments = None
-        if of_value is not None and x.requires_grad:
-            value = of_value * penalty(moments, *running, eps, distance, weights)
-            (of_moments,) = torch.autograd.grad(value, moments.packed, create_graph=True)
-        dx, of_weight, of_bias = TorchPasses.standardize_backward(
-            g, x, weight, mask, moments, of_moments, eps, centered, None
-        )
-        return dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
-
-    @torch.library.impl(_LIBRARY, "refuse_second_derivative", "CompositeImplicitAutograd")
-    def _refuse(gradients):
-        """The `gradients`, as those of `once_differentiable`."""
-        error = torch._C._functions.DelayedError(b"The gradient of PowerNorm has no derivative.", len(gradients))
-        return error(*(value.detach().requires_grad_() for value in gradients))
 
 
 def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):

@@ -57,10 +57,15 @@ void mark_changed(std::initializer_list<Tensor> tensors) {
     if (tensor.defined()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// An operator of kernels/cpu.py, for what concerns second derivatives.
+// An operator of kernels/nodes.py, for what concerns second derivatives.
 variable_list call_python(const char* name, torch::jit::Stack arguments) {
   c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(arguments);
   return arguments[0].toTensorVector();
+}
+
+// The gradient of a shift, undefined where there is none.
+Tensor of_shift(AutogradContext* ctx, const Tensor& of_bias, const Tensor& weight) {
+  return ctx->saved_data["has_bias"].toBool() ? of_bias.to(weight.scalar_type()) : Tensor();
 }
 
 // A norm with its batch, and what a forward makes of it besides the output.
@@ -130,6 +135,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     variable_list saved{x, weight, norm->mask, norm->packed, of_packed};
     saved.insert(saved.end(), norm->before.begin(), norm->before.end());
     ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["centered"] = centered;
     ctx->saved_data["eps"] = norm->eps;
     if (penalty) {
@@ -149,6 +155,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       arguments.emplace_back(c10::List<Tensor>(at::ArrayRef<Tensor>(saved).slice(5)));
       for (const char* name : {"centered", "eps", "distance", "weights"}) arguments.push_back(options[name]);
       variable_list results = call_python("hf_normswap::batch_norm_backward", std::move(arguments));
+      results[2] = of_shift(ctx, results[2], weight);
       results.resize(6);
       return results;
     }
@@ -163,7 +170,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                               floats(of_packed), tokens<T>(dx), mutable_floats(of_weight), mutable_floats(of_bias), n,
                               c, options["centered"].toBool(), options["eps"].toDouble(), at::get_num_threads());
     });
-    return {dx, of_weight.to(weight.scalar_type()), of_bias.to(weight.scalar_type()), {}, {}, {}};
+    return {dx, of_weight.to(weight.scalar_type()), of_shift(ctx, of_bias, weight), {}, {}, {}};
   }
 };
 
@@ -196,6 +203,7 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
     for (const auto& [name, value] : {std::pair{"nu", gradient.nu}, {"largest_gamma", gradient.largest_gamma},
                                       {"loss_scale", gradient.loss_scale}, {"pending", gradient.pending}})
       ctx->saved_data[name] = value;
+    ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["momentum"] = gradient.momentum;
     ctx->saved_data["by_batch"] = gradient.by_batch;
     ctx->saved_data["groups"] = groups;
@@ -216,7 +224,10 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
     const Tensor dx = new_tokens(x), of_weight = new_floats(x, {c}), of_bias = new_floats(x, {c});
     const Tensor of_batch = new_floats(x, {2 * c + 1});
     Tensor of_power;
-    if (options["by_batch"].toBool()) of_power = new_floats(x, {c}), get_power(floats(packed), mutable_floats(of_power), c);
+    if (options["by_batch"].toBool()) {
+      of_power = new_floats(x, {c});
+      get_power(floats(packed), mutable_floats(of_power), c);
+    }
     for_dtype(x, [&](auto number) {
       using T = decltype(number);
       rescale_backward<T>(tokens<T>(g), tokens<T>(rows), bytes(mask), floats(gain), floats(power), floats(of_power),
@@ -232,7 +243,7 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
                 floats(options["loss_scale"].toTensor()), c, options["momentum"].toDouble());
       mark_changed({nu, largest_gamma});
     }
-    results = {dx, of_weight.to(weight.scalar_type()), of_bias.to(weight.scalar_type())};
+    results = {dx, of_weight.to(weight.scalar_type()), of_shift(ctx, of_bias, weight)};
     if (is_differentiated_again)
       results = call_python("hf_normswap::refuse_second_derivative", {at::IValue(c10::List<Tensor>(results))});
     results.resize(6);

@@ -73,12 +73,17 @@ class TorchPasses:
         return dx.to(x.dtype), TorchPasses.sums(g, x, mask, center, groups, eps) if wants_sums else None
 
     @classmethod
+    def batch_moments(cls, x, mask, centered) -> Moments:
+        """What a batch is standardized by: its moments, those about zero where it is not `centered`."""
+        return cls.moments(x, mask) if centered else power_moments(x, mask, cls.squares(x, mask, 0, 0.0))
+
+    @classmethod
     def standardize(cls, x, weight, bias, mask, eps, centered, group) -> tuple[torch.Tensor, Moments]:
         """`y = γ (x − c) / √(v + ε) + β`, and moments of the batch, that of all ranks of `group` together.
 
         c and v are mean and variance where it is `centered`, else 0 and the mean square (with moments about zero).
         """
-        moments = cls.moments(x, mask) if centered else power_moments(x, mask, cls.squares(x, mask, 0, eps))
+        moments = cls.batch_moments(x, mask, centered)
         if group is not None:
             moments = merge_over_ranks(moments, group)
         y, _ = cls._scale(x, weight, bias, mask, moments.mean if centered else None, moments.var, 0, eps, False)

@@ -1,0 +1,234 @@
+"""Norms as nodes of the graph in C++ against the same passes called from Python, and against single operations."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
+from hf_normswap.kernels import cpu
+from hf_normswap.kernels.cpu import CpuPasses
+from hf_normswap.modeling.discrepancy import DISTANCES
+from hf_normswap.modeling.passes import TorchPasses
+from hf_normswap.modeling.paths import PATHS
+
+
+class CalledFromPython(CpuPasses):
+    """The compiled passes without the nodes, as where PyTorch's headers cannot be compiled."""
+
+    run_node = staticmethod(TorchPasses.run_node)
+
+
+STANDARDIZING = {
+    "batchnorm": BatchNorm,
+    "without shift": lambda c: BatchNorm(c, bias=False),
+    "pnv": PowerNormV,
+    **{f"rbn {name}": lambda c, name=name: RegularizedBatchNorm(c, distance=name) for name in DISTANCES},
+}
+POWERNORMS = {
+    "powernorm": lambda c: PowerNorm(c, group_scaling=False),
+    "powernorm without shift": lambda c: PowerNorm(c, num_groups=4, bias=False),
+    "powernorm by batch": lambda c: PowerNorm(c, group_scaling=False, grad_scale="batch"),
+    "powernorm in groups": lambda c: PowerNorm(c, num_groups=4),
+}
+NORMS = STANDARDIZING | POWERNORMS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nodes():
+    try:
+        cpu.load_library()
+    except OSError as error:
+        pytest.skip(f"Nothing can be compiled here: {error}")
+    if not hasattr(torch.ops.hf_normswap, "batch_norm"):
+        pytest.skip("PyTorch's headers cannot be compiled here.")
+
+
+@pytest.fixture(autouse=True)
+def paths_as_before():
+    yield
+    use_kernels("auto")
+
+
+def train(passes, make, dtype=torch.float32, deferred=False, steps=3):
+    """Values of a short training: outputs, gradients, buffers."""
+    PATHS["cpu"] = lambda x: passes
+    torch.manual_seed(0)
+    norm, values = make(32).to(dtype), []
+    norm.deferred = deferred
+    for _ in range(steps):
+        x = (torch.randn(5, 7, 32) * 2 + 1).to(dtype).requires_grad_()
+        y = norm(x, torch.rand(5, 7) < 0.7)
+        loss = (y * torch.randn(5, 7, 32).to(dtype)).sum()
+        if isinstance(norm, RegularizedBatchNorm):
+            loss = loss + norm.penalty()
+        else:
+            values += [value for value in norm.statistics if value is not None]
+        norm.zero_grad()
+        loss.backward()
+        values += [y, x.grad, *(parameter.grad for parameter in norm.parameters())]
+        values += [buffer.clone() for buffer in norm.buffers()]
+    return values
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_node_is_what_python_makes_of_the_same_passes(name, dtype, deferred):
+    found = train(CpuPasses, NORMS[name], dtype, deferred)
+    expected = train(CalledFromPython, NORMS[name], dtype, deferred)
+    assert len(found) == len(expected)
+    for value, other in zip(found, expected):
+        # Not to the bit: PyTorch divides by the count where the nodes do not.
+        torch.testing.assert_close(value, other, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_a_node_of_its_own(name):
+    norm, x = NORMS[name](32), torch.randn(4, 32, requires_grad=True)
+    assert type(norm(x).grad_fn).__name__ == "CppFunction"
+    norm.process_group = torch.distributed.group.WORLD or object()  # statistics of several ranks
+    assert norm.run_node("batch_norm", x, None, {}, 1e-5, True, None, 0.0, 0.0) is None
+
+
+def second_derivatives(passes, make):
+    PATHS["cpu"] = lambda x: passes
+    torch.manual_seed(0)
+    norm, x, g = make(8), torch.randn(4, 9, 8, requires_grad=True), torch.randn(4, 9, 8)
+    y = norm(x, torch.rand(4, 9) < 0.7)
+    loss = (y.square() * g).sum()
+    if isinstance(norm, RegularizedBatchNorm):
+        loss = loss + 3 * norm.penalty()
+    first = torch.autograd.grad(loss, (x, *norm.parameters()), create_graph=True)
+    return first, torch.autograd.grad(sum(value.square().sum() for value in first), (x, norm.weight))
+
+
+@pytest.mark.parametrize("name", STANDARDIZING)
+def test_second_derivatives_are_those_of_single_operations(name):
+    found, expected = (second_derivatives(passes, STANDARDIZING[name]) for passes in (CpuPasses, TorchPasses))
+    for value, other in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_of_a_penalty_alone():
+    def differentiate(passes):
+        PATHS["cpu"] = lambda x: passes
+        torch.manual_seed(0)
+        norm, x = RegularizedBatchNorm(8), torch.randn(4, 9, 8, requires_grad=True)
+        norm(x)
+        (first,) = torch.autograd.grad(norm.penalty(), x, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), x)
+
+    for value, other in zip(differentiate(CpuPasses), differentiate(TorchPasses), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-8)
+
+
+def test_powernorm_has_no_second_derivative():
+    norm, x = PowerNorm(8), torch.randn(3, 8, requires_grad=True)
+    first = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight), create_graph=True)
+    torch.testing.assert_close(first[0], torch.autograd.grad(PowerNorm(8)(x).square().sum(), x)[0])
+    with pytest.raises(RuntimeError, match="The gradient of PowerNorm has no derivative"):
+        first[0].sum().backward()
+
+
+@pytest.mark.parametrize("name", ["rbn relative", "powernorm"])
+def test_tokens_changed_before_the_backward_are_found(name):
+    x = torch.randn(3, 8, requires_grad=True)
+    tokens = x * 1
+    y = NORMS[name](8)(tokens)
+    tokens.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_what_is_saved_goes_through_hooks(name):
+    def run(hooks):
+        torch.manual_seed(0)
+        norm, x = NORMS[name](32), torch.randn(4, 32, requires_grad=True)
+        with hooks:
+            y = norm(x)
+        y.square().sum().backward()
+        return x.grad
+
+    packed = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t)
+    torch.testing.assert_close(run(hooks), run(torch.enable_grad()), rtol=0, atol=0)
+    assert any(value.shape == (4, 32) for value in packed)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_statistics_update_without_a_graph(mode):
+    for make in NORMS.values():
+        norm = make(32)
+        with mode():
+            y = norm(torch.randn(4, 32))
+        assert not y.requires_grad
+        assert norm.num_batches_tracked == 1
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    norm = BatchNorm(8)
+    norm.weight.requires_grad_(False)
+    y = norm(torch.randn(3, 8))
+    y.sum().backward()
+    assert norm.weight.grad is None
+    torch.testing.assert_close(norm.bias.grad, torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_graph_is_freed_with_its_output(name):
+    norm, x = NORMS[name](32), torch.randn(4, 32, requires_grad=True)
+    tokens = x * 1
+    alive, y = weakref.ref(tokens), norm(tokens)
+    if isinstance(norm, RegularizedBatchNorm):
+        norm.penalty()
+    gc.disable()
+    try:
+        del tokens, y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_can_be_run_twice():
+    x = torch.randn(4, 32, requires_grad=True)
+    for make in STANDARDIZING.values():
+        y = make(32)(x).square().sum()
+        first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_what_a_node_is_not_made_for_goes_through_python():
+    class Strange(BatchNorm):
+        running = {"running_mean": 0.0, "running_var": 1.0, "other": 2.0}
+
+    x = torch.randn(4, 8, requires_grad=True)
+    double = BatchNorm(8)
+    double.running_var = double.running_var.double()
+    for norm, tokens in ((Strange(8), x), (double, x), (BatchNorm(8).double(), x.double())):
+        expected = copy.deepcopy(norm)
+        assert type(norm(tokens).grad_fn).__name__ == "BatchStandardizeBackward"
+        PATHS["cpu"] = lambda x: TorchPasses
+        expected(tokens)
+        use_kernels("auto")
+        for name, buffer in expected.named_buffers():
+            torch.testing.assert_close(dict(norm.named_buffers())[name], buffer)
+
+
+def test_where_the_headers_of_pytorch_cannot_be_compiled_the_passes_are(monkeypatch, tmp_path):
+    broken = tmp_path / "nodes.cpp"
+    broken.write_text('#include "no such header"\n')
+    monkeypatch.setattr(cpu, "NODES", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.load_library.cache_clear()
+    try:
+        assert "standardize" in {name for name, *_ in filter(lambda key: isinstance(key, tuple), cpu.load_library())}
+        found = train(CalledFromPython, BatchNorm)
+    finally:
+        monkeypatch.undo()
+        cpu.load_library.cache_clear()
+    for value, other in zip(found, train(CpuPasses, BatchNorm), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
