@@ -57,16 +57,14 @@ def load_library() -> dict:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    sources = [PASSES.read_bytes(), NODES.read_bytes()]
-    made_of = [*sources, repr(FLAGS).encode(), torch.__version__.encode(), _run(compiler, "--version"), _processor()]
-    path = _cache() / f"passes-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
-    if not path.exists():
-        logger.warning("Compiling the passes of norms for this machine, once; this takes some 20 seconds.")
-        try:
-            _build(path, compiler, NODES, *_with_pytorch())
-        except OSError as error:
-            logger.info(f"Without the nodes of PyTorch's graph: {error}.")
-            _build(path, compiler, PASSES, ["-std=c++17"], [])
+    try:
+        return _load(_build(compiler, NODES, *_flags_of_pytorch()))
+    except OSError as error:
+        logger.info(f"Without the nodes of PyTorch's graph: {error}.")
+        return _load(_build(compiler, PASSES, ["-std=c++17"], []))
+
+
+def _load(path: Path) -> dict:
     library, functions = ctypes.CDLL(str(path)), {}
     for name, pointers in _POINTERS.items():
         prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
@@ -78,20 +76,38 @@ def load_library() -> dict:
     return functions
 
 
-def _with_pytorch() -> tuple[list[str], list[str]]:
-    """Flags of what uses PyTorch: to compile, and to link."""
+def _flags_of_pytorch() -> tuple[list[str], list[str]]:
+    """To compile and to link."""
     home = Path(torch.__file__).parent
     include, abi = home / "include", int(torch._C._GLIBCXX_USE_CXX11_ABI)
     headers = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     return ["-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", *headers], [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def _build(path: Path, compiler: str, source: Path, flags: list[str], libraries: list[str]) -> None:
+def _build(compiler: str, source: Path, flags: list[str], libraries: list[str]) -> Path:
+    """The library made of a `source`, in the cache."""
+    options = [flag for flag in flags if not flag.startswith("-I")]  # other places of the same headers
+    made_of = [PASSES.read_bytes(), source.read_bytes(), repr((FLAGS, options, torch.__version__)).encode()]
+    made_of += [_run(compiler, "--version"), _processor()]
+    path = _cache() / f"{source.stem}-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
+    refused = path.with_suffix(".refused")
+    if refused.exists():
+        raise OSError("the compiler has refused it before")
+    if path.exists():
+        return path
+    logger.warning(f"Compiling {source.name} for this machine, once: some 20 seconds.")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        _run(compiler, *FLAGS, *flags, "-c", str(source), "-o", f"{folder}/passes.o")
+        try:
+            _run(compiler, *FLAGS, *flags, "-c", str(source), "-o", f"{folder}/passes.o")
+        except OSError as error:
+            # Not what was out of time or killed; and never the passes alone, which nothing stands in for.
+            if source == NODES and getattr(error.__cause__, "returncode", -1) > 0:
+                refused.touch()
+            raise
         # Without -fopenmp: the threads are to be those of PyTorch, whose OpenMP is loaded already.
         _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/passes.so", *libraries)
         os.replace(f"{folder}/passes.so", path)  # another process may have been faster
+    return path
 
 
 def _run(*command: str) -> bytes:

@@ -8,7 +8,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include "cpu.cpp"
@@ -57,15 +60,23 @@ void mark_changed(std::initializer_list<Tensor> tensors) {
     if (tensor.defined()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// An operator of kernels/nodes.py, for what concerns second derivatives.
+// Whether something looks at single operations, as in modeling/paths.py.
+bool is_watched() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// An operator of kernels/nodes.py, itself and not what a transform would make of it: that looks at what is in it.
 variable_list call_python(const char* name, torch::jit::Stack arguments) {
-  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(arguments);
+  const auto callee = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  callee.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, arguments);
   return arguments[0].toTensorVector();
 }
 
-// The gradient of a shift, undefined where there is none.
-Tensor of_shift(AutogradContext* ctx, const Tensor& of_bias, const Tensor& weight) {
-  return ctx->saved_data["has_bias"].toBool() ? of_bias.to(weight.scalar_type()) : Tensor();
+// What `.data = ` and `.to()` change in place is no new version of a tensor.
+void check_saved(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu() && weight.numel() == x.size(-1),
+              "The weight of a norm has changed its size or device between forward and backward: run the forward anew.");
 }
 
 // A norm with its batch, and what a forward makes of it besides the output.
@@ -133,7 +144,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     norm->track();
     ctx->set_materialize_grads(false);
     variable_list saved{x, weight, norm->mask, norm->packed, of_packed};
-    saved.insert(saved.end(), norm->before.begin(), norm->before.end());
+    if (penalty) saved.insert(saved.end(), norm->before.begin(), norm->before.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["centered"] = centered;
@@ -150,15 +161,16 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const Tensor &x = saved[0], &weight = saved[1], &mask = saved[2], &packed = saved[3], &of_penalty = saved[4];
     const Tensor of_value = of.size() > 1 ? of[1] : Tensor();
     auto& options = ctx->saved_data;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || is_watched()) {
       torch::jit::Stack arguments{value_or_null(of[0]), value_or_null(of_value), x, weight, value_or_null(mask)};
       arguments.emplace_back(c10::List<Tensor>(at::ArrayRef<Tensor>(saved).slice(5)));
       for (const char* name : {"centered", "eps", "distance", "weights"}) arguments.push_back(options[name]);
       variable_list results = call_python("hf_normswap::batch_norm_backward", std::move(arguments));
-      results[2] = of_shift(ctx, results[2], weight);
+      if (!options["has_bias"].toBool()) results[2] = Tensor();
       results.resize(6);
       return results;
     }
+    check_saved(x, weight);
     const int64_t c = x.size(-1), n = x.numel() / c;
     const Tensor g = of[0].defined() ? of[0].to(x.scalar_type()).contiguous() : at::zeros_like(x).contiguous();
     const Tensor of_packed = of_value.defined() ? copy(of_penalty, *floats(of_value)) : Tensor();
@@ -170,7 +182,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                               floats(of_packed), tokens<T>(dx), mutable_floats(of_weight), mutable_floats(of_bias), n,
                               c, options["centered"].toBool(), options["eps"].toDouble(), at::get_num_threads());
     });
-    return {dx, of_weight.to(weight.scalar_type()), of_shift(ctx, of_bias, weight), {}, {}, {}};
+    variable_list results{dx, of_weight.to(weight.scalar_type())};
+    if (options["has_bias"].toBool()) results.push_back(of_bias.to(weight.scalar_type()));
+    results.resize(6);
+    return results;
   }
 };
 
@@ -217,7 +232,9 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
     auto& options = ctx->saved_data;
     variable_list results(6);
     if (!of[0].defined()) return results;
-    const bool is_differentiated_again = at::GradMode::is_enabled();
+    TORCH_CHECK(!is_watched(), "PowerNorm's backward changes its statistics: trace or transform its forward, too.");
+    check_saved(x, weight);
+    const bool is_differentiated_again = at::GradMode::is_enabled() && of[0].requires_grad();
     const at::AutoGradMode no_graph(false);
     const int64_t c = x.size(-1), n = x.numel() / c;
     const Tensor g = of[0].to(x.scalar_type()).contiguous(), rows = x.contiguous(), gain = to_floats(weight);
@@ -243,7 +260,8 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
                 floats(options["loss_scale"].toTensor()), c, options["momentum"].toDouble());
       mark_changed({nu, largest_gamma});
     }
-    results = {dx, of_weight.to(weight.scalar_type()), of_shift(ctx, of_bias, weight)};
+    results = {dx, of_weight.to(weight.scalar_type())};
+    if (options["has_bias"].toBool()) results.push_back(of_bias.to(weight.scalar_type()));
     if (is_differentiated_again)
       results = call_python("hf_normswap::refuse_second_derivative", {at::IValue(c10::List<Tensor>(results))});
     results.resize(6);
@@ -293,16 +311,17 @@ variable_list power_norm(const Tensor& x, const Tensor& weight, const OptionalTe
 
 }  // namespace
 
-// Not by a static object: the file may be loaded twice, and is to be entered once. Returns what went wrong, or null.
+// Not by a static object of the file, which may be loaded twice. Returns what went wrong, or null.
 extern "C" const char* register_nodes() {
-  static std::string said;
-  try {
-    static torch::Library library(torch::Library::FRAGMENT, "hf_normswap", std::nullopt, __FILE__, __LINE__);
-    library.def("batch_norm", &batch_norm);
-    library.def("power_norm", &power_norm);
-    return nullptr;
-  } catch (const std::exception& error) {
-    said = error.what();
-    return said.c_str();
-  }
+  static const std::string said = []() -> std::string {
+    try {
+      static torch::Library library(torch::Library::FRAGMENT, "hf_normswap", std::nullopt, __FILE__, __LINE__);
+      library.def("batch_norm", &batch_norm);
+      library.def("power_norm", &power_norm);
+      return {};
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }();
+  return said.empty() ? nullptr : said.c_str();
 }

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from hf_normswap.modeling.discrepancy import penalty
+from hf_normswap.modeling.discrepancy import differentiate_penalty
 from hf_normswap.modeling.passes import TorchPasses
 
 
@@ -21,6 +21,9 @@ def register_nodes(library: ctypes.CDLL) -> None:
         raise OSError(said.decode())
 
 
+# That of torch.autograd.function.once_differentiable.
+_MESSAGE = b"trying to differentiate twice a function that was marked with @once_differentiable"
+
 if not hasattr(torch.ops.hf_normswap, "batch_norm_backward"):
     _LIBRARY = torch.library.Library("hf_normswap", "FRAGMENT")
     _LIBRARY.define(
@@ -31,17 +34,17 @@ if not hasattr(torch.ops.hf_normswap, "batch_norm_backward"):
 
     @torch.library.impl(_LIBRARY, "batch_norm_backward", "CompositeImplicitAutograd")
     def _batch_norm_backward(g, of_value, x, weight, mask, running, centered, eps, distance, weights):
-        """Gradients of x, γ and β in single operations, which can be differentiated."""
+        """Gradients of x, γ and β in single operations, which can be differentiated, traced and transformed."""
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
-        moments, of_moments = TorchPasses.batch_moments(x, mask, centered), None
+        with torch.enable_grad():  # for the penalty, where the gradient is no more than watched
+            moments, of_moments = TorchPasses.batch_moments(x, mask, centered), None
         if of_value is not None and x.requires_grad:
-            value = of_value * penalty(moments, *running, eps, distance, weights)
-            (of_moments,) = torch.autograd.grad(value, moments.packed, create_graph=True)
+            of_moments = of_value * differentiate_penalty(moments, *running, eps, distance, weights)
         dx, *of_affine = TorchPasses.standardize_backward(g, x, weight, mask, moments, of_moments, eps, centered, None)
         return dx, *(value.to(weight.dtype) for value in of_affine)
 
     @torch.library.impl(_LIBRARY, "refuse_second_derivative", "CompositeImplicitAutograd")
     def _refuse_second_derivative(gradients):
         """The `gradients` as `once_differentiable` returns them."""
-        error = torch._C._functions.DelayedError(b"The gradient of PowerNorm has no derivative.", len(gradients))
+        error = torch._C._functions.DelayedError(_MESSAGE, len(gradients))
         return error(*(value.detach().requires_grad_() for value in gradients))

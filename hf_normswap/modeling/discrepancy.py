@@ -72,6 +72,13 @@ def penalize(moments: Moments, mean, var, eps: float, distance: str, weights) ->
     return penalty(moments, mean, var, eps, distance, weights), torch.where(moments.count > 0, gradient, 0)
 
 
+def differentiate_penalty(moments: Moments, *options) -> torch.Tensor:
+    """The gradient that [`penalize`] returns, in operations that can be differentiated again."""
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(penalty(moments, *options), moments.packed, create_graph=True)
+    return gradient
+
+
 def training_inference_discrepancy(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """TID of one batch (Wang et al. 2022, section 3): `‖μ_B − μ‖₂ / ‖σ‖₂` and `‖σ_B − σ‖₂ / ‖σ‖₂`.
 

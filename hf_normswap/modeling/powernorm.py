@@ -120,7 +120,7 @@ class PowerNorm(PowerStatisticNorm):
         if not self.warmup_steps:
             pending = self.pending_gradient if self.deferred else None
             options = self.largest_gamma, self.loss_scale, pending, 1 - self.alpha_bwd, self.grad_scale == "batch"
-            y = self.run_node("power_norm", x, mask, {"nu": self.nu}, self.eps, *options, self.groups)
+            y = self.run_node("power_norm", x, mask, {"nu": self.nu}, *options, self.groups)
             if y is not None:
                 return y
         running, is_first_run = self.frozen_running()

@@ -2,7 +2,7 @@
 
 import torch
 
-from .discrepancy import penalty
+from .discrepancy import differentiate_penalty
 from .moments import Moments
 from .paths import passes_for
 
@@ -41,8 +41,7 @@ class BatchStandardize(torch.autograd.Function):
         if of_value is not None:
             if torch.is_grad_enabled():  # for a second derivative
                 running, regularization = ctx.regularizer
-                value = penalty(Moments(packed), *running.values(), *regularization)
-                (of_penalty,) = torch.autograd.grad(value, packed, create_graph=True)
+                of_penalty = differentiate_penalty(Moments(packed), *running.values(), *regularization)
             of_penalty = of_value * of_penalty
             of_moments = of_penalty if of_moments is None else of_moments + of_penalty
         dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(

@@ -2,10 +2,15 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
 from hf_normswap.kernels import cpu
@@ -125,12 +130,82 @@ def test_second_derivatives_of_a_penalty_alone():
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-8)
 
 
-def test_powernorm_has_no_second_derivative():
-    norm, x = PowerNorm(8), torch.randn(3, 8, requires_grad=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_powernorm_has_no_second_derivative(bias):
+    norm, x, p = PowerNorm(8, bias=bias), torch.randn(3, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
     first = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight), create_graph=True)
     torch.testing.assert_close(first[0], torch.autograd.grad(PowerNorm(8)(x).square().sum(), x)[0])
-    with pytest.raises(RuntimeError, match="The gradient of PowerNorm has no derivative"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         first[0].sum().backward()
+    (first,) = torch.autograd.grad(norm(x).sum(), x, create_graph=True)  # a constant gradient is none of this norm
+    (first * p).sum().backward()
+    torch.testing.assert_close(p.grad, first)
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "without shift", "pnv", "rbn relative"])
+def test_a_transformed_backward_is_made_of_single_operations(name):
+    norm, x = NORMS[name](3), torch.randn(4, 3, requires_grad=True)
+    y = norm(x)
+    directions = torch.eye(y.numel()).view(-1, *y.shape)
+
+    def differentiate(g):
+        return torch.autograd.grad(y, x, g, retain_graph=True)[0]
+
+    one_by_one = torch.stack([differentiate(g) for g in directions])
+    torch.testing.assert_close(torch.vmap(differentiate)(directions), one_by_one, rtol=1e-4, atol=1e-5)
+    traced = make_fx(differentiate)(directions[0])
+    torch.testing.assert_close(traced(directions[1]), one_by_one[1], rtol=1e-4, atol=1e-5)
+    if "rbn" in name:
+        # The penalty's graph, too.
+        loss = norm.penalty()
+        (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+        traced = make_fx(lambda g: torch.autograd.grad(loss, x, g, retain_graph=True)[0])(torch.ones(()))
+        torch.testing.assert_close(traced(torch.ones(())), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_transformed_backward_of_powernorm_is_refused():
+    norm, x = PowerNorm(3), torch.randn(4, 3, requires_grad=True)
+    y = norm(x)
+    with pytest.raises(RuntimeError, match="trace or transform its forward"):
+        make_fx(lambda g: torch.autograd.grad(y, x, g)[0])(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "powernorm"])
+def test_a_weight_that_was_freed_is_not_read(name):
+    norm = NORMS[name](8)
+    y = norm(torch.randn(3, 8))
+    norm.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match="weight of a norm has changed"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_layouts_threads_and_dirt(name):
+    def run(passes, strided):
+        PATHS["cpu"] = lambda x: passes
+        torch.manual_seed(0)
+        norm, x, g = NORMS[name](32), torch.randn(6, 50, 32), torch.randn(6, 50, 32)
+        mask = torch.rand(6, 50) < 0.7
+        x[~mask] *= torch.tensor([1.0, float("nan"), 1e30])[torch.arange((~mask).sum()) % 3, None]
+        if strided:
+            x, g = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, g))
+            mask = mask.repeat_interleave(2, 1)[:, ::2]
+        if isinstance(norm, PowerNorm):
+            norm.loss_scale.fill_(4.0)
+        x.requires_grad_()
+        y = norm(x, mask)
+        y.backward(g)
+        assert x.grad.isfinite().all()
+        return y, x.grad, norm.weight.grad, *norm.buffers()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found, expected = run(CpuPasses, True), run(TorchPasses, False)
+    finally:
+        torch.set_num_threads(before)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["rbn relative", "powernorm"])
@@ -161,10 +236,11 @@ def test_what_is_saved_goes_through_hooks(name):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_statistics_update_without_a_graph(mode):
+    x = torch.randn(4, 32)
     for make in NORMS.values():
         norm = make(32)
         with mode():
-            y = norm(torch.randn(4, 32))
+            y = norm(x)
         assert not y.requires_grad
         assert norm.num_batches_tracked == 1
 
@@ -205,10 +281,14 @@ def test_what_a_node_is_not_made_for_goes_through_python():
     class Strange(BatchNorm):
         running = {"running_mean": 0.0, "running_var": 1.0, "other": 2.0}
 
+    class Paused(BatchNorm):
+        def track(self, moments):
+            pass
+
     x = torch.randn(4, 8, requires_grad=True)
     double = BatchNorm(8)
     double.running_var = double.running_var.double()
-    for norm, tokens in ((Strange(8), x), (double, x), (BatchNorm(8).double(), x.double())):
+    for norm, tokens in ((Strange(8), x), (Paused(8), x), (double, x), (BatchNorm(8).double(), x.double())):
         expected = copy.deepcopy(norm)
         assert type(norm(tokens).grad_fn).__name__ == "BatchStandardizeBackward"
         PATHS["cpu"] = lambda x: TorchPasses
@@ -218,17 +298,37 @@ def test_what_a_node_is_not_made_for_goes_through_python():
             torch.testing.assert_close(dict(norm.named_buffers())[name], buffer)
 
 
-def test_where_the_headers_of_pytorch_cannot_be_compiled_the_passes_are(monkeypatch, tmp_path):
-    broken = tmp_path / "nodes.cpp"
-    broken.write_text('#include "no such header"\n')
-    monkeypatch.setattr(cpu, "NODES", broken)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu.load_library.cache_clear()
-    try:
-        assert "standardize" in {name for name, *_ in filter(lambda key: isinstance(key, tuple), cpu.load_library())}
-        found = train(CalledFromPython, BatchNorm)
-    finally:
-        monkeypatch.undo()
+@pytest.mark.parametrize("broken", ["compile", "load"])
+def test_without_nodes_the_passes_are_compiled_alone(broken, tmp_path):
+    """In a process of its own, in which no node was ever registered."""
+    script = f"""
+        import torch
+        from hf_normswap import BatchNorm
+        from hf_normswap.kernels import cpu
+        from hf_normswap.modeling.paths import passes_for
+
+        if {broken!r} == "compile":
+            cpu.NODES = cpu.Path({str(tmp_path)!r}, "nodes.cpp")
+            cpu.NODES.write_text('#include "no such header"')
+        else:
+            build = cpu._build
+            def cut(compiler, source, flags, libraries):
+                path = build(compiler, source, flags if source == cpu.PASSES else ["-std=c++17"], [])
+                if source == cpu.NODES:
+                    path.write_bytes(path.read_bytes()[:100])
+                return path
+            cpu.NODES = cpu.Path({str(tmp_path)!r}, "nodes.cpp")
+            cpu.NODES.write_text("int one() {{ return 1; }}")
+            cpu._build = cut
+        x = torch.randn(4, 8, requires_grad=True)
+        norm = BatchNorm(8)
+        assert type(norm(x).grad_fn).__name__ == "BatchStandardizeBackward"
+        with torch.no_grad():
+            assert passes_for(x.detach()) is cpu.CpuPasses
         cpu.load_library.cache_clear()
-    for value, other in zip(found, train(CpuPasses, BatchNorm), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)
+        cpu.load_library()
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, check=True, timeout=300)
+    kept = sorted(path.suffix for path in (tmp_path / "hf_normswap").iterdir())
+    assert kept == ([".refused", ".so"] if broken == "compile" else [".so", ".so"])
