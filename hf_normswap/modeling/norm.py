@@ -216,7 +216,7 @@ class BatchStatisticNorm(Norm):
         if self.process_group is not None or not self.tracks_as_base or may_run_again():
             return None
         buffers, weight, pending = self._buffers, self.weight, self.pending
-        kept = {name: buffers[name] for name in FOLLOWED if name in self.running and name in buffers}
+        kept = {name: buffers[name] for name in FOLLOWED if name in self.running and buffers.get(name) is not None}
         names = [*kept, *further]
         if len(names) < len(self.running):
             return None
