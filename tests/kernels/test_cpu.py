@@ -16,25 +16,10 @@ from hf_normswap.modeling.paths import PATHS, passes_for
 from hf_normswap.modeling.slabs import SlabPasses
 
 
+pytestmark = pytest.mark.usefixtures("compiled", "paths_as_before")
 EPS = 1e-5
 # Rounding of the inputs' own dtype, and of float32 sums over the tokens.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float64: 1e-13}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled():
-    try:
-        cpu.load_library()
-    except OSError as error:
-        pytest.skip(f"The passes cannot be compiled here: {error}")
-
-
-@pytest.fixture(autouse=True)
-def paths_as_before():
-    before = dict(PATHS)
-    yield
-    PATHS.clear()
-    PATHS.update(before)
 
 
 def error(found, expected):

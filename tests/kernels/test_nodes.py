@@ -13,11 +13,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
-from hf_normswap.kernels import cpu
 from hf_normswap.kernels.cpu import CpuPasses
 from hf_normswap.modeling.discrepancy import DISTANCES
 from hf_normswap.modeling.passes import TorchPasses
 from hf_normswap.modeling.paths import PATHS
+
+
+pytestmark = pytest.mark.usefixtures("paths_as_before")
 
 
 class CalledFromPython(CpuPasses):
@@ -42,19 +44,9 @@ NORMS = STANDARDIZING | POWERNORMS
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nodes():
-    try:
-        cpu.load_library()
-    except OSError as error:
-        pytest.skip(f"Nothing can be compiled here: {error}")
+def nodes(compiled):
     if not hasattr(torch.ops.hf_normswap, "batch_norm"):
         pytest.skip("PyTorch's headers cannot be compiled here.")
-
-
-@pytest.fixture(autouse=True)
-def paths_as_before():
-    yield
-    use_kernels("auto")
 
 
 def train(passes, make, dtype=torch.float32, deferred=False, steps=3):
