@@ -73,16 +73,16 @@ variable_list call_python(const char* name, torch::jit::Stack arguments) {
   return arguments[0].toTensorVector();
 }
 
-// What `.data = ` and `.to()` change in place is no new version of a tensor.
-void check_saved(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu() && weight.numel() == x.size(-1),
-              "The weight of a norm has changed its size or device between forward and backward: run the forward anew.");
+// What `.data =` and `.to()` change in place is no new version of a tensor.
+void check_saved(const Tensor& x, const Tensor& weight, const Tensor& g) {
+  TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu() && weight.numel() == x.size(-1) && x.numel() == g.numel(),
+              "A weight or an input of a norm has changed its size or device since the forward: run that anew.");
 }
 
 // A norm with its batch, and what a forward makes of it besides the output.
 struct Norm {
-  Tensor mask;        // in order, or undefined
-  Tensor running[3];  // mean, var and power, undefined where they are not kept
+  Tensor mask;              // in order, or undefined
+  Tensor running[3];        // mean, var and power, undefined where they are not kept
   Tensor updates, pending;  // pending: where moments are pooled, or undefined
   double momentum, eps;
   Tensor packed;         // moments of the batch
@@ -170,9 +170,9 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       results.resize(6);
       return results;
     }
-    check_saved(x, weight);
-    const int64_t c = x.size(-1), n = x.numel() / c;
     const Tensor g = of[0].defined() ? of[0].to(x.scalar_type()).contiguous() : at::zeros_like(x).contiguous();
+    check_saved(x, weight, g);
+    const int64_t c = x.size(-1), n = x.numel() / c;
     const Tensor of_packed = of_value.defined() ? copy(of_penalty, *floats(of_value)) : Tensor();
     const Tensor rows = x.contiguous(), gain = to_floats(weight), dx = new_tokens(x);
     const Tensor of_weight = new_floats(x, {c}), of_bias = new_floats(x, {c});
@@ -233,7 +233,7 @@ struct PowerNorm : torch::autograd::Function<PowerNorm> {
     variable_list results(6);
     if (!of[0].defined()) return results;
     TORCH_CHECK(!is_watched(), "PowerNorm's backward changes its statistics: trace or transform its forward, too.");
-    check_saved(x, weight);
+    check_saved(x, weight, of[0]);
     const bool is_differentiated_again = at::GradMode::is_enabled() && of[0].requires_grad();
     const at::AutoGradMode no_graph(false);
     const int64_t c = x.size(-1), n = x.numel() / c;

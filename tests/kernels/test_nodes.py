@@ -163,12 +163,13 @@ def test_a_transformed_backward_of_powernorm_is_refused():
 
 
 @pytest.mark.parametrize("name", ["batchnorm", "powernorm"])
-def test_a_weight_that_was_freed_is_not_read(name):
-    norm = NORMS[name](8)
-    y = norm(torch.randn(3, 8))
-    norm.weight.data = torch.empty(0)
-    with pytest.raises(RuntimeError, match="weight of a norm has changed"):
-        y.sum().backward()
+def test_what_was_freed_is_not_read(name):
+    for changed in ("weight", "tokens"):
+        norm, tokens = NORMS[name](8), torch.randn(3, 8)
+        y = norm(tokens)
+        (norm.weight if changed == "weight" else tokens).data = torch.empty(0, 8)
+        with pytest.raises(RuntimeError, match="has changed its size or device since the forward"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("name", NORMS)
