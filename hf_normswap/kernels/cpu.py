@@ -30,7 +30,7 @@ PASSES, NODES = (Path(__file__).with_name(name) for name in ("cpu.cpp", "nodes.c
 # -ffast-math lets sums be vectorised; NaN and infinity stay what they are.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS += ("-mprefer-vector-width=512",)  # where there are such: 4 to 13 % off a forward
+    FLAGS += ("-mprefer-vector-width=512",)  # where there are such, a forward is faster
 TIMEOUT = 300  # seconds
 
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
@@ -95,7 +95,7 @@ def _build(compiler: str, source: Path, flags: list[str], libraries: list[str]) 
         raise OSError("the compiler has refused it before")
     if path.exists():
         return path
-    logger.warning(f"Compiling {source.name} for this machine, once: some 20 seconds.")
+    logger.warning(f"Compiling {source.name} for this machine, once: up to some 20 seconds.")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         try:
             _run(compiler, *FLAGS, *flags, "-c", str(source), "-o", f"{folder}/passes.o")
