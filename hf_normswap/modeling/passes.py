@@ -187,22 +187,6 @@ class TorchPasses:
     def run_node(name: str, *arguments) -> list[torch.Tensor] | None:
         """A training forward as a node of the graph that needs no Python: `None` or empty where the path has none."""
 
-    @classmethod
-    def run_norm(cls, norm, x, weight, bias, mask, running) -> tuple:
-        """A training forward of a `norm` that standardizes.
-
-        Returns the output, the moments, the running values from before, and what [`TorchPasses.penalize`] returns, if
-        the norm has a penalty. Unless it is given these running values, it copies them, and tracks the batch.
-        """
-        before = norm.copy_running() if running is None else running
-        y, moments = cls.standardize(x, weight, bias, mask, norm.eps, norm.centered, norm.process_group)
-        value = of_penalty = None
-        if norm.regularization is not None and not torch.compiler.is_compiling():
-            value, of_penalty = cls.penalize(moments, *before.values(), *norm.regularization)
-        if running is None:
-            norm.track(moments)
-        return y, moments, before, value, of_penalty
-
 
 def power_moments(x, mask, squares):
     """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
