@@ -1,8 +1,4 @@
-"""The passes of norms on CPUs: C++, compiled on first use and kept in the user's cache.
-
-Where it can be, with the nodes of PyTorch's graph that are made of them: these need PyTorch's headers and a compiler
-that is young enough for them.
-"""
+"""The passes of norms on CPUs: C++, compiled on first use and kept in the user's cache."""
 
 import ctypes
 import functools
@@ -21,14 +17,12 @@ from transformers.utils import logging
 from hf_normswap.modeling.moments import Moments
 from hf_normswap.modeling.passes import TorchPasses
 
-from .nodes import register_nodes
-
 
 logger = logging.get_logger(__name__)
 
-PASSES, NODES = (Path(__file__).with_name(name) for name in ("cpu.cpp", "nodes.cpp"))
+SOURCE = Path(__file__).with_name("cpu.cpp")
 # -ffast-math lets sums be vectorised; NaN and infinity stay what they are.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # where there are such, a forward is faster
 TIMEOUT = 300  # seconds
@@ -57,55 +51,27 @@ def load_library() -> dict:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
-    try:
-        return _load(_build(compiler, NODES, *_flags_of_pytorch()))
-    except OSError as error:
-        logger.info(f"Without the nodes of PyTorch's graph: {error}.")
-        return _load(_build(compiler, PASSES, ["-std=c++17"], []))
-
-
-def _load(path: Path) -> dict:
-    library, functions = ctypes.CDLL(str(path)), {}
+    library, functions = ctypes.CDLL(str(_build(compiler))), {}
     for name, pointers in _POINTERS.items():
         prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
         for dtype, suffix in _DTYPES.items():
             functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
     for name, arguments in _OF_CHANNELS.items():
         functions[name] = ctypes.CFUNCTYPE(None, *arguments)((name, library))
-    register_nodes(library)
     return functions
 
 
-def _flags_of_pytorch() -> tuple[list[str], list[str]]:
-    """To compile and to link."""
-    home = Path(torch.__file__).parent
-    include, abi = home / "include", int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    headers = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    return ["-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", *headers], [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-
-
-def _build(compiler: str, source: Path, flags: list[str], libraries: list[str]) -> Path:
-    """The library made of a `source`, in the cache."""
-    options = [flag for flag in flags if not flag.startswith("-I")]  # other places of the same headers
-    made_of = [PASSES.read_bytes(), source.read_bytes(), repr((FLAGS, options, torch.__version__)).encode()]
-    made_of += [_run(compiler, "--version"), _processor()]
-    path = _cache() / f"{source.stem}-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
-    refused = path.with_suffix(".refused")
-    if refused.exists():
-        raise OSError("the compiler has refused it before")
+def _build(compiler: str) -> Path:
+    """The compiled library, in the cache."""
+    made_of = [SOURCE.read_bytes(), repr(FLAGS).encode(), _run(compiler, "--version"), _processor()]
+    path = _cache() / f"{SOURCE.stem}-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
     if path.exists():
         return path
-    logger.warning(f"Compiling {source.name} for this machine, once: up to some 20 seconds.")
+    logger.warning(f"Compiling {SOURCE.name} for this machine, once: a few seconds.")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        try:
-            _run(compiler, *FLAGS, *flags, "-c", str(source), "-o", f"{folder}/passes.o")
-        except OSError as error:
-            # Not what was out of time or killed; and never the passes alone, which nothing stands in for.
-            if source == NODES and getattr(error.__cause__, "returncode", -1) > 0:
-                refused.touch()
-            raise
+        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{folder}/passes.o")
         # Without -fopenmp: the threads are to be those of PyTorch, whose OpenMP is loaded already.
-        _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/passes.so", *libraries)
+        _run(compiler, "-shared", f"{folder}/passes.o", "-o", f"{folder}/passes.so")
         os.replace(f"{folder}/passes.so", path)  # another process may have been faster
     return path
 
@@ -234,11 +200,6 @@ class CpuPasses(TorchPasses):
         addresses = _addresses((packed, mean, var, value, of_packed))
         load_library()["penalize"](*addresses, c, *_FORMS[distance], *weights, eps)
         return value, of_packed
-
-    @staticmethod
-    def run_node(name, *arguments):
-        node = getattr(torch.ops.hf_normswap, name, None)  # none where PyTorch's headers could not be compiled
-        return node and node(*arguments)
 
 
 def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):

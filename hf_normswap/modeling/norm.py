@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .discrepancy import Statistics
 from .moments import Moments
 from .options import check_number
-from .paths import passes_for, path_of
+from .paths import passes_for
 from .recompute import may_run_again, replay_or_record, snapshot
 from .standardize import BatchStandardize
 from .token_mask import current_mask
@@ -154,7 +154,6 @@ class BatchStatisticNorm(Norm):
     running: dict[str, float]  # buffer name: value at the start
     centered: bool  # of those that standardize: whether by mean and variance, else by the mean square
     regularization: tuple | None = None  # what follows the running values in the penalty, if there is one
-    tracks_as_base = True  # whether what a node does with the statistics is what the class would do
 
     def __init__(self, num_features: int, *, momentum: float = 0.1, **kwargs):
         super().__init__(num_features, **kwargs)
@@ -169,11 +168,6 @@ class BatchStatisticNorm(Norm):
         self.deferred = self.frozen = False
         self.process_group = None
         self._observed = None
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        own = ("copy_running", "observe", "track", "update_statistics")
-        cls.tracks_as_base = all(getattr(cls, name) is getattr(BatchStatisticNorm, name) for name in own)
 
     def _register_pending(self, name, dtype, device):
         self.register_buffer(
@@ -208,36 +202,8 @@ class BatchStatisticNorm(Norm):
             self._observed = moments, running, None
             self.track(moments)
 
-    def run_node(self, name: str, x, mask, further: dict[str, torch.Tensor], *options) -> torch.Tensor | None:
-        """A whole training forward, observed, by an operator of the path of `x` that has this `name`, if there is one.
-
-        `further`: the running values besides those that follow the moments.
-        """
-        if self.process_group is not None or not self.tracks_as_base or may_run_again():
-            return None
-        buffers, weight, pending = self._buffers, self.weight, self.pending
-        kept = {name: buffers[name] for name in FOLLOWED if name in self.running and buffers.get(name) is not None}
-        names = [*kept, *further]
-        if len(names) < len(self.running):
-            return None
-        results = path_of(x, weight, pending).run_node(
-            *(name, x, weight, self.bias, mask, *map(kept.get, FOLLOWED), self.num_batches_tracked),
-            *(pending if self.deferred else None, self.update_weight(), self.eps, *further.values(), *options),
-        )
-        if not results:
-            return None
-        y, packed, *others = results
-        penalty = others.pop(0) if len(others) > len(names) else None
-        self._observed = Moments(packed), dict(zip(names, others)), penalty
-        return y
-
     def standardize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """A training forward in the statistics of the batch, which are observed (see [`BatchStandardize`])."""
-        eps, distance, weights = self.regularization or (self.eps, None, (0.0, 0.0))
-        if eps == self.eps:
-            y = self.run_node("batch_norm", x, mask, {}, self.centered, distance, *weights)
-            if y is not None:
-                return y
         running, is_first_run = self.frozen_running() if may_run_again() else (None, True)
         y, packed, penalty, before = BatchStandardize.apply(x, self.weight, self.bias, mask, self, running)
         if is_first_run:

@@ -183,10 +183,6 @@ class TorchPasses:
         """See [`penalize`](hf_normswap.modeling.discrepancy.penalize)."""
         return penalize(moments, *options)
 
-    @staticmethod
-    def run_node(name: str, *arguments) -> list[torch.Tensor] | None:
-        """A training forward as a node of the graph that needs no Python: `None` or empty where the path has none."""
-
 
 def power_moments(x, mask, squares):
     """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""

@@ -117,12 +117,6 @@ class PowerNorm(PowerStatisticNorm):
         if not self.training:
             self.forget_statistics()
             return super().transform(x, mask)
-        if not self.warmup_steps:
-            pending = self.pending_gradient if self.deferred else None
-            options = self.largest_gamma, self.loss_scale, pending, 1 - self.alpha_bwd, self.grad_scale == "batch"
-            y = self.run_node("power_norm", x, mask, {"nu": self.nu}, *options, self.groups)
-            if y is not None:
-                return y
         running, is_first_run = self.frozen_running()
         step, _ = replay_or_record(lambda: snapshot(self.num_batches_tracked)) if self.warmup_steps else (None, None)
         y, moments = _PowerNormalize.apply(
