@@ -1,16 +1,20 @@
 """Data of several kinds as batches of model inputs."""
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .modeling.ranks import sum_over_ranks
 
+
+if TYPE_CHECKING:  # an import of it takes long, and training needs none
+    from datasets import Dataset
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -41,11 +45,11 @@ def make_batches(
     Raises:
         ValueError: when there is no data, no tokenizer for texts, or the kind of data is unknown.
     """
-    if isinstance(data, DatasetDict):
+    if _is_of_datasets(data, "DatasetDict"):
         raise ValueError(f"The data has splits {', '.join(data)}: pass one of them.")
     if isinstance(data, str | Mapping):
         raise ValueError("The data is a single text or batch: pass a list of them.")
-    if isinstance(data, Dataset):
+    if _is_of_datasets(data, "Dataset"):
         batches = _of_dataset(model, data, tokenizer, batch_size)
     elif isinstance(data, DataLoader):
         batches = list(data)
@@ -101,7 +105,13 @@ def _is_translation(model, row) -> bool:
     )
 
 
-def _of_dataset(model, data: Dataset, tokenizer, batch_size) -> list[Mapping]:
+def _is_of_datasets(data, name: str) -> bool:
+    """Whether `data` is an instance of that class of `datasets`: of none where nobody has imported it."""
+    module = sys.modules.get("datasets")
+    return module is not None and isinstance(data, getattr(module, name))
+
+
+def _of_dataset(model, data: "Dataset", tokenizer, batch_size) -> list[Mapping]:
     names = data.column_names
     if "input_ids" in names:
         _need(tokenizer, "pad a data set")

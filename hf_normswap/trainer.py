@@ -167,7 +167,7 @@ class _NormSwapTrainerMixin:
 
     def _accumulation_divisor(self, num_items_in_batch) -> int:
         """What is left to divide by: `training_step` divides a loss that is a plain mean, and no other."""
-        is_scaled = self.loss_is_scaled_for_ga
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.17 has none
         if is_scaled is None:
             counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             is_scaled = counts_items or self.compute_loss_func is not None
