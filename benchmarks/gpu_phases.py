@@ -87,10 +87,7 @@ STEPS = [
 
 
 def main(argument):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever kills gpu.py, kills this
     args = SimpleNamespace(**json.loads(argument))
-    if os.getppid() == 1:
-        return  # it was killed before
     if hasattr(args, "worker"):
         return WORKERS[args.worker](args)
     args.compiler = "inductor" if args.device == "cuda" else "aot_eager"  # no C++ to wait for in a dry run
@@ -615,4 +612,6 @@ PHASES = {
 WORKERS = {"warm": warm_up_compilers, "launch": train_a_little, "words": train_on_words}
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever kills what started this, kills this
+    if os.getppid() != 1:  # unless that was before
+        main(sys.argv[1])

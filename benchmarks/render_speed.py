@@ -106,12 +106,10 @@ def read_hardware(phase):
     return record
 
 
-def table_of_gpu(phase, record):
+def table_of_gpu(phase, record, **options):
     """The table of a phase, or that there is none."""
-    if record is None:
-        return "Not measured."
-    rows = [row for row in record["rows"] if "error" not in row or row["error"] is None or "variant" in row]
-    return GPU_TABLES[phase](rows) if rows else "Not measured."
+    rows = [row for row in record["rows"] if not isinstance(row.get("error"), str)] if record else []
+    return GPU_TABLES[phase](rows, **options) if rows else "Not measured."
 
 
 def table_of_facts(rows):
@@ -199,10 +197,10 @@ def render_folder(folder):
 
 
 def choose_paths(correctness, norms):
-    """`{(norm, dtype): "cuda"}` where the kernels are to be the default: correct, and faster than PyTorch everywhere.
+    """`{(norm, dtype): "cuda"}` where the kernels are to be the default (see `FASTEST` in hf_normswap/kernels).
 
-    Everywhere are the forward, and the forward and backward, at every number of channels that was measured, in every
-    variant of the norm: the whole interval of the kernels lies below that of PyTorch.
+    They are correct, and in every variant of the norm the whole interval of their ratio lies below that of PyTorch, in
+    the forward, and in forward and backward together, at every number of channels.
     """
     chosen = {}
     rows = [row for row in norms["rows"] if "both" in row and row["path"] in ("kernels", "pytorch")]
@@ -248,6 +246,7 @@ TABLES = {
     "machine": lambda: f"Measured on: {describe_machine(read('cpu-4096'))}.",
 }
 TABLES |= {f"gpu_{phase}": lambda phase=phase: table_of_gpu(phase, read_hardware(phase)) for phase in GPU_TABLES}
+TABLES["gpu_forward"] = lambda: table_of_gpu("norms", read_hardware("norms"), part="forward")
 
 
 def render(text):

@@ -165,7 +165,7 @@ class _PowerNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
-        passes, moments = passes_for(x, weight, power), None
+        passes, moments = passes_for(x, weight, power, norm=layer.norm_name), None
         if is_warming_up is not None:
             moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
             if layer.process_group is not None:
@@ -176,7 +176,7 @@ class _PowerNormalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(moments.packed)
         ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, moments.packed, of_process.packed)
-        ctx.update_weight, ctx.groups, ctx.eps = update_weight, groups, eps
+        ctx.norm_name, ctx.update_weight, ctx.groups, ctx.eps = layer.norm_name, update_weight, groups, eps
         ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
@@ -189,7 +189,8 @@ class _PowerNormalize(torch.autograd.Function):
         if g is None:
             return (None,) * 11
         x, weight, mask, power, nu, is_warming_up, moments, of_process = ctx.saved_tensors
-        passes, of_process, g = passes_for(x, g, weight, power), Moments(of_process), g.to(x.dtype)
+        passes = passes_for(x, g, weight, power, norm=ctx.norm_name)
+        of_process, g = Moments(of_process), g.to(x.dtype)
         if is_warming_up is not None:
             products = passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1] * weight * torch.rsqrt(power + ctx.eps)
             nu = torch.where(is_warming_up, _nu_of_batch(of_process.count, products, ctx.group), nu)
