@@ -49,6 +49,7 @@ from hf_normswap import (
     sync_norm_statistics,
     use_kernels,
 )
+from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.probe import relative_error
 from hf_normswap.results import describe_environment
 
@@ -442,8 +443,8 @@ def train_a_little(args):
 def log_steps(norm, mode, folder, args):
     """Six steps of a small BERT without dropout; to `resume` is to take the last three once more."""
     sizes = {"family": "bert", "hidden_size": 64, "layers": 2, "batch_size": 64, "length": 32, "device": "cpu"}
-    checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    options = {f"{checkpointing}_checkpointing": True} if mode == "checkpointing" else {}
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    options = options if mode == "checkpointing" else {}
     options |= {"save_strategy": "steps", "save_steps": 3} if mode == "resume" else {"save_strategy": "no"}
     options |= {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True}
 

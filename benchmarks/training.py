@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
+from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.results import describe_environment
 from hf_normswap.statistics import last_discrepancy, statistic_norms
 
@@ -72,8 +73,7 @@ def make_step(norm, args):
     if norm != "layernorm":
         swap_norm(model, norm, where="all")
     if args.checkpointing:
-        # Of older transformers by another name.
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     model = model.to(args.device).train()
     defer_norm_statistics(model)
     norms = statistic_norms(model)

@@ -18,7 +18,7 @@ from .folded import add_bias, remove_norms, untie_head
 from .norm import BatchStatisticNorm, Norm
 from .placement import place_blocks
 from .rbn import RegularizedBatchNorm
-from .recompute import tape_checkpoint
+from .recompute import CHECKPOINTING, tape_checkpoint
 from .replace import new_norm, place_norms
 from .sites import NormSite, find_norms, is_site
 from .swap_config import NormSwapConfig
@@ -231,7 +231,7 @@ def check_checkpointing(function, norms) -> None:
     if reentrant and any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
         raise ValueError(
             "The RBN penalty has no gradient through reentrant checkpointing: pass "
-            "activation_checkpointing_kwargs={'use_reentrant': False}."
+            f"{CHECKPOINTING}_kwargs={{'use_reentrant': False}}."
         )
 
 
