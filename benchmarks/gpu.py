@@ -55,12 +55,14 @@ def run_phase(phase, args):
         if left <= 0:
             break
         reason = run_process(["gpu_phases.py", json.dumps({**options, "seconds": left})], left + GRACE)
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"phase": phase, "rows": []}
+        # A process that dies on its way leaves nothing.
+        record = {**options, "rows": [], "seconds": 0} if not path.exists() else json.loads(path.read_text("utf-8"))
         if reason is None:
             break
         # What the process said last is the row it was at; without that it would come to the same end again.
         record["rows"] += [{**case, "error": reason} for case in [record.pop("running", None)] if case]
-        write_json(path, {**record, "ended": reason})
+        record["ended"] = reason
+        write_json(path, record)
     print(f"{phase}: {record.get('ended')}, {len(record['rows'])} rows", flush=True)
 
 

@@ -284,6 +284,8 @@ import json, os, sys, time
 from gpu import write_json
 options = json.loads(sys.argv[1])
 path = options["path"]
+if options["phase"] == "train":
+    sys.exit(3)
 record = json.load(open(path)) if os.path.exists(path) else {"rows": []}
 for row in range(len(record["rows"]), 20):
     write_json(path, {**record, "running": {"row": row}, "ended": None})
@@ -337,9 +339,19 @@ def test_a_phase_goes_on_behind_a_broken_device_and_ends_with_its_budget(stand_i
     assert len(records["inference"]["rows"]) == 5
     assert "killed" in records["inference"]["rows"][4]["error"]
     assert records["launch"]["ended"] == "done"
+    assert "inference: killed" in done.stdout
     before = (tmp_path / "output" / "steps.json").read_bytes()
     subprocess.run([*stand_in, "--phases", "steps"], capture_output=True, check=True)
     assert (tmp_path / "output" / "steps.json").read_bytes() == before
+
+
+def test_a_phase_that_does_not_start_is_on_record(stand_in, tmp_path):
+    command = [*stand_in, "--phases", "train", "--text", "words.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "train: the process died with exit code 3, 0 rows" in done.stdout
+    shown = render_speed.render_folder(tmp_path / "output")
+    assert "## train (cuda, dry run, 0 s, the process died with exit code 3)" in shown
+    assert "Not measured." in shown
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
