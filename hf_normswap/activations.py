@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .model_checks import refuse_training, refuse_wrapped
 from .modeling.norm import Norm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
 from .modeling.token_mask import current_mask, unwatch_masks, watch_masks
-from .surgery import refuse_training, refuse_wrapped
 from .walk import run_model
 
 

@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+from .model_checks import refuse_training, refuse_wrapped
 from .modeling.configuration import family_of
 from .modeling.folded import untie_head
 from .modeling.norm import Norm
@@ -10,7 +11,7 @@ from .modeling.sites import find_norms
 from .modeling.swap_config import NormSwapConfig
 from .probe import change_checked
 from .residual import find_tied_head, sublayer_of
-from .surgery import refuse_training, refuse_wrapped, swap_norm
+from .surgery import swap_norm
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .model_checks import refuse_folded, refuse_training, refuse_wrapped
 from .modeling.layernorm import LayerNorm
 from .modeling.moments import Moments, merge_over_ranks
 from .modeling.norm import BatchStatisticNorm
@@ -15,7 +16,6 @@ from .modeling.passes import promote
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
 from .statistics import observing
-from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .files import new_folder
+from .model_checks import refuse_training
 from .modeling.sites import find_norms
 from .probe import probe_batches, relative_error
-from .surgery import refuse_training
 
 
 # Of what a norm becomes in a graph, whole or in parts.

@@ -9,13 +9,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForTokenClassification, PreTrainedModel
 
+from .model_checks import refuse_wrapped
 from .modeling.powernorm import PowerNorm
 from .modeling.sites import find_norms, format_table
 from .modeling.swap_config import NormSwapConfig
 from .placement import set_norm_placement
 from .residual import sublayer_of
 from .statistics import evaluating, norm_penalty, observing, statistic_norms
-from .surgery import refuse_wrapped, swap_norm
+from .surgery import swap_norm
 from .walk import run_model
 
 

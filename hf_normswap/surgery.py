@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .model_checks import refuse_folded, refuse_wrapped
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
@@ -174,31 +175,6 @@ def check_model(model) -> None:
 def swapped_class_of(model) -> type | None:
     """The class that `model` has with swapped norms, `None` where there is none."""
     return type(model) if isinstance(model, NormSwapMixin) else swapped_class(type(model))
-
-
-def refuse_training(model) -> None:
-    """Raises `ValueError` for a model that is in training mode, wholly or in part."""
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
-
-
-def refuse_folded(model) -> None:
-    """Raises `ValueError` for a model whose norms are folded away."""
-    if "folded" in (getattr(model.config, "norm_swap", None) or {}):
-        raise ValueError("The norms of this model are folded away: load it from before that.")
-
-
-def refuse_wrapped(model) -> None:
-    """Raises `ValueError` for what is no bare model of transformers."""
-    if not isinstance(model, PreTrainedModel):
-        if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-            raise ValueError(
-                f"The model is wrapped in {type(model).__name__}: swap or restore its norms before wrapping or "
-                "compiling it."
-            )
-        raise ValueError(f"Norms are those of a model of transformers, not of a {type(model).__name__}: pass one.")
-    if type(model).__name__.startswith("FSDP"):
-        raise ValueError("The model is sharded by FSDP: swap or restore its norms before sharding it.")
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .model_checks import refuse_wrapped
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
 from .statistics import evaluating, last_discrepancy, observing
-from .surgery import refuse_wrapped
 from .walk import run_model
 
 
