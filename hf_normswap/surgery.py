@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .model_checks import refuse_folded, refuse_wrapped
+from .model_checks import check_whole, refuse_computed, refuse_folded
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
@@ -89,6 +89,7 @@ def swap_norm(
         defaults |= norm_class.calibrated_options
     options = {**defaults, **config.options}
     config = NormSwapConfig(config.norm, **options)
+    refuse_computed({site.name: site.module for site in sites})
     norms = {site.name: new_norm(site.module, config) for site in sites}
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
@@ -136,7 +137,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: when no norm of the model is swapped.
     """
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     refuse_folded(model)
@@ -145,6 +146,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
         )
+    refuse_computed({site.name: site.module for site in norms})
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}
@@ -157,7 +159,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 def check_model(model) -> None:
     """Raises `ValueError` for a model whose norms cannot be changed."""
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if isinstance(model, NormSwapMixin):
         refuse_folded(model)
     else:

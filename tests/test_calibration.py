@@ -153,7 +153,7 @@ def test_pads_may_hold_anything():
         mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0], [1] * 6])
         embeddings[mask == 0] = filler
         walk_norm = find_norms(model)[0].module
-        estimate_statistics(find_norms(model)[0], [(embeddings, mask.bool())])
+        estimate_statistics(find_norms(model)[0].name, walk_norm, [(embeddings, mask.bool())])
         results.append(states(walk_norm))
     assert_close(*results, 0)
 

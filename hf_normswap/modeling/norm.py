@@ -160,7 +160,8 @@ class BatchStatisticNorm(Norm):
         check_number("momentum", momentum, high=1)
         self.momentum = momentum
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        device = self.weight.device
+        # Not the device of the weight: init_empty_weights of accelerate moves parameters to meta, and no buffers.
+        device = kwargs.get("device")
         for name, value in self.running.items():
             self.register_buffer(name, torch.full((num_features,), value, dtype=dtype, device=device))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))

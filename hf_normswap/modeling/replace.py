@@ -25,14 +25,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS if hooks.endswith("_hooks"))
 
 
-def new_norm(old: nn.Module, config: NormSwapConfig) -> Norm:
-    """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag."""
+def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool = False) -> Norm:
+    """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag.
+
+    A model under construction makes its buffers `on_default_device`, as every module of it does: its parameters may
+    have gone to the meta device meanwhile.
+    """
     cls = get_norm(config.norm)
     options = dict(config.options)
     if cls.keeps_eps:
         options.setdefault("eps", old.eps)
     options["bias"] = options.get("bias", True) and old.bias is not None
-    norm = cls(old.weight.shape[0], device=old.weight.device, dtype=old.weight.dtype, **options)
+    device = None if on_default_device else old.weight.device
+    norm = cls(old.weight.shape[0], device=device, dtype=old.weight.dtype, **options)
     norm.options, norm.replaced_eps = options, old.eps
     return _take_over(old, norm)
 
