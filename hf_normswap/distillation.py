@@ -35,9 +35,10 @@ def distill(
 
     It takes no labels. The model stays in evaluation mode: running statistics are constants, embeddings and heads too.
     A pruned or parametrized linear layer is trained in the parameters that its weight is computed from, one with an
-    adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms' outputs to those of the teacher's LayerNorms, averaged over
-    norms, and the Kullback–Leibler divergence of the two predictions (squared distance where there is one output);
-    AdamW, gradients of norm 1 at most, and a learning rate that falls linearly to 0.
+    adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms'
+    outputs to those of the teacher's LayerNorms, averaged over norms, and the Kullback–Leibler divergence of the two
+    predictions (squared distance where there is one output); AdamW, gradients of norm 1 at most, and a learning rate
+    that falls linearly to 0.
 
     On several ranks each passes its own share of the data, at least one batch; gradients are averaged.
 
