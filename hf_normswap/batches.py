@@ -227,7 +227,13 @@ def _inputs(model, batch) -> dict[str, Any]:
     if is_composite(model):
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         is_user = not isinstance(model, PreTrainedModel)  # those of transformers pass on names that nothing reads
-        return {name: value for name, value in batch.items() if name in parameters or (takes_all and is_user)}
+        inputs = {name: value for name, value in batch.items() if name in parameters or (takes_all and is_user)}
+        if not inputs:
+            raise ValueError(
+                f"A batch has {', '.join(map(str, batch))}, which the forward of {type(model).__name__} does not "
+                "take: pass what it takes."
+            )
+        return inputs
     taken = set(parameters) - set(() if model.config.is_encoder_decoder else _LABELS)
     inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
     if "input_ids" in inputs:

@@ -259,7 +259,8 @@ def _conversion(model, teacher, modules: dict[str, nn.Module], memory_budget: in
     states = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
     parts = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
     configs = {id(part.config): part.config for part in parts if isinstance(part, PreTrainedModel)}.values()
-    use_cache = [getattr(config, "use_cache", None) for config in configs]
+    configs = [config for config in configs if hasattr(config, "use_cache")]
+    use_cache = [config.use_cache for config in configs]
     try:
         for config in configs:
             config.use_cache = False  # blocks run more than once: their keys and values would pile up

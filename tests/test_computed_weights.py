@@ -1,4 +1,4 @@
-"""Computed weights: pruned, parametrized, of adapters, quantized, shared. They are refused, or what is reported is true."""
+"""Computed weights (pruned, parametrized, of adapters, quantized, shared): refused, or what is reported is true."""
 
 import copy
 import types
