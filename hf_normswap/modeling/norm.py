@@ -171,6 +171,8 @@ class BatchStatisticNorm(Norm):
         self._observed = None
 
     def _register_pending(self, name, dtype, device):
+        if device is None and torch.get_default_device().type == "meta":
+            device = "cpu"  # no checkpoint has it, and what loads one would leave it on meta
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )
