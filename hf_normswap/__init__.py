@@ -41,6 +41,7 @@ _HOMES = {
     "modeling.recompute": ["tape_checkpoint"],
     "modeling.sites": ["NormSite", "find_norms"],
     "modeling.swap_config": ["NormSwapConfig"],
+    "modeling.swapped": ["swapped_class"],
     "placement": ["set_norm_placement"],
     "progressive": ["ProgressiveSwapCallback"],
     "statistics": [

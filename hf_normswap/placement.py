@@ -5,8 +5,9 @@ from transformers.utils import logging
 
 from .modeling.configuration import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
 from .modeling.placement import place_blocks
+from .modeling.record import recorded_swap
 from .modeling.sites import NormSite, find_norms
-from .surgery import become_stock, check_model, recorded_swap, set_recorded_swap
+from .surgery import become_stock, check_model, set_recorded_swap
 
 
 logger = logging.get_logger(__name__)

@@ -11,13 +11,15 @@ from .model_checks import check_whole, refuse_computed, refuse_folded
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
+from .modeling.record import read_record, recorded_swap
 from .modeling.registry import get_norm
-from .modeling.replace import new_layer_norm, new_norm, place_norms
+from .modeling.replace import change_class, new_layer_norm, new_norm, place_norms
 from .modeling.sites import NormSite, find_norms, where_names
 from .modeling.swap_config import NormSwapConfig
 from .modeling.swapped import (
     NormSwapMixin,
     check_checkpointing,
+    check_chunks,
     prepare_swapped,
     release_swapped,
     stock_class,
@@ -91,6 +93,7 @@ def swap_norm(
     config = NormSwapConfig(config.norm, **options)
     refuse_computed({site.name: site.module for site in sites})
     norms = {site.name: new_norm(site.module, config) for site in sites}
+    check_chunks(model, norms)
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
 
@@ -103,9 +106,7 @@ def swap_norm(
         )
     before = type(model), model.config
     place_norms(model, norms)
-    entry = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
-    record = recorded_swap(model)
-    set_recorded_swap(model, {**record, "norms": [*record["norms"], entry]})
+    set_recorded_swap(model, read_record(model))
     said = f" with {options}" if options else ""
     logger.info(
         f"Swapped {len(sites)} of {len(find_norms(model))} norms of {type(model).__name__} to {config.norm}{said}."
@@ -117,8 +118,8 @@ def swap_norm(
             calibrate(model, calibrate_on, tokenizer=tokenizer)
         except BaseException:
             place_norms(model, {site.name: site.module for site in sites})
-            model.__class__, config = before
-            share_config(model, config)
+            change_class(model, before[0])
+            share_config(model, before[1])
             release_swapped(model)
             if isinstance(model, NormSwapMixin):
                 prepare_swapped(model)
@@ -164,19 +165,11 @@ def check_model(model) -> None:
         refuse_folded(model)
     else:
         find_norms(model)  # says which families there are
-    if swapped_class_of(model) is None:
+    if swapped_class(type(model)) is None:
         raise ValueError(
-            f"{type(model).__name__} is no model class of transformers: swap the transformers model inside it."
+            f"{type(model).__name__} derives from no model class of its family: derive it from one, such as the base "
+            "class of transformers' models of this family."
         )
-    if getattr(model.config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            "chunk_size_feed_forward > 0 calls a norm once per chunk, which breaks its statistics: set it to 0."
-        )
-
-
-def swapped_class_of(model) -> type | None:
-    """The class that `model` has with swapped norms, `None` where there is none."""
-    return type(model) if isinstance(model, NormSwapMixin) else swapped_class(type(model))
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:
@@ -194,7 +187,8 @@ def _select(model, where, filter_fn) -> list[NormSite]:
         raise ValueError(
             f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: choose among its {counts}."
         )
-    done = [site for site in sites if isinstance(site.module, Norm)]
+    # A baseline's LayerNorm computes what the one of PyTorch does.
+    done = [site for site in sites if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm)]
     if done:
         raise ValueError(
             f"{done[0].name} is already swapped to {done[0].kind}: start from the original model, or call "
@@ -203,14 +197,9 @@ def _select(model, where, filter_fn) -> list[NormSite]:
     return sites
 
 
-def recorded_swap(model) -> dict:
-    """What the configuration of a model says of its swap; of none, where it is not swapped."""
-    return getattr(model.config, "norm_swap", None) or {"format_version": FORMAT_VERSION, "norms": []}
-
-
 def set_recorded_swap(model, record: dict) -> None:
     """Make `model` one of the class of swapped models, whose configuration has this `record`."""
-    model.__class__ = swapped_class_of(model)
+    change_class(model, swapped_class(type(model)))
     _set_config(model, model.config_class, record)
     release_swapped(model)
     prepare_swapped(model)
@@ -218,7 +207,10 @@ def set_recorded_swap(model, record: dict) -> None:
 
 def become_stock(model) -> None:
     """Make a model without swapped norms one of its class of transformers."""
-    model.__class__ = stock_class(type(model))
+    stock = stock_class(type(model))
+    if stock is None:  # derived from a swapped class, it stays of that without a swapped norm
+        return set_recorded_swap(model, {"format_version": FORMAT_VERSION, "norms": []})
+    change_class(model, stock)
     _set_config(model, model.config_class, None)
     release_swapped(model)
 

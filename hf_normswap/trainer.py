@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from .card import add_tags, card_of_model
+from .card import add_tags, card_of_model, drop_local_base
 from .checkpoints import LAST_FILE, find_last_checkpoint
 from .modeling.norm import Norm
 from .modeling.powernorm import PowerNorm
@@ -130,16 +130,19 @@ class _NormSwapTrainerMixin:
 
     def create_model_card(self, *args, tags=None, license=None, **kwargs):
         """Write the card of this package; the results are those that a recipe left in the output folder."""
-        model = self._unwrapped()
-        is_swapped = getattr(model.config, "norm_swap", None) is not None and not hasattr(model, "peft_config")
-        if not self.is_world_process_zero() or not is_swapped:
-            return super().create_model_card(*args, tags=tags, license=license, **kwargs)
-        result = Path(self.args.output_dir, "result.json")
-        model_id = self.hub_model_id or Path(self.args.output_dir).name
+        if not self.is_world_process_zero():
+            return
+        model, folder = self._unwrapped(), Path(self.args.output_dir)
+        if getattr(model.config, "norm_swap", None) is None or hasattr(model, "peft_config"):
+            super().create_model_card(*args, tags=tags, license=license, **kwargs)
+            drop_local_base(folder / "README.md")
+            return
+        result = folder / "result.json"
         results = load_results(result) if result.exists() else ()
-        card = card_of_model(model, model_id, results, license=license)
+        # `hub_model_id` is that of a push, and `None` before one, whatever the arguments ask for.
+        card = card_of_model(model, self.hub_model_id, results, license=license, folder=folder)
         add_tags(card, tags)
-        return card.save(Path(self.args.output_dir, "README.md"))
+        card.save(folder / "README.md")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         scale = getattr(self.accelerator.scaler, "_scale", None)  # get_scale() would wait for the device

@@ -12,9 +12,12 @@ from .moments import Moments
 from .options import check_number
 from .paths import passes_for
 from .recompute import may_run_again, replay_or_record, snapshot
+from .saving import guard_saving
 from .standardize import BatchStandardize
 from .token_mask import current_mask
 
+
+guard_saving()
 
 FOLLOWED = {f"running_{kind}": kind for kind in ("mean", "var", "power")}
 

@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .blend import unblend_norm
 from .norm import Norm
@@ -61,6 +63,17 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     return new.train(old.training)
+
+
+def change_class(module: nn.Module, cls: type) -> None:
+    """Make a live module one of the class `cls`, with what construction does for its class.
+
+    transformers notes the outputs that a class of models can record, such as hidden states, when one is constructed.
+    """
+    module.__class__ = cls
+    if isinstance(module, PreTrainedModel):
+        # By the name of the class, in every version; later ones derive it from a model that is given as the key.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), module._can_record_outputs)
 
 
 def place_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:

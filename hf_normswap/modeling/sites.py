@@ -46,8 +46,10 @@ _SITES = {
     ),
 }
 
-# What PEFT inserts into the path of a module that an adapter saves.
-_IN_ADAPTER = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+# Where the wrappers of FSDP1, of activation checkpointing and of torch.compile keep the module inside.
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+# What these, and PEFT where an adapter saves a module, insert into the path of a module.
+_INSERTED = re.compile(rf"\.(original_module|modules_to_save\.[^.]+|{'|'.join(WRAPPED)})(?=\.|$)")
 
 STACKS = ("encoder", "decoder")
 BLOCK_SUBLAYERS = ("attention", "cross_attention", "ffn")
@@ -149,15 +151,13 @@ def find_norms(model: nn.Module) -> NormSites:
     """
     family = _family_in_table(model)
     refuse_other_copy(model)
-    prefix = _SITES[family][0]
-    is_base = not hasattr(model, prefix)
     placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
     for name, module in active_modules(model):
         if not isinstance(module, nn.LayerNorm | Norm):
             continue
-        path = _IN_ADAPTER.sub("", f"{prefix}.{name}" if is_base else name)
+        path = path_of(model, name)
         for sublayer, pattern in _patterns(family):
             if match := pattern.fullmatch(path):
                 found = match.groupdict()
@@ -165,6 +165,12 @@ def find_norms(model: nn.Module) -> NormSites:
                 where = placement if sublayer in BLOCK_SUBLAYERS else None
                 sites.append(NormSite(name, path, module, found.get("stack", one_stack), sublayer, layer, where))
     return sites
+
+
+def path_of(model: nn.Module, name: str) -> str:
+    """The path in a model with a head of the module `name` of `model`, which may have none."""
+    prefix = _SITES[_family_in_table(model)][0]
+    return _INSERTED.sub("", name if hasattr(model, prefix) else f"{prefix}.{name}")
 
 
 def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
