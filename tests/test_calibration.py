@@ -430,7 +430,6 @@ NO_TOKENS = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask":
         (lambda model: model, "some text", "single text"),
         (lambda model: model, [{"labels": torch.zeros(2)}], "no tensor input_ids"),
         (lambda model: model, [torch.zeros(2, 3)], "yields a Tensor"),
-        (lambda model: nn.DataParallel(model), None, "wrapped in DataParallel"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_untouched(estimate, change, data, message):

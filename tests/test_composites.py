@@ -353,6 +353,17 @@ def test_the_progressive_swap_of_an_encoder_decoder_pair(tmp_path):
     assert_statistics_are_those_of_inputs(model.eval(), data, masks_of)
 
 
+def test_a_pair_that_is_saved_on_the_way_is_a_mixture(tmp_path):
+    model = pair()
+    for part in (model.encoder, model.decoder):
+        set_layer_norm_share(part, 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = EncoderDecoderModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    (batch,) = pair_batches(1)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert set(layer_norm_shares(loaded.decoder).values()) == {0.5}
+
+
 class Contrastive(NormSwapTrainer):
     """Calls the model by itself, with inputs that its forward does not know."""
 

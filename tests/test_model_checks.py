@@ -331,6 +331,7 @@ WRAPPERS = {
     "average": AveragedModel,
     "compiled": torch.compile,
     "distributed": DistributedDataParallel,
+    "parallel": nn.DataParallel,
     "average of a compiled one": lambda model: AveragedModel(torch.compile(model)),
 }
 
@@ -352,17 +353,17 @@ def test_reading_looks_into_wrappers(wrapper):
     assert is_one_sentence(caught.value)
 
 
-@pytest.mark.parametrize("wrapper", ["average", "compiled"])
+@pytest.mark.parametrize("wrapper", ["average", "compiled", "parallel"])
 @pytest.mark.parametrize("name", sorted(CHANGING.keys() - {"reestimate_statistics"}))
 def test_a_change_of_a_wrapped_model_says_what_to_pass(name, wrapper):
     model = tiny_model("bert").eval()
     if name in IS_SWAPPED:
         swap_norm(model, "batchnorm", where="all")
     before = state(model)
-    with pytest.raises(ValueError, match=r"wrapped in (AveragedModel|OptimizedModule): ") as caught:
+    with pytest.raises(ValueError, match=r"wrapped in (AveragedModel|OptimizedModule|DataParallel): ") as caught:
         CHANGING[name](_with_config(WRAPPERS[wrapper](model)))
     assert is_one_sentence(caught.value)
-    attribute = {"average": "module", "compiled": "_orig_mod"}[wrapper]
+    attribute = "_orig_mod" if wrapper == "compiled" else "module"
     is_structural = name in ("swap_norm", "swap_norm, calibrated", "restore_norm", "set_norm_placement")
     said = "before wrapping or compiling it." if is_structural else f"pass its .{attribute}."
     assert str(caught.value).endswith(said)
