@@ -47,13 +47,13 @@ def make_batches(
     """
     model = unwrap(model)
     _check_kind(data)
+    if is_composite(model):
+        return [_call_of_composite(model, batch) for batch in _batches_alone(model, data)]
     if isinstance(data, Dataset):
-        _check_reads_texts(model)
         batches = _of_dataset(model, data.with_format(None), tokenizer, batch_size)
     else:
         batches = list(data)
         if not isinstance(data, DataLoader) and any(_is_text(model, row) for row in batches):
-            _check_reads_texts(model)
             batches = _of_texts(model, batches, tokenizer, batch_size)
     return [_inputs(model, batch) for batch in batches]
 
@@ -68,7 +68,7 @@ def _check_kind(data) -> None:
         raise ValueError("The data is a stream: pass a part of it, as in Dataset.from_list(list(data.take(512))).")
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a table of pandas: iterating gives the names of columns
         raise ValueError("The data is a DataFrame: pass its column of text, or Dataset.from_pandas(data).")
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__") or isinstance(data, type):
+    if isinstance(data, type) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise ValueError(f"The data is a {type(data).__name__}: pass a list of texts, a data set, or batches.")
 
 
@@ -113,8 +113,7 @@ def _translated(model, batch: dict) -> dict:
 def _is_text(model, row) -> bool:
     """Whether a row of data is a text, a pair of texts or a translation."""
     if isinstance(row, Mapping):
-        is_translation = not is_composite(model) and model.config.is_encoder_decoder
-        return is_translation and all(isinstance(text, str) for text in row.values())
+        return model.config.is_encoder_decoder and all(isinstance(text, str) for text in row.values())
     return isinstance(row, str) or (isinstance(row, tuple | list) and all(isinstance(text, str) for text in row))
 
 
@@ -191,14 +190,6 @@ def _need(tokenizer, purpose: str) -> None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token, for GPT-2 to its eos_token.")
 
 
-def _check_reads_texts(model) -> None:
-    if is_composite(model):
-        raise ValueError(
-            f"Texts and data sets have no one way into a {type(model).__name__}: pass batches, dictionaries of what "
-            "its forward takes."
-        )
-
-
 def _check_texts(model, rows: list) -> None:
     """Raises `ValueError` unless all rows are texts, pairs of texts, or translations: a tokenizer reads no mixture."""
     kinds = {len(row) if isinstance(row, tuple | list) else "one" for row in rows}
@@ -217,24 +208,39 @@ def _describe(value) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}{content}"
 
 
-def _inputs(model, batch) -> dict[str, Any]:
+def _batches_alone(model, data) -> list[Mapping]:
+    """The batches of a module around swapped models."""
+    batches = [] if isinstance(data, Dataset) else list(data)
+    if isinstance(data, Dataset) or not all(isinstance(batch, Mapping) for batch in batches):
+        raise ValueError(
+            f"A {type(model).__name__} takes neither texts nor a data set: pass batches, dictionaries of what its "
+            "forward takes."
+        )
+    return batches
+
+
+def _call_of_composite(model, batch: Mapping) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_all &= not isinstance(model, PreTrainedModel)  # these pass on names that nothing reads
+    inputs = {name: value for name, value in batch.items() if takes_all or name in parameters}
+    if not inputs:
+        raise ValueError(
+            f"A batch has {', '.join(map(str, batch))}, which the forward of {type(model).__name__} does not take: "
+            "pass what it takes."
+        )
+    return inputs
+
+
+def _inputs(model, batch) -> dict[str, torch.Tensor]:
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"The data yields {_describe(batch)}: pass texts, a data set, or batches that are dictionaries of "
             'tensors, such as {"input_ids": ids, "attention_mask": mask}.'
         )
-    parameters = inspect.signature(model.forward).parameters
-    if is_composite(model):
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        is_user = not isinstance(model, PreTrainedModel)  # those of transformers pass on names that nothing reads
-        inputs = {name: value for name, value in batch.items() if name in parameters or (takes_all and is_user)}
-        if not inputs:
-            raise ValueError(
-                f"A batch has {', '.join(map(str, batch))}, which the forward of {type(model).__name__} does not "
-                "take: pass what it takes."
-            )
-        return inputs
-    taken = set(parameters) - set(() if model.config.is_encoder_decoder else _LABELS)
+    taken = set(inspect.signature(model.forward).parameters)
+    if not model.config.is_encoder_decoder:
+        taken -= set(_LABELS)
     inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
     if "input_ids" in inputs:
         _check_ids(model, inputs["input_ids"])

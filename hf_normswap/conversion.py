@@ -1,6 +1,5 @@
 """One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -166,8 +165,9 @@ def linears_of_blocks(model) -> dict[str, nn.Module]:
 def places_of_linears(model) -> dict[str, nn.Module]:
     """What stands where the blocks have their linear layers, by name: these, or what an adapter has put there."""
     sublayers = [sublayer_of(model, site) for site in find_norms(model) if site.block]
-    names = [(*each.readers, *each.source_readers, each.writer) for each in sublayers]
-    return {name: model.get_submodule(name) for name in itertools.chain(*names)}
+    names = [name for each in sublayers for name in (*each.readers, *each.source_readers, each.writer)]
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in names if name in modules}
 
 
 def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:

@@ -278,12 +278,13 @@ def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tupl
     """
     inputs, calls = {}, Counter()
 
-    def note(module, args, name):
-        inputs.setdefault(name, args[0])
+    def note(module, args, kwargs, name):
+        inputs.setdefault(name, (*args[:2], kwargs.get("mask")))
         calls[name] += 1
 
     handles = [
-        module.register_forward_pre_hook(functools.partial(note, name=name)) for name, module in modules.items()
+        module.register_forward_pre_hook(functools.partial(note, name=name), with_kwargs=True)
+        for name, module in modules.items()
     ]
     blocks = {block: model.get_submodule(block) for block in blocks_of(model)}
     for block, module in blocks.items():
@@ -303,7 +304,8 @@ def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tupl
                 f"{name} is called {calls[name]} times in place of {expected}, with other inputs each time: give each "
                 "place a layer of its own, and set chunk_size_feed_forward to 0."
             )
-    order = [tuple(names) for _, names in itertools.groupby(inputs, key=lambda name: id(inputs[name]))]
+    same = itertools.groupby(inputs, key=lambda name: [id(value) for value in inputs[name]])
+    order = [tuple(names) for _, names in same]
     if has_ranks():
         orders = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(orders, order)

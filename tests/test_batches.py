@@ -152,6 +152,6 @@ def test_batches_of_a_module_around_swapped_models():
 
 @pytest.mark.parametrize("data", [TEXTS, [("word1", "word2")], Dataset.from_dict({"text": TEXTS}), [(IDS,)]])
 def test_a_module_around_swapped_models_takes_batches_alone(data, tokenizer):
-    with pytest.raises(ValueError, match="batches") as caught:
+    with pytest.raises(ValueError, match="Around takes neither texts nor a data set: pass batches") as caught:
         make_batches(Around(), data, tokenizer)
     assert is_one_sentence(caught.value)

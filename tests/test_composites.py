@@ -68,14 +68,20 @@ class Chained(Towers):
 
 
 class Headed(Towers):
-    """With a norm of its own on top, which is given its mask."""
+    """With norms of its own on top, which read the same with masks of their own."""
 
     def __init__(self):
         super().__init__(tower())
-        self.norm = BatchNorm(16).double()
+        self.norm, self.first = BatchNorm(16).double(), BatchNorm(16).double()
 
     def forward(self, query, query_mask, **others):
-        return self.norm(self.towers[0](query, attention_mask=query_mask).last_hidden_state, query_mask.bool())
+        x = self.towers[0](query, attention_mask=query_mask).last_hidden_state
+        return self.norm(x, query_mask.bool()) + self.first(x, mask=of_first(query_mask).bool())
+
+
+def of_first(mask):
+    """Of the first two tokens alone."""
+    return mask * (torch.arange(mask.shape[1]) < 2)
 
 
 def tower_batches(count=4):
@@ -155,10 +161,14 @@ def test_a_model_that_reads_what_another_returns():
     assert_statistics_are_those_of_inputs(model, data, lambda name, batch: [batch["query_mask"]])
 
 
-def test_a_norm_beside_the_models_and_its_mask():
+def test_norms_beside_the_models_and_their_masks():
     model, data = Headed().eval(), tower_batches()
     reestimate_statistics(model, data)
-    assert_statistics_are_those_of_inputs(model, data, lambda name, batch: [batch["query_mask"]])
+
+    def masks_of(name, batch):
+        return [of_first(batch["query_mask"]) if name == "first" else batch["query_mask"]]
+
+    assert_statistics_are_those_of_inputs(model, data, masks_of)
 
 
 def test_a_part_that_was_swapped_alone():

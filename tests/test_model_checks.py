@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer
 
 import hf_normswap
 from hf_normswap import (
@@ -159,6 +159,9 @@ def test_a_trainer_refuses_another_copy_before_it_makes_a_folder(other_copy, tmp
 
     refused(model, make, SAYS)
     assert not (tmp_path / "run").exists()
+    options = {"callbacks": [ProgressiveSwapCallback()], "train_dataset": rows("bert", 4)}
+    stock = Trainer(model, arguments(tmp_path / "run"), **options)
+    refused(model.train(), lambda model: stock.train(), SAYS)
 
 
 def test_a_norm_of_another_copy_alone(other_copy):

@@ -150,7 +150,6 @@ def find_norms(model: nn.Module) -> NormSites:
     ```
     """
     family = _family_in_table(model)
-    refuse_other_copy(model)
     placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
@@ -177,11 +176,15 @@ def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules as `named_modules()` gives them, without those that an adapter of PEFT has put out of use.
 
     For each module of its `modules_to_save` it keeps the original beside a copy, and calls one of the two.
+
+    Raises:
+        ValueError: when a module is of another copy of this code.
     """
     idle = set()
     for name, module in model.named_modules():
         if module in idle:
             continue
+        _check_copy(module)
         yield name, module
         copies = module._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
@@ -192,20 +195,25 @@ def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_other_copy(model: nn.Module) -> None:
-    """Raises `ValueError` where `model` has classes of another copy of this code, such as that beside its weights.
+    """Raises `ValueError` where a module of `model` is of another copy of this code."""
+    for module in model.modules():
+        _check_copy(module)
+
+
+def _check_copy(module: nn.Module) -> None:
+    """Raises `ValueError` for a norm or a model of another copy of this code, such as that beside its weights.
 
     No function would know the norms for what they are, and all would take the model for one without them.
     """
-    for module in model.modules():
-        kind, config = type(module), getattr(module, "config", None)
-        is_norm = hasattr(kind, "norm_name") and not isinstance(module, Norm)
-        is_ours = str(getattr(config, "model_type", "")).startswith("normswap_")
-        if is_norm or (is_ours and not isinstance(config, NormSwapConfigMixin)):
-            source = (kind if is_norm else type(config)).__module__.rpartition(".")[0]
-            raise ValueError(
-                f"The model was made by another copy of this code ({source}): import hf_normswap first, and load the "
-                "model again."
-            )
+    is_norm = hasattr(type(module), "norm_name") and not isinstance(module, Norm)
+    config = module.config if isinstance(module, PreTrainedModel) else None
+    is_swapped = (getattr(config, "model_type", None) or "").startswith("normswap_")
+    if is_norm or (is_swapped and not isinstance(config, NormSwapConfigMixin)):
+        source = type(module if is_norm else config).__module__.rpartition(".")[0]
+        raise ValueError(
+            f"The model was made by another copy of this code ({source}): import hf_normswap first, and load the "
+            "model again."
+        )
 
 
 def wrapped_attribute(model: nn.Module) -> str | None:
