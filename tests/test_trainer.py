@@ -237,7 +237,7 @@ def test_a_step_never_waits_for_the_device(norm, tmp_path):
         model.train()
         defer_norm_statistics(model)
         with _HostReads() as mode:
-            trainer.compute_loss(model, batch_of(examples)).backward()
+            trainer.training_step(model, batch_of(examples))
             sync_norm_statistics(model)
         reads[kind] = mode.count
     assert reads[norm] == reads["layernorm"]

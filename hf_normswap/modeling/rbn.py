@@ -1,11 +1,21 @@
 """Regularized batch normalisation: BatchNorm whose batch statistics are held near the running ones."""
 
+import itertools
+
 import torch
+from transformers.utils import logging
 
 from .batchnorm import BatchNorm
 from .discrepancy import DISTANCES, penalty
+from .norm import KEPT_RECORDS, BatchRecord
 from .options import check_number
 from .registry import register_norm
+
+
+logger = logging.get_logger(__name__)
+
+KEPT_COMPILED_RECORDS = 4
+NO_PENALTY = "There is no penalty to take: call this after a forward in training mode, and before its backward."
 
 
 @register_norm("rbn", "regularized_batchnorm")
@@ -45,19 +55,88 @@ class RegularizedBatchNorm(BatchNorm):
         self.lambda_mean, self.lambda_var, self.distance = lambda_mean, lambda_var, distance
 
     def penalty(self) -> torch.Tensor:
-        """The regularisation term of the last training forward, a scalar; it can be taken once.
+        """The regularisation term of all training forwards since the last call, a scalar.
 
         Raises:
-            RuntimeError: when there was no training forward since the last call.
+            RuntimeError: when there was none, or a backward has freed their graphs.
         """
-        if not self.has_observed:
-            raise RuntimeError(
-                "There is no penalty to take: call this after each forward in training mode, before the next one."
-            )
-        moments, running, value = self._observed
+        penalties = self.take_penalties()
+        if not penalties:
+            raise RuntimeError(NO_PENALTY)
+        return penalties[0] if len(penalties) == 1 else torch.stack(penalties).sum()
+
+    def take_penalties(self) -> list[torch.Tensor]:
+        """The terms that [`RegularizedBatchNorm.penalty`] adds up, one for each training forward."""
+        records = self.trainable_records()
         self.forget_statistics()
-        return penalty(moments, *running.values(), *self.regularization) if value is None else value
+        if any(record.is_cut for record in records):
+            logger.warning_once(
+                f"A compiled RBN keeps the penalties of {KEPT_COMPILED_RECORDS} training forwards, and older ones are "
+                f"lost: call norm_penalty(model) after at most {KEPT_COMPILED_RECORDS} forwards."
+            )
+        return [
+            penalty(record.moments, *record.running.values(), *self.regularization)
+            if record.penalty is None
+            else record.penalty
+            for record in records
+        ]
+
+    def trainable_records(self) -> tuple[BatchRecord, ...]:
+        """The records without those whose graph a backward has freed; a penalty that is lost so brings a warning."""
+        if torch.compiler.is_compiling():
+            return self.records
+        is_lost = [_is_freed(record) for record in self.records]
+        if not any(is_lost):
+            return self.records
+        if not all(record.is_paused for record in itertools.compress(self.records, is_lost)):
+            logger.warning_once(
+                "RBN's penalty was left out of a backward, and RBN trains as BatchNorm without it: add "
+                "norm_penalty(model) to the loss before each backward."
+            )
+        return tuple(record for record, lost in zip(self.records, is_lost, strict=True) if not lost)
+
+    @property
+    def owes_penalty(self) -> bool:
+        """Whether a training forward has a penalty with a graph, and nobody has taken it."""
+        return any(
+            _node(record) is not None and not (record.is_paused and _is_freed(record)) for record in self.records
+        )
+
+    def _record(self, record: BatchRecord) -> None:
+        if torch.compiler.is_compiling():
+            # There it cannot be seen whose graph is freed, and each number of records is compiled anew.
+            is_cut = len(self.records) == KEPT_COMPILED_RECORDS
+            self.records = (*self.records[1 - KEPT_COMPILED_RECORDS :], record._replace(is_cut=is_cut))
+            return
+        self.records = (*self.trainable_records(), record)
+        if len(self.records) > KEPT_RECORDS:
+            self._bound_records()
+
+    def _bound_records(self) -> None:
+        idle = [index for index, record in enumerate(self.records) if _node(record) is None]
+        if len(idle) > KEPT_RECORDS:
+            self.records = self.records[: idle[0]] + self.records[idle[0] + 1 :]
+        if len(self.records) - len(idle) > KEPT_RECORDS:
+            logger.warning_once(
+                f"RBN keeps the graphs of more than {KEPT_RECORDS} training forwards in memory, as their penalties "
+                "were not taken: add norm_penalty(model) to the loss, or run what is not trained under "
+                "torch.no_grad()."
+            )
 
     @property
     def regularization(self):
         return self.eps, self.distance, (self.lambda_mean, self.lambda_var)
+
+
+def _node(record: BatchRecord) -> torch.autograd.graph.Node | None:
+    """Where a backward of the penalty starts, `None` for a forward without a graph."""
+    return (record.moments.packed if record.penalty is None else record.penalty).grad_fn
+
+
+def _is_freed(record: BatchRecord) -> bool:
+    """Whether a backward has passed the node of the penalty and freed it, which autograd tells by an error alone."""
+    try:
+        getattr(_node(record), "_raw_saved_tensors", None)  # unpacks nothing: checkpointed blocks do not run again
+    except RuntimeError:
+        return True
+    return False
