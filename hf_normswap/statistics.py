@@ -90,10 +90,10 @@ def sum_discrepancies(norms: list[BatchStatisticNorm]) -> tuple[torch.Tensor, li
     """
     groups: dict[tuple, list[tuple[int, Statistics]]] = {}
     sums: list[torch.Tensor | int] = [0] * len(norms)
-    counts = [len(norm.observed) for norm in norms]
+    counts = [len(norm.records) for norm in norms]
     for index, norm in enumerate(norms):
-        for record in norm.observed:
-            statistics = norm.compare(record.moments, record.running)
+        for moments, running in norm.records:
+            statistics = norm.compare(moments, running)
             has_mean = statistics.batch_mean is not None
             groups.setdefault((norm.num_features, norm.eps, has_mean), []).append((index, statistics))
     for (_, eps, _), members in groups.items():
@@ -127,7 +127,7 @@ def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
     What they saw is in [`BatchStatisticNorm.pending`](hf_normswap.BatchStatisticNorm), and nowhere else.
     """
     norms = list(norms)
-    flags = "training", "frozen", "deferred", "paused", "process_group", "records"
+    flags = "training", "frozen", "deferred", "paused", "process_group", "records", "penalties"
     before = [{name: getattr(norm, name) for name in flags} for norm in norms]
     buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
@@ -187,12 +187,14 @@ def pause_norm_statistics(model: nn.Module) -> Iterator[None]:
     >>> length = torch.stack([weight.grad.norm() for weight in weights]).norm()
     >>> steps = [0.05 * weight.grad / length for weight in weights]
     >>> with torch.no_grad():
-    ...     torch._foreach_add_(weights, steps)
+    ...     for weight, step in zip(weights, steps):
+    ...         weight += step
     >>> optimizer.zero_grad()
     >>> with pause_norm_statistics(model):
     ...     (model(**batch).loss + norm_penalty(model)).backward()
     >>> with torch.no_grad():
-    ...     torch._foreach_sub_(weights, steps)
+    ...     for weight, step in zip(weights, steps):
+    ...         weight -= step
     >>> optimizer.step()
 
     ```

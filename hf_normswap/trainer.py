@@ -311,14 +311,16 @@ class _NormSwapTrainerMixin:
 class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):
     """[`~transformers.Trainer`] for models with swapped norms; takes [`NormSwapTrainingArguments`].
 
-    - The RBN term is added to the task loss, with the same relative weight under any accumulation and on any number of
-      ranks.
+    - The RBN term of every training forward is added to the loss, whoever computes it, with the same relative weight
+      under any accumulation and on any number of ranks. An override of `training_step` has to pass its loss to
+      `self.accelerator.backward`.
     - Running statistics stay as they are within an optimizer step and are updated once, from all its micro-batches and
       ranks.
-    - PowerNorm is PN-V for the first `norm_warmup_ratio` of the run.
-    - `rbn_penalty`, `tid_mean_max`, `tid_mean_avg`, `tid_var_max` and `tid_var_avg` stand in the logs beside `loss`:
-      means over the forwards since the last entry; largest and average over layers. `tid.json`, in the output folder
-      and in each checkpoint, has them layer by layer ([`TidHistory`](hf_normswap.TidHistory)).
+    - PowerNorm is PN-V for the first `norm_warmup_ratio` of each run.
+    - `rbn_penalty`, `tid_mean_max`, `tid_mean_avg`, `tid_var_max` and `tid_var_avg` stand in the logs beside `loss`.
+      The first is the mean, over the backwards since the last entry, of what was added to the loss. The others are the
+      largest and the average over layers of means over the training forwards in which a layer ran. `tid.json`, in the
+      output folder and in each checkpoint, has them layer by layer ([`TidHistory`](hf_normswap.TidHistory)).
     - Gains and shifts of norms have no weight decay, in GPT-2 either.
     """
 

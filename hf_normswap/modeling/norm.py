@@ -17,7 +17,7 @@ from .token_mask import current_mask
 
 
 FOLLOWED = {f"running_{kind}": kind for kind in ("mean", "var", "power")}
-KEPT_RECORDS = 16  # of training forwards, for the TID
+KEPT_RECORDS = 16
 
 
 class Norm(nn.Module):
@@ -137,24 +137,15 @@ class Norm(nn.Module):
 
 
 class BatchRecord(NamedTuple):
-    """What one training forward leaves for the penalty and the TID.
+    """The statistics of the batch of one training forward, and the running ones from before it.
 
     Attributes:
-        moments ([`Moments`]): of the batch.
-        running (`dict` of `str` to `torch.Tensor`): the running values from before the batch.
-        penalty (`torch.Tensor`, *optional*):
-            RBN's term, a scalar; `None` for other norms, and in a compiled graph, where it follows from the moments.
-        is_paused (`bool`, *optional*, defaults to `False`):
-            whether the forward was inside [`pause_norm_statistics`](hf_normswap.pause_norm_statistics): it counts for
-            the penalty, not for the TID.
-        is_cut (`bool`, *optional*, defaults to `False`): whether a record was dropped to make room for this one.
+        moments ([`Moments`]): of the batch, without a graph.
+        running (`dict` of `str` to `torch.Tensor`): running values by the name of their buffer.
     """
 
     moments: Moments
     running: dict[str, torch.Tensor]
-    penalty: torch.Tensor | None = None
-    is_paused: bool = False
-    is_cut: bool = False
 
 
 class BatchStatisticNorm(Norm):
@@ -176,8 +167,9 @@ class BatchStatisticNorm(Norm):
 
     Attributes:
         records (`tuple` of [`BatchRecord`]):
-            the last training forwards since the records were taken, the oldest first: 16 of them, or one in a compiled
-            graph. [`RegularizedBatchNorm`] keeps all whose penalty can still be trained.
+            of the training forwards since [`BatchStatisticNorm.forget_statistics`], the oldest first: the last 16, or
+            the last one in a compiled graph.
+        penalties (`tuple`): of the training forwards of RBN whose penalty nobody has taken yet; empty elsewhere.
     """
 
     running: dict[str, float]  # buffer name: value at the start
@@ -197,6 +189,7 @@ class BatchStatisticNorm(Norm):
         self.deferred = self.frozen = self.paused = False
         self.process_group = None
         self.records: tuple[BatchRecord, ...] = ()
+        self.penalties: tuple = ()
 
     def _register_pending(self, name, dtype, device):
         self.register_buffer(
@@ -226,9 +219,9 @@ class BatchStatisticNorm(Norm):
         raise NotImplementedError(f"{type(self).__name__} must implement compare(moments, running).")
 
     def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
-        """Record the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
+        """Record the batch's statistics for the TID, and track them: once, in the first run."""
         if is_first_run:
-            self._record(BatchRecord(moments, running, None, self.paused))
+            self._record(moments, running)
             self.track(moments)
 
     def standardize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -237,10 +230,10 @@ class BatchStatisticNorm(Norm):
         running, is_first_run = self.frozen_running() if may_run_again() else (None, True)
         y, packed, penalty, before = BatchStandardize.apply(x, self.weight, self.bias, mask, self, running)
         if is_first_run:
-            # In a compiled graph the penalty is made of the moments, when it is asked for.
-            is_differentiable = self.regularization is not None and torch.compiler.is_compiling()
-            moments = Moments(packed if is_differentiable else packed.detach())
-            self._record(BatchRecord(moments, before, penalty, self.paused))
+            moments = Moments(packed)
+            self._record(moments, before)
+            if self.regularization is not None:
+                self.keep_penalty(moments, before, penalty)
             if running is not None:
                 self.track(moments)
         return y
@@ -253,35 +246,29 @@ class BatchStatisticNorm(Norm):
                 "statistics: use torch.autograd, or keep the statistics with freeze_norm_statistics(model)."
             )
 
-    def _record(self, record: BatchRecord) -> None:
-        if record.is_paused:
+    def _record(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
+        if self.paused:
             return
         # torch.compile makes a graph for each number of records that it meets: it does not look at them here.
         older = () if torch.compiler.is_compiling() else self.records[1 - KEPT_RECORDS :]
-        self.records = (*older, record)
-
-    @property
-    def observed(self) -> list[BatchRecord]:
-        """The records that count for the TID."""
-        return [record for record in self.records if not record.is_paused]
+        self.records = (*older, BatchRecord(Moments(moments.packed.detach()), running))
 
     @property
     def statistics(self) -> Statistics | None:
         """Those of the last training forward and the running ones from before it, `None` where there was none."""
         if not self.has_observed:
             return None
-        moments, running, *_ = self.observed[-1]
         with torch.no_grad():
-            return self.compare(moments, running)
+            return self.compare(*self.records[-1])
 
     @property
     def has_observed(self) -> bool:
         """Whether there are statistics of a training forward."""
-        return bool(self.observed)
+        return bool(self.records)
 
     def forget_statistics(self) -> None:
         """As if there had been no training forward."""
-        self.records = ()
+        self.records = self.penalties = ()
 
     def track(self, moments: Moments) -> None:
         """Take the batch into the running values: at once, or pooled while `deferred`; not at all while `paused`."""
@@ -308,7 +295,7 @@ class BatchStatisticNorm(Norm):
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
-        return {**self.__dict__, "records": (), "process_group": None}
+        return {**self.__dict__, "records": (), "penalties": (), "process_group": None}
 
 
 class PowerStatisticNorm(BatchStatisticNorm):

@@ -1,21 +1,54 @@
 """Regularized batch normalisation: BatchNorm whose batch statistics are held near the running ones."""
 
-import itertools
+from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
 
 from .batchnorm import BatchNorm
 from .discrepancy import DISTANCES, penalty
-from .norm import KEPT_RECORDS, BatchRecord
+from .moments import Moments
 from .options import check_number
 from .registry import register_norm
 
 
 logger = logging.get_logger(__name__)
 
-KEPT_COMPILED_RECORDS = 4
+KEPT_PENALTIES = 16  # of forwards without a graph; more of them with a graph bring a warning
+KEPT_COMPILED_PENALTIES = 4
 NO_PENALTY = "There is no penalty to take: call this after a forward in training mode, and before its backward."
+
+
+class PendingPenalty(NamedTuple):
+    """The penalty of a training forward that is in no loss yet.
+
+    Attributes:
+        moments ([`Moments`]): of the batch, with their graph in a compiled one.
+        running (`dict` of `str` to `torch.Tensor`): the running values from before the batch.
+        value (`torch.Tensor`, *optional*): a scalar; `None` in a compiled graph, where it is made of the moments.
+        is_paused (`bool`): whether statistics were paused, so that nobody need take the penalty.
+        is_cut (`bool`): whether an older penalty had to make room for this one.
+    """
+
+    moments: Moments
+    running: dict[str, torch.Tensor]
+    value: torch.Tensor | None
+    is_paused: bool
+    is_cut: bool = False
+
+    @property
+    def node(self) -> torch.autograd.graph.Node | None:
+        """Where a backward of the penalty starts, `None` for a forward without a graph."""
+        return (self.moments.packed if self.value is None else self.value).grad_fn
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether a backward has passed the node and freed it, which autograd tells by an error alone."""
+        try:
+            getattr(self.node, "_raw_saved_tensors", None)  # unpacks nothing: checkpointed blocks do not run again
+        except RuntimeError:
+            return True
+        return False
 
 
 @register_norm("rbn", "regularized_batchnorm")
@@ -67,58 +100,56 @@ class RegularizedBatchNorm(BatchNorm):
 
     def take_penalties(self) -> list[torch.Tensor]:
         """The terms that [`RegularizedBatchNorm.penalty`] adds up, one for each training forward."""
-        records = self.trainable_records()
-        self.forget_statistics()
-        if any(record.is_cut for record in records):
+        pending = self._without_freed()
+        self.penalties = ()
+        if any(term.is_cut for term in pending):
             logger.warning_once(
-                f"A compiled RBN keeps the penalties of {KEPT_COMPILED_RECORDS} training forwards, and older ones are "
-                f"lost: call norm_penalty(model) after at most {KEPT_COMPILED_RECORDS} forwards."
+                f"A compiled RBN keeps the penalties of {KEPT_COMPILED_PENALTIES} training forwards, and older ones "
+                f"are lost: call norm_penalty(model) after at most {KEPT_COMPILED_PENALTIES} forwards."
             )
         return [
-            penalty(record.moments, *record.running.values(), *self.regularization)
-            if record.penalty is None
-            else record.penalty
-            for record in records
+            penalty(term.moments, *term.running.values(), *self.regularization) if term.value is None else term.value
+            for term in pending
         ]
 
-    def trainable_records(self) -> tuple[BatchRecord, ...]:
-        """The records without those whose graph a backward has freed; a penalty that is lost so brings a warning."""
+    @property
+    def owes_penalty(self) -> bool:
+        """Whether the gradient lacks the penalty of a training forward."""
+        with_graph = [term for term in self.penalties if term.node is not None]
+        return any(not term.is_paused or not term.is_freed for term in with_graph)
+
+    def keep_penalty(self, moments: Moments, running: dict[str, torch.Tensor], value: torch.Tensor | None) -> None:
+        """Keep what the penalty of a training forward is made of until it is taken."""
+        new = PendingPenalty(moments, running, value, self.paused)
         if torch.compiler.is_compiling():
-            return self.records
-        is_lost = [_is_freed(record) for record in self.records]
-        if not any(is_lost):
-            return self.records
-        if not all(record.is_paused for record in itertools.compress(self.records, is_lost)):
+            # There it cannot be seen whose graph is freed, and each number of penalties is compiled anew.
+            is_cut = len(self.penalties) == KEPT_COMPILED_PENALTIES
+            self.penalties = (*self.penalties[1 - KEPT_COMPILED_PENALTIES :], new._replace(is_cut=is_cut))
+            return
+        self.penalties = (*self._without_freed(), new)
+        if len(self.penalties) > KEPT_PENALTIES:
+            self._bound_penalties()
+
+    def _without_freed(self) -> tuple[PendingPenalty, ...]:
+        if torch.compiler.is_compiling():
+            return self.penalties
+        freed = [term for term in self.penalties if term.is_freed]
+        if not freed:
+            return self.penalties
+        if not all(term.is_paused for term in freed):
             logger.warning_once(
                 "RBN's penalty was left out of a backward, and RBN trains as BatchNorm without it: add "
                 "norm_penalty(model) to the loss before each backward."
             )
-        return tuple(record for record, lost in zip(self.records, is_lost, strict=True) if not lost)
+        return tuple(term for term in self.penalties if not term.is_freed)
 
-    @property
-    def owes_penalty(self) -> bool:
-        """Whether a training forward has a penalty with a graph, and nobody has taken it."""
-        return any(
-            _node(record) is not None and not (record.is_paused and _is_freed(record)) for record in self.records
-        )
-
-    def _record(self, record: BatchRecord) -> None:
-        if torch.compiler.is_compiling():
-            # There it cannot be seen whose graph is freed, and each number of records is compiled anew.
-            is_cut = len(self.records) == KEPT_COMPILED_RECORDS
-            self.records = (*self.records[1 - KEPT_COMPILED_RECORDS :], record._replace(is_cut=is_cut))
-            return
-        self.records = (*self.trainable_records(), record)
-        if len(self.records) > KEPT_RECORDS:
-            self._bound_records()
-
-    def _bound_records(self) -> None:
-        idle = [index for index, record in enumerate(self.records) if _node(record) is None]
-        if len(idle) > KEPT_RECORDS:
-            self.records = self.records[: idle[0]] + self.records[idle[0] + 1 :]
-        if len(self.records) - len(idle) > KEPT_RECORDS:
+    def _bound_penalties(self) -> None:
+        constant = [index for index, term in enumerate(self.penalties) if term.node is None]
+        if len(constant) > KEPT_PENALTIES:
+            self.penalties = self.penalties[: constant[0]] + self.penalties[constant[0] + 1 :]
+        if len(self.penalties) - len(constant) > KEPT_PENALTIES:
             logger.warning_once(
-                f"RBN keeps the graphs of more than {KEPT_RECORDS} training forwards in memory, as their penalties "
+                f"RBN keeps the graphs of more than {KEPT_PENALTIES} training forwards in memory, as their penalties "
                 "were not taken: add norm_penalty(model) to the loss, or run what is not trained under "
                 "torch.no_grad()."
             )
@@ -126,17 +157,3 @@ class RegularizedBatchNorm(BatchNorm):
     @property
     def regularization(self):
         return self.eps, self.distance, (self.lambda_mean, self.lambda_var)
-
-
-def _node(record: BatchRecord) -> torch.autograd.graph.Node | None:
-    """Where a backward of the penalty starts, `None` for a forward without a graph."""
-    return (record.moments.packed if record.penalty is None else record.penalty).grad_fn
-
-
-def _is_freed(record: BatchRecord) -> bool:
-    """Whether a backward has passed the node of the penalty and freed it, which autograd tells by an error alone."""
-    try:
-        getattr(_node(record), "_raw_saved_tensors", None)  # unpacks nothing: checkpointed blocks do not run again
-    except RuntimeError:
-        return True
-    return False
