@@ -40,8 +40,8 @@ def refuse_lost_statistics(model: nn.Module) -> None:
 def norm_penalty(model: nn.Module) -> torch.Tensor:
     """The RBN term of all training forwards since the last call, summed over layers: add it to a loss that is a mean.
 
-    Call it before the backward of these forwards. A forward whose graph is freed by then is left out, with a warning;
-    one under `torch.no_grad()` counts without a gradient.
+    Call it before the backward of these forwards. A forward whose graph is freed by then is left out, with a warning.
+    One under `torch.no_grad()` counts without a gradient: run what is not trained so, or in evaluation mode.
 
     Returns:
         `torch.Tensor`: a scalar with gradient; 0 for a model without RBN.
@@ -103,7 +103,7 @@ def sum_discrepancies(norms: list[BatchStatisticNorm]) -> tuple[torch.Tensor, li
         for (index, _), value in zip(members, values.unbind(1), strict=True):
             sums[index] = sums[index] + value
     if not groups:
-        return torch.zeros(2, len(norms), device=norms[0].weight.device if norms else None), counts
+        return torch.zeros(2, len(norms)), counts
     absent = values.new_zeros(2)
     return torch.stack([total if count else absent for total, count in zip(sums, counts)], dim=1), counts
 

@@ -41,9 +41,10 @@ class _NormLogs:
 
     def take_records(self, norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
         """Add up the records of `norms`, which are gone then, and return their penalty, if there is one."""
-        discrepancy, forwards = sum_discrepancies(norms)
-        self.discrepancy = self.discrepancy + discrepancy
-        self.forwards = [ours + theirs for ours, theirs in zip(self.forwards, forwards, strict=True)]
+        if any(norm.records for norm in norms):
+            discrepancy, forwards = sum_discrepancies(norms)
+            self.discrepancy = self.discrepancy + discrepancy
+            self.forwards = [ours + theirs for ours, theirs in zip(self.forwards, forwards, strict=True)]
         penalty = take_penalty(norms)
         for norm in norms:
             norm.forget_statistics()
@@ -105,8 +106,7 @@ class NormStatisticsCallback(TrainerCallback):
                 "self.accelerator.backward, not to loss.backward(), or run it under torch.no_grad() if it is not "
                 "trained."
             )
-        if any(norm.records for norm in norms):
-            self._logs.take_records(norms)  # of forwards whose loss took another way
+        self._logs.take_records(norms)  # of forwards whose loss took another way
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         sync_norm_statistics(model)

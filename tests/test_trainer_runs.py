@@ -70,9 +70,7 @@ def search(trainer, trials=2, **options):
     results, rates = [], iter(RATES)
 
     def objective(metrics):
-        results.append(
-            (clone(trainer.model), logs_of(trainer), vars(getattr(trainer, "tid_history", None) or trainer))
-        )
+        results.append((clone(trainer.model), logs_of(trainer), vars(trainer.tid_history)))
         return metrics["eval_loss"]
 
     def space(trial):

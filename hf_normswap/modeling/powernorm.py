@@ -39,7 +39,7 @@ class PowerNorm(PowerStatisticNorm):
             `"running"`: the gradient is divided by ψ, as in the paper; `"batch"`: by this batch's ψ_B, as in the code
             behind the published BLEU.
         alpha_fwd, alpha_bwd (`float`, *optional*, defaults to 0.9):
-            α of ψ² and of ν. The attribute `momentum` is 1 − α of ψ², and can be changed; with 0, ψ stays as it is.
+            α of ψ² and of ν. As an attribute, `momentum` is 1 − α of ψ²: with 0, ψ stays as it is.
         eps (`float`, *optional*, defaults to 1e-5): added to ψ².
         bias (`bool`, *optional*, defaults to `True`): whether there is a shift β.
 
@@ -84,7 +84,7 @@ class PowerNorm(PowerStatisticNorm):
             raise ValueError(f'grad_scale must be "running" or "batch", not {grad_scale!r}.')
         super().__init__(num_features, momentum=1 - alpha_fwd, **kwargs)
         self.num_groups, self.group_scaling, self.grad_scale = num_groups, group_scaling, grad_scale
-        self.alpha_bwd = alpha_bwd
+        self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps = 0
         dtype, device = self.running_power.dtype, self.running_power.device
         self._register_pending("pending_gradient", dtype, device)
@@ -103,13 +103,13 @@ class PowerNorm(PowerStatisticNorm):
         return None if self.group_scaling else super().affine_map()
 
     @property
-    def alpha_fwd(self) -> float:
-        """α of ψ²: 1 − `momentum`."""
-        return 1 - self.momentum
+    def momentum(self) -> float:
+        """Weight of a batch in ψ², 1 − `alpha_fwd`."""
+        return 1 - self.alpha_fwd
 
-    @alpha_fwd.setter
-    def alpha_fwd(self, alpha: float) -> None:
-        self.momentum = 1 - alpha
+    @momentum.setter
+    def momentum(self, weight: float) -> None:
+        self.alpha_fwd = 1 - weight
 
     @property
     def groups(self) -> int:

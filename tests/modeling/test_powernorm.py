@@ -315,7 +315,8 @@ def test_momentum_is_the_weight_of_the_batch():
     by_alpha, by_momentum = make_norm(alpha_fwd=0.5), make_norm()
     by_momentum.momentum = 0.5
     assert by_momentum.alpha_fwd == 0.5
-    assert make_norm().momentum == pytest.approx(0.1)
+    assert make_norm(alpha_fwd=0.3).alpha_fwd == 0.3
+    assert make_norm(alpha_fwd=0.3).momentum == 0.7
     for _ in range(3):
         x = make_tokens(2, 4)
         by_alpha(x)
