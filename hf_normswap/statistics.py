@@ -103,7 +103,7 @@ def sum_discrepancies(norms: list[BatchStatisticNorm]) -> tuple[torch.Tensor, li
         for (index, _), value in zip(members, values.unbind(1), strict=True):
             sums[index] = sums[index] + value
     if not groups:
-        return torch.zeros(2, len(norms)), counts
+        return torch.zeros(2, len(norms), device=norms[0].weight.device if norms else None), counts
     absent = values.new_zeros(2)
     return torch.stack([total if count else absent for total, count in zip(sums, counts)], dim=1), counts
 
