@@ -48,6 +48,7 @@ _HOMES = {
         "defer_norm_statistics",
         "freeze_norm_statistics",
         "norm_penalty",
+        "pause_norm_statistics",
         "sync_norm_statistics",
         "synchronize_norms",
     ],
