@@ -42,6 +42,7 @@ _HOMES = {
     "modeling.sites": ["NormSite", "find_norms"],
     "modeling.swap_config": ["NormSwapConfig"],
     "modeling.swapped": ["swapped_class"],
+    "modeling.token_mask": ["padding_mask"],
     "placement": ["set_norm_placement"],
     "progressive": ["ProgressiveSwapCallback"],
     "statistics": [

@@ -14,7 +14,7 @@ from .paths import passes_for
 from .recompute import may_run_again, replay_or_record, snapshot
 from .saving import guard_saving
 from .standardize import BatchStandardize
-from .token_mask import current_mask
+from .token_mask import find_mask, warn_of_unknown_mask
 
 
 guard_saving()
@@ -77,10 +77,16 @@ class Norm(nn.Module):
     def token_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call.
 
-        In evaluation norms have no use for the latter, and exported models no trace of it.
+        In evaluation norms have no use for the latter, and exported models no trace of it. In training a norm of a
+        swapped model warns once where it is not known.
         """
         if mask is None:
-            return current_mask(x) if self.training else None
+            if not self.training:
+                return None
+            is_known, mask = find_mask(x)
+            if not is_known and isinstance(self, BatchStatisticNorm) and hasattr(self, "replaced_eps"):
+                warn_of_unknown_mask()
+            return mask
         if mask.shape != x.shape[:-1]:
             # One that broadcasts would be counted wrongly.
             raise ValueError(
