@@ -14,11 +14,12 @@ from .modeling.norm import BatchStatisticNorm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import gather_over_ranks, has_ranks
 from .modeling.rbn import NO_PENALTY, RegularizedBatchNorm
-from .modeling.sites import active_modules
+from .modeling.sites import active_modules, refuse_other_copy
 
 
 def statistic_norms(model: nn.Module) -> list[BatchStatisticNorm]:
     """The norms of `model` with batch statistics, each once, in the order of the modules."""
+    refuse_other_copy(model)
     return [module for _, module in active_modules(model) if isinstance(module, BatchStatisticNorm)]
 
 

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .model_checks import check_whole, unwrap
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
 from .statistics import evaluating, observing, sum_discrepancies
-from .surgery import refuse_wrapped
 from .walk import run_model
 
 
@@ -63,7 +63,9 @@ def measure_tid(
     measures its share of the batches, and all get the mean over all of them.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): swapped to norms with running statistics.
+        model ([`~transformers.PreTrainedModel`]):
+            swapped to norms with running statistics. It may be in DistributedDataParallel, `torch.compile` or
+            [`~torch.optim.swa_utils.AveragedModel`]; names are those in the model inside.
         data: texts, a data set or batches, as [`make_batches`] takes them.
         tokenizer (*optional*): for texts, and to pad a data set.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches. Small batches
@@ -73,7 +75,8 @@ def measure_tid(
         [`TidReport`]: a [`LayerTid`] for each norm that a batch reaches; print it for a table.
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, or no norm has running statistics.
+        ValueError: when the data is empty or has no real tokens, no norm has running statistics, or the model is
+            offloaded.
 
     Example:
 
@@ -89,7 +92,8 @@ def measure_tid(
 
     ```
     """
-    refuse_wrapped(model)
+    model = unwrap(model)
+    check_whole(model)
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
     if not norms:
         raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there is no discrepancy.")

@@ -17,6 +17,7 @@ from .modeling.norm import BatchStatisticNorm, Norm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import has_ranks
 from .modeling.rbn import RegularizedBatchNorm
+from .modeling.sites import refuse_other_copy
 from .progressive import ProgressiveSwapCallback, mean_layer_norm_share
 from .results import load_results
 from .statistics import (
@@ -147,6 +148,8 @@ class _NormSwapTrainerMixin:
                 "nn.DataParallel loses the statistics of every replica but the first: start one process per GPU with "
                 "accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+        if model is not None:
+            refuse_other_copy(model)
         super().__init__(model, args, *more, **kwargs)
         self._norm_logs = _NormLogs()
         self.add_callback(NormStatisticsCallback(self._norm_logs))

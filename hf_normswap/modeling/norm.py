@@ -190,7 +190,8 @@ class BatchStatisticNorm(Norm):
         check_number("momentum", momentum, high=1)
         self.momentum = momentum
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        device = self.weight.device
+        # Not the device of the weight: init_empty_weights of accelerate moves parameters to meta, and no buffers.
+        device = kwargs.get("device")
         for name, value in self.running.items():
             self.register_buffer(name, torch.full((num_features,), value, dtype=dtype, device=device))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
@@ -201,6 +202,8 @@ class BatchStatisticNorm(Norm):
         self.penalties: tuple = ()
 
     def _register_pending(self, name, dtype, device):
+        if device is None and torch.get_default_device().type == "meta":
+            device = "cpu"  # no checkpoint has it, and what loads one would leave it on meta
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )

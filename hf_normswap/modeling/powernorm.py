@@ -86,7 +86,7 @@ class PowerNorm(PowerStatisticNorm):
         self.num_groups, self.group_scaling, self.grad_scale = num_groups, group_scaling, grad_scale
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps = 0
-        dtype, device = self.running_power.dtype, self.running_power.device
+        dtype, device = self.running_power.dtype, self.pending.device
         self._register_pending("pending_gradient", dtype, device)
         for name, value in (("loss_scale", 1.0), ("largest_gamma", 0.0)):
             self.register_buffer(name, torch.full((), value, dtype=dtype, device=device), persistent=False)
