@@ -162,7 +162,7 @@ def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:
 
 @contextmanager
 def pause_norm_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep forwards out of the statistics: for a second forward in a step, on inputs or weights that are disturbed.
+    """Keep forwards out of the statistics: for a second forward in a step, on perturbed inputs or weights.
 
     Inside, norms in training mode normalise as in any training forward. Running statistics, those that are pooled for
     the next update, PowerNorm's statistic of the gradient and the logged TID stay as they are. [`norm_penalty`] counts
@@ -173,7 +173,7 @@ def pause_norm_statistics(model: nn.Module) -> Iterator[None]:
 
     Example:
 
-    A step of sharpness-aware minimisation (SAM), whose gradient is taken at disturbed weights:
+    A step of sharpness-aware minimisation (SAM), whose gradient is taken at perturbed weights:
 
     ```python
     >>> import torch

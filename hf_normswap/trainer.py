@@ -34,14 +34,14 @@ from .tid import TidHistory, has_mean
 
 
 class _NormLogs:
-    """What the norms have to log since the last entry: sums on the device, which nothing waits for."""
+    """Sums of the TID and of the penalty since the last log entry, on the device: nothing waits for them."""
 
     def reset(self, layers: int) -> None:
         self.discrepancy, self.forwards = 0, [0] * layers  # of the layers, and how many forwards these were
         self.penalty, self.backwards = 0, 0
 
     def take_records(self, norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
-        """Add up the records of `norms`, which are gone then, and return their penalty, if there is one."""
+        """Take the records of `norms`: add up their TID, and return their penalty, if there is one."""
         if any(norm.records for norm in norms):
             discrepancy, forwards = sum_discrepancies(norms)
             self.discrepancy = self.discrepancy + discrepancy
@@ -52,13 +52,13 @@ class _NormLogs:
         return penalty
 
     def add_penalty(self, penalty: torch.Tensor) -> None:
-        """Add what goes into a backward."""
+        """Add the penalty of one backward."""
         self.penalty, self.backwards = self.penalty + penalty, self.backwards + 1
 
     def means(self, device: torch.device, reduce: Callable) -> tuple[torch.Tensor, float | None]:
-        """Discrepancies of shape `(2, layers)`, NaN for a layer that never ran, and the penalty of a backward.
+        """The mean TID of each layer, of shape `(2, layers)`, NaN for one that never ran; and the mean penalty.
 
-        `reduce` adds up tensors of all ranks: a layer may have run on some of them.
+        `reduce` adds up a tensor over all ranks: a layer may have run on some of them only.
         """
         layers = len(self.forwards)
         sums = (torch.zeros(2, layers, device=device) + self.discrepancy).flatten()
@@ -157,9 +157,9 @@ class _NormSwapTrainerMixin:
 
     @contextmanager
     def _adding_penalties(self) -> Iterator[None]:
-        """Every loss of a training passes accelerator.backward, whoever computes it: there the penalty is added."""
+        """Add the penalty in accelerator.backward: every loss of a training passes it, whoever computes the loss."""
         accelerator = self.accelerator
-        if "backward" in vars(accelerator):  # it is so already
+        if "backward" in vars(accelerator):  # inside of train() already
             yield
             return
         accelerator.backward = functools.partial(self._backward, accelerator.backward)

@@ -225,9 +225,10 @@ class _PowerNormalize(torch.autograd.Function):
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients as they are, with what they depend on: who differentiates them is told why that cannot be.
+    """Returns the gradients as they are, and raises when they are differentiated.
 
-    `once_differentiable` sees a dependence on the gradient alone: other second derivatives would be 0 without a word.
+    `once_differentiable` only sees that they depend on the incoming gradient `g`. A second derivative with respect to
+    x or the weight would silently be 0 where `g` is a constant, and in `torch.autograd.functional.hessian`.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ class PendingPenalty(NamedTuple):
         running (`dict` of `str` to `torch.Tensor`): the running values from before the batch.
         value (`torch.Tensor`, *optional*): a scalar; `None` in a compiled graph, where it is made of the moments.
         is_paused (`bool`): whether statistics were paused, so that nobody need take the penalty.
-        is_cut (`bool`): whether an older penalty had to make room for this one.
+        is_cut (`bool`): whether an older penalty was dropped to make room for this one.
     """
 
     moments: Moments
@@ -55,7 +55,7 @@ class PendingPenalty(NamedTuple):
 class RegularizedBatchNorm(BatchNorm):
     """Regularized batch normalisation (Wang, Wu and Huang, NeurIPS 2022, arXiv 2210.05153).
 
-    Forward and backward are those of [`BatchNorm`]. To the loss belongs, per layer,
+    Forward and backward are those of [`BatchNorm`]. To the loss belongs, for each layer and training forward,
     `lambda_mean · d(μ_B, μ) + lambda_var · d(σ_B, σ)`: [`NormSwapTrainer`](hf_normswap.NormSwapTrainer) adds it; in a
     loop of your own, [`norm_penalty`](hf_normswap.norm_penalty). The running values are those from before the batch,
     and constants; the gradient reaches the network through the batch's.
