@@ -178,7 +178,7 @@ class _PowerNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, tracks, layer):
-        passes, moments = passes_for(x, weight, power), None
+        passes, moments = passes_for(x, weight, power, norm=layer.norm_name), None
         if is_warming_up is not None:
             moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
             if layer.process_group is not None:
@@ -189,7 +189,7 @@ class _PowerNormalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(moments.packed)
         ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, moments.packed, of_process.packed)
-        ctx.update_weight, ctx.groups, ctx.eps = update_weight, groups, eps
+        ctx.norm_name, ctx.update_weight, ctx.groups, ctx.eps = layer.norm_name, update_weight, groups, eps
         ctx.grad_scale, ctx.tracks, ctx.deferred = layer.grad_scale, tracks, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
@@ -202,7 +202,8 @@ class _PowerNormalize(torch.autograd.Function):
             return (None,) * 12
         x, weight, mask, power, nu, is_warming_up, moments, of_process = ctx.saved_tensors
         with torch.no_grad():
-            passes, of_process, wide = passes_for(x, g, weight, power), Moments(of_process), g.to(x.dtype)
+            passes = passes_for(x, g, weight, power, norm=ctx.norm_name)
+            of_process, wide = Moments(of_process), g.to(x.dtype)
             if is_warming_up is not None:
                 _, products, *_ = passes.sums(wide, x, mask, None, ctx.groups, ctx.eps)
                 products = products * weight * torch.rsqrt(power + ctx.eps)

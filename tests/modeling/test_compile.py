@@ -102,6 +102,27 @@ def test_training(variant, forward):
     assert_compiled_equals_eager(lambda: make_fast_norm(variant), forward)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["batchnorm", "rbn", "pnv", "powernorm-groups"])
+def test_the_output_of_a_node_is_no_second_name_of_a_tensor(variant, dtype):
+    """Compiled by torch 2.11, the gradient of such a node is zero (pytorch #180642)."""
+    outputs = []
+
+    def read(graph, inputs):
+        for name, inside in graph.named_children():
+            if name.startswith("fwd"):
+                (found,) = (node.args[0][0] for node in inside.graph.nodes if node.op == "output")
+                outputs.append(found[0])
+        return graph
+
+    norm, x = make_norm(variant, dtype=dtype), make_tokens(2, 5, dtype=dtype).requires_grad_()
+    torch.compile(norm, backend=read, fullgraph=True)(x, MASK)
+    (y,) = outputs
+    assert y.meta["example_value"].dtype == dtype
+    if y.target == "to":
+        assert y.args[0].meta["example_value"].dtype != dtype
+
+
 def test_training_with_deferred_statistics():
     def make_model():
         return nn.ModuleList(map(make_fast_norm, ("batchnorm", "powernorm-plain")))
