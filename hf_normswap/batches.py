@@ -1,12 +1,12 @@
 """Data of several kinds as batches of model inputs."""
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .model_checks import device_of, is_composite, unwrap
 from .modeling.ranks import sum_over_ranks
 
+
+if TYPE_CHECKING:  # an import of it takes long, and training needs none
+    from datasets import Dataset
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -49,7 +52,7 @@ def make_batches(
     _check_kind(data)
     if is_composite(model):
         return [_call_of_composite(model, batch) for batch in _batches_alone(model, data)]
-    if isinstance(data, Dataset):
+    if _is_of_datasets(data, "Dataset"):
         batches = _of_dataset(model, data.with_format(None), tokenizer, batch_size)
     else:
         batches = list(data)
@@ -60,11 +63,11 @@ def make_batches(
 
 def _check_kind(data) -> None:
     """Raises `ValueError` for data that would be read in another way than it is meant."""
-    if isinstance(data, DatasetDict | IterableDatasetDict):
+    if _is_of_datasets(data, "DatasetDict", "IterableDatasetDict"):
         raise ValueError(f"The data has splits {', '.join(data)}: pass one of them.")
     if isinstance(data, str | bytes | Mapping):
         raise ValueError("The data is a single text or batch: pass a list of them.")
-    if isinstance(data, IterableDataset):
+    if _is_of_datasets(data, "IterableDataset"):
         raise ValueError("The data is a stream: pass a part of it, as in Dataset.from_list(list(data.take(512))).")
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a table of pandas: iterating gives the names of columns
         raise ValueError("The data is a DataFrame: pass its column of text, or Dataset.from_pandas(data).")
@@ -117,7 +120,13 @@ def _is_text(model, row) -> bool:
     return isinstance(row, str) or (isinstance(row, tuple | list) and all(isinstance(text, str) for text in row))
 
 
-def _of_dataset(model, data: Dataset, tokenizer, batch_size) -> list[Mapping]:
+def _is_of_datasets(data, *names: str) -> bool:
+    """Whether `data` is an instance of one of these classes of `datasets`: of none where nobody has imported it."""
+    module = sys.modules.get("datasets")
+    return module is not None and isinstance(data, tuple(getattr(module, name) for name in names))
+
+
+def _of_dataset(model, data: "Dataset", tokenizer, batch_size) -> list[Mapping]:
     names = data.column_names
     if "input_ids" in names:
         _need(tokenizer, "pad a data set")
@@ -210,8 +219,9 @@ def _describe(value) -> str:
 
 def _batches_alone(model, data) -> list[Mapping]:
     """The batches of a module around swapped models."""
-    batches = [] if isinstance(data, Dataset) else list(data)
-    if isinstance(data, Dataset) or not all(isinstance(batch, Mapping) for batch in batches):
+    is_data_set = _is_of_datasets(data, "Dataset")
+    batches = [] if is_data_set else list(data)
+    if is_data_set or not all(isinstance(batch, Mapping) for batch in batches):
         raise ValueError(
             f"A {type(model).__name__} takes neither texts nor a data set: pass batches, dictionaries of what its "
             "forward takes."

@@ -15,7 +15,7 @@ from .model_checks import check_whole, unwrap
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
-from .statistics import evaluating, last_discrepancy, observing
+from .statistics import evaluating, observing, sum_discrepancies
 from .walk import run_model
 
 
@@ -99,16 +99,17 @@ def measure_tid(
         raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there is no discrepancy.")
     with evaluating(model):
         batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
-        sums = torch.zeros(3, len(norms), dtype=torch.float64, device=model.device)
+        totals = torch.zeros(3, len(norms), dtype=torch.float64, device=model.device)
         with observing(norms.values()):
             for batch in batches:
                 run_model(model, batch)
-                ran = torch.tensor([norm.has_observed for norm in norms.values()], device=sums.device)
-                values = last_discrepancy(list(norms.values())).double()
-                sums += torch.cat([ran[None].double(), torch.where(ran, values, 0)])
+                sums, forwards = sum_discrepancies(list(norms.values()))
+                forwards = torch.tensor(forwards, device=totals.device)
+                # A batch counts once for a norm, however often the model calls it.
+                totals += torch.cat([(forwards > 0)[None], sums.double() / forwards.clamp(min=1)])
                 for norm in norms.values():
                     norm.forget_statistics()
-    counts, means, variances = sum_over_ranks(sums).tolist()
+    counts, means, variances = sum_over_ranks(totals).tolist()
     return TidReport(
         LayerTid(name, mean / count if has_mean(norm) else None, variance / count, int(count))
         for (name, norm), count, mean, variance in zip(norms.items(), counts, means, variances, strict=True)
