@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -199,8 +200,9 @@ def run_recipe(argv, folder, args, seconds=None, lock=None, threads=None):
     if args.data_root:
         key = "--dataset_name="
         argv = [f"{key}{args.data_root / item.removeprefix(key)}" if item.startswith(key) else item for item in argv]
+    device = [] if torch.cuda.is_available() else ["--use_cpu"]  # bf16 on a CPU has to be told so
     child = subprocess.Popen(
-        [sys.executable, *argv, f"--output_dir={folder}", "--resume_from_checkpoint=auto", "--disable_tqdm=true"],
+        [sys.executable, *argv, *device, f"--output_dir={folder}", "--resume_from_checkpoint=auto"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(threads or args.threads), "TOKENIZERS_PARALLELISM": "false"},
         stdout=open(folder / "log.txt", "a"),
