@@ -19,9 +19,11 @@ from hf_normswap.results import load_results
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python finds the script
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]  # where Python finds the scripts
 
 import evidence  # noqa: E402
+
+import glue  # noqa: E402
 
 
 # A recipe that learns nothing: it counts up to 5, with a checkpoint for each number, and scores by its options.
@@ -39,7 +41,7 @@ with open(ROOT / "log", "a") as log:
 for number in range(done + 1, 6):
     time.sleep(0.01)
     (folder / f"checkpoint-{number}").mkdir()
-history = [{"loss": None if options["norm"] == "exploding" else 1.0, "step": 5}, {"eval_loss": 1.0, "eval_accuracy": rate, "step": 5}]
+history = [{"loss": None if options["norm"] == "exploding" else 1.0}, {"eval_loss": 1.0, "eval_accuracy": rate}]
 metrics = {"accuracy": rate if options["norm"] != "contrary" else -rate, "test_accuracy": rate + seed}
 result = {"format_version": 1, "task": "toy", "model": "toy", "norm": options["norm"], "seed": seed}
 result |= {"metrics": metrics, "history": history, "arguments": options, "command": "of this machine"}
@@ -332,8 +334,46 @@ def curve(path):
     return result["metrics"], history
 
 
+@pytest.fixture
+def train(tiny, tmp_path, monkeypatch):
+    """Trains the cell of the tiny grid in this process; returns the metrics, the history and the weights."""
+    for module in ("datasets.config", "loading"):
+        monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
+    args = evidence.Arguments(grid=str(tmp_path / "grid.yaml"))
+    ((_, cell),) = evidence.plan_cells(evidence.read_grid(args.grid), evidence.Results(tmp_path / "results"))
+    options = [option.replace("=tiny/words", f"={tmp_path / 'data' / 'tiny/words'}") for option in cell.argv[1:]]
+
+    def train(folder):
+        glue.main([*options, "--use_cpu", f"--output_dir={folder}", "--resume_from_checkpoint=auto"])
+        return *curve(folder / "result.json"), (folder / "model.safetensors").read_bytes()
+
+    return train
+
+
+def test_two_runs_of_a_cell_agree_bit_for_bit(train, tmp_path):
+    metrics, history, weights = train(tmp_path / "first")
+    assert set(metrics) == {"accuracy", "test_accuracy"}
+    assert len([entry for entry in history if "eval_accuracy" in entry]) > 2
+    assert train(tmp_path / "second") == (metrics, history, weights)
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(train, tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train(tmp_path / "killed")
+        finally:
+            os._exit(0)
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert train(tmp_path / "killed") == train(tmp_path / "whole")
+
+
 @pytest.mark.slow
-def test_two_runs_of_a_cell_agree_bit_for_bit_and_one_that_was_killed_does_too(tiny, tmp_path):
+def test_a_runner_that_was_killed_in_a_real_cell(tiny, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
 
     def start(name, *options):
@@ -342,7 +382,10 @@ def test_two_runs_of_a_cell_agree_bit_for_bit_and_one_that_was_killed_does_too(t
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
 
     def finish(process):
-        printed, _ = process.communicate(timeout=300)
+        try:
+            printed, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
         assert process.returncode == 0, printed
 
     finish(start("first"))
