@@ -16,6 +16,7 @@ moment. The next one goes on from the last checkpoint of its cell.
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -101,11 +102,16 @@ class Cell:
 def read_grid(path):
     """The grid of a YAML file."""
     grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for name, task in grid["tasks"].items():
-        counts = {norm: len(trials) for norm, trials in task.get("norms", grid["norms"]).items()}
+    for name in grid["tasks"]:
+        counts = {norm: len(trials) for norm, trials in trials_of(grid, name).items()}
         if grid["seeds"]["table"] and len(set(counts.values())) > 1:
             raise ValueError(f"Norms have different numbers of trials in the task {name!r}: {counts}.")
     return grid
+
+
+def trials_of(grid, task):
+    """The trials of each norm in a task."""
+    return grid["tasks"][task].get("norms", grid["norms"])
 
 
 class Results:
@@ -129,25 +135,22 @@ def plan_cells(grid, results):
     """Every cell that is known, in the order in which they run. `None` stands for a cell of an unknown trial."""
     for name, task in grid["tasks"].items():
         for placement in grid["placements"]:
-            trials = {
-                norm: [
-                    [make_cell(grid, name, "tuning", placement, norm, trial, seed) for seed in grid["seeds"]["tuning"]]
-                    for trial in of_norm
-                ]
-                for norm, of_norm in task.get("norms", grid["norms"]).items()
+            make = functools.partial(make_cell, grid, name, placement)
+            tuning = {
+                norm: [[make(norm, "tuning", trial, seed) for seed in grid["seeds"]["tuning"]] for trial in trials]
+                for norm, trials in trials_of(grid, name).items()
             }
-            yield from ((name, cell) for of_norm in trials.values() for cells in of_norm for cell in cells)
+            yield from ((name, cell) for trials in tuning.values() for cells in trials for cell in cells)
             for seed in grid["seeds"]["table"]:
-                for norm, of_norm in trials.items():
-                    best = choose_trial(task, of_norm, results)
-                    chosen = None if best is None else task.get("norms", grid["norms"])[norm][best]
-                    yield name, chosen and make_cell(grid, name, "table", placement, norm, chosen, seed)
+                for norm, trials in trials_of(grid, name).items():
+                    best = choose_trial(task, tuning[norm], results)
+                    yield name, None if best is None else make(norm, "table", trials[best], seed)
 
 
-def make_cell(grid, name, stage, placement, norm, trial, seed):
-    task = grid["tasks"][name]
+def make_cell(grid, task, placement, norm, stage, trial, seed):
+    shared = grid["options"] | grid["tasks"][task]["options"]
     own = {"placement": placement, "norm": norm, **trial, "seed": seed}
-    return Cell(name, stage, task["recipe"], grid["options"] | task["options"] | own)
+    return Cell(task, stage, grid["tasks"][task]["recipe"], shared | own)
 
 
 def choose_trial(task, trials, results):
@@ -201,15 +204,16 @@ def run_recipe(argv, folder, args, seconds=None, lock=None, threads=None):
         key = "--dataset_name="
         argv = [f"{key}{args.data_root / item.removeprefix(key)}" if item.startswith(key) else item for item in argv]
     device = [] if torch.cuda.is_available() else ["--use_cpu"]  # bf16 on a CPU has to be told so
-    child = subprocess.Popen(
-        [sys.executable, *argv, *device, f"--output_dir={folder}", "--resume_from_checkpoint=auto"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads or args.threads), "TOKENIZERS_PARALLELISM": "false"},
-        stdout=open(folder / "log.txt", "a"),
-        stderr=subprocess.STDOUT,
-        pass_fds=[lock.fileno()] if lock else [],  # held as long as the run lives
-        preexec_fn=_die_with_parent,
-    )
+    with open(folder / "log.txt", "a") as log:
+        child = subprocess.Popen(
+            [sys.executable, *argv, *device, f"--output_dir={folder}", "--resume_from_checkpoint=auto"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads or args.threads), "TOKENIZERS_PARALLELISM": "false"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()] if lock else [],  # held as long as the run lives
+            preexec_fn=_die_with_parent,
+        )
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:
