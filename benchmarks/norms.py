@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from inference import median_with_interval, peak_memory
+from timing import make_clock, median_with_interval, peak_memory, take_turns
 from torch import nn
-from training import take_turns
 from transformers import HfArgumentParser
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, use_kernels
@@ -68,6 +67,9 @@ class Arguments:
         metadata={"help": "Further norms, NAME=MODULE:CLASS, made of a number of channels and called with tokens."},
     )
     kernels: str = field(default="auto", metadata={"help": "auto, all or none, see use_kernels."})
+    compiler: str | None = field(
+        default=None, metadata={"help": "Backend of torch.compile for the norms, such as inductor; not for LayerNorm."}
+    )
     channels: list[int] = field(default_factory=lambda: [768, 1024], metadata={"help": "Channels."})
     tokens: list[int] = field(default_factory=lambda: [4096, 16384], metadata={"help": "Tokens, pads among them."})
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata={"help": "Of the tokens."})
@@ -83,29 +85,20 @@ class Arguments:
     )
 
 
-def make_step(name, channels, tokens, dtype, args):
+def make_step(name, channels, tokens, dtype, args, compiler=None):
     """A function that runs a norm forward, and backward if asked for."""
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
-    if name in NORMS:
-        make = NORMS[name]
-    else:
-        make = PEERS.get(name, nn.LayerNorm)
-        for peer in args.peers:
-            label, _, home = peer.partition("=")
-            if label == name:
-                module, _, attribute = home.partition(":")
-                make = getattr(importlib.import_module(module), attribute)
-    norm = make(channels).to(args.device, dtype).train()
+    norm = make_norm(name, channels, args.peers).to(args.device, dtype).train()
     x = torch.randn(ROWS, tokens // ROWS, channels, device=args.device, dtype=dtype)
     upstream = torch.randn_like(x)
     lengths = torch.linspace(0.5, 1.0, ROWS, device=args.device)[:, None] * x.shape[1]
     masks = [torch.arange(x.shape[1], device=args.device) < lengths] if name in NORMS else []
 
+    run = make_run(norm, masks, compiler)
+
     def step():
-        tokens = x.detach().requires_grad_(not args.forward_only)
-        y = norm(tokens, *masks)
-        penalty = [norm.penalty()] if isinstance(norm, RegularizedBatchNorm) else []
+        y, *penalty = run(x.detach().requires_grad_(not args.forward_only))
         if not args.forward_only:
             torch.autograd.backward([y, *penalty], [upstream, *map(torch.ones_like, penalty)])
         norm.zero_grad()
@@ -113,16 +106,36 @@ def make_step(name, channels, tokens, dtype, args):
     return step
 
 
+def make_run(norm, masks, compiler=None):
+    """A function of tokens that returns what has a gradient: the output, and the penalty of RBN."""
+
+    def run(tokens):
+        y = norm(tokens, *masks)
+        return [y, norm.penalty()] if isinstance(norm, RegularizedBatchNorm) else [y]
+
+    return torch.compile(run, backend=compiler) if compiler else run
+
+
+def make_norm(name, channels, peers=()):
+    """One of [`NORMS`], of [`PEERS`], of `peers`, or else LayerNorm."""
+    for peer in peers:
+        label, _, home = peer.partition("=")
+        if label == name:
+            module, _, attribute = home.partition(":")
+            return getattr(importlib.import_module(module), attribute)(channels)
+    return {**NORMS, **PEERS}.get(name, nn.LayerNorm)(channels)
+
+
 def measure(name, case, args):
     """Seconds of a norm and of LayerNorm, each of shape `(pairs,)`."""
-    ours, layer_norm = (make_step(kind, *case, args) for kind in (name, "nn.LayerNorm"))
-    return take_turns(ours, layer_norm, args, f"{name} {case}")
+    ours, layer_norm = make_step(name, *case, args, args.compiler), make_step("nn.LayerNorm", *case, args)
+    return take_turns(ours, layer_norm, args.pairs, make_clock(args.device), f"{name} {case}")
 
 
 def run_steps(name, case, args):
     """The first steps of a norm."""
     use_kernels(args.kernels)
-    step = make_step(name, *case, args)
+    step = make_step(name, *case, args, args.compiler)
     for _ in range(3):
         step()
 

@@ -12,20 +12,19 @@ times within a pair: its median, and the 95 % interval of that.
 
 import json
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from inference import median_with_interval
+from timing import HostClock, median_with_interval, take_turns
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import trange
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
+from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.results import describe_environment
-from hf_normswap.statistics import last_discrepancy, statistic_norms
+from hf_normswap.statistics import statistic_norms, sum_discrepancies
 
 
 VOCABULARY = 30522
@@ -60,6 +59,13 @@ def make_model(args):
     return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, hidden_size=width, **sizes))
 
 
+def make_batch(args):
+    """Random tokens, a quarter of them padding."""
+    ids = torch.randint(VOCABULARY, (args.batch_size, args.length), device=args.device)
+    mask = (torch.arange(args.length) < torch.linspace(args.length / 2, args.length, args.batch_size)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask.to(args.device), "labels": ids}
+
+
 def make_step(norm, args):
     """A function that trains for one step; with `logs` it takes the TID and the penalty as the trainer does."""
     torch.manual_seed(0)
@@ -67,7 +73,7 @@ def make_step(norm, args):
     if norm != "layernorm":
         swap_norm(model, norm, where="all")
     if args.checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     model = model.to(args.device).train()
     defer_norm_statistics(model)
     norms = statistic_norms(model)
@@ -75,17 +81,17 @@ def make_step(norm, args):
     if torch.distributed.is_initialized():
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(VOCABULARY, (args.batch_size, args.length), device=args.device)
-    mask = (torch.arange(args.length) < torch.linspace(args.length / 2, args.length, args.batch_size)[:, None]).long()
-    batch = {"input_ids": ids, "attention_mask": mask.to(args.device), "labels": ids}
+    batch = make_batch(args)
     totals = [0, 0]
 
     def step(logs=True, synchronized=True):
         synchronize_norms(model, synchronized=synchronized)
         loss = parallel(**batch).loss
         if logs and norms:
-            totals[0] = totals[0] + last_discrepancy(norms)
+            totals[0] = totals[0] + sum_discrepancies(norms)[0]
         penalty = norm_penalty(model)
+        for norm in norms:
+            norm.forget_statistics()
         if logs:
             totals[1] = totals[1] + penalty.detach()
         (loss + penalty).backward()
@@ -104,29 +110,7 @@ def measure(args):
         "synchronization": (swapped, lambda: swapped(synchronized=False)),
         "layernorm": (swapped, make_step("layernorm", args) if args.compare == "layernorm" else None),
     }[args.compare]
-    return take_turns(first, second, args)
-
-
-def take_turns(first, second, args, description="Pairs"):
-    """Seconds of two kinds of steps that take turns, ABBA, each of shape `(pairs,)`."""
-    seconds = ([], [])
-    for _ in range(3):
-        first(), second()
-    for index in trange(args.pairs, desc=description):
-        for which in (0, 1) if index % 2 else (1, 0):
-            wait(args)
-            start = time.perf_counter()
-            (first, second)[which]()
-            wait(args)
-            seconds[which].append(time.perf_counter() - start)
-    return [torch.tensor(values, dtype=torch.float64) for values in seconds]
-
-
-def wait(args):
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    return take_turns(first, second, args.pairs, HostClock(args.device))
 
 
 def main(argv=None):

@@ -34,8 +34,8 @@ def set_norm_placement(model: PreTrainedModel, placement: str, *, drop_final: bo
         The same model.
 
     Raises:
-        ValueError: when the placement is unknown, a trained final norm would be lost, or the model is wrapped, folded
-            or of another family. Nothing was changed then.
+        ValueError: when the placement is unknown, a trained final norm would be lost, or the model is wrapped,
+            offloaded, folded or of another family. Nothing was changed then.
 
     Example:
 
@@ -89,4 +89,6 @@ def _without(record: dict, paths: set[str]) -> dict:
 
 def _is_fresh(site: NormSite) -> bool:
     norm = site.module
+    if norm.weight.is_meta:  # nothing is lost: weights come later
+        return True
     return bool((norm.weight == 1).all()) and (norm.bias is None or not norm.bias.any())

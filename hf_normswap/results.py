@@ -14,6 +14,7 @@ A result is a plain dictionary:
 | `arguments`, `history`, `versions`, `hardware`, `command` | *optional*, how the run went and how to repeat it |
 """
 
+import contextlib
 import json
 import math
 import os
@@ -132,7 +133,9 @@ def describe_environment() -> dict[str, Any]:
     from hf_normswap import __version__
 
     versions = {"python": platform.python_version(), "hf_normswap": __version__}
-    versions |= {library: metadata.version(library) for library in _LIBRARIES}
+    for library in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # training needs neither datasets nor evaluate
+            versions[library] = metadata.version(library)
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .model_checks import check_whole, refuse_computed, refuse_folded
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
@@ -90,6 +91,7 @@ def swap_norm(
         defaults |= norm_class.calibrated_options
     options = {**defaults, **config.options}
     config = NormSwapConfig(config.norm, **options)
+    refuse_computed({site.name: site.module for site in sites})
     norms = {site.name: new_norm(site.module, config) for site in sites}
     check_chunks(model, norms)
     for module in model.modules():
@@ -136,7 +138,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: when no norm of the model is swapped.
     """
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     refuse_folded(model)
@@ -145,6 +147,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
         )
+    refuse_computed({site.name: site.module for site in norms})
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}
@@ -157,7 +160,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 def check_model(model) -> None:
     """Raises `ValueError` for a model whose norms cannot be changed."""
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if isinstance(model, NormSwapMixin):
         refuse_folded(model)
     else:
@@ -167,31 +170,6 @@ def check_model(model) -> None:
             f"{type(model).__name__} derives from no model class of its family: derive it from one, such as the base "
             "class of transformers' models of this family."
         )
-
-
-def refuse_training(model) -> None:
-    """Raises `ValueError` for a model that is in training mode, wholly or in part."""
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
-
-
-def refuse_folded(model) -> None:
-    """Raises `ValueError` for a model whose norms are folded away."""
-    if "folded" in (getattr(model.config, "norm_swap", None) or {}):
-        raise ValueError("The norms of this model are folded away: load it from before that.")
-
-
-def refuse_wrapped(model) -> None:
-    """Raises `ValueError` for what is no bare model of transformers."""
-    if not isinstance(model, PreTrainedModel):
-        if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-            raise ValueError(
-                f"The model is wrapped in {type(model).__name__}: swap or restore its norms before wrapping or "
-                "compiling it."
-            )
-        raise ValueError(f"Norms are those of a model of transformers, not of a {type(model).__name__}: pass one.")
-    if type(model).__name__.startswith("FSDP"):
-        raise ValueError("The model is sharded by FSDP: swap or restore its norms before sharding it.")
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:

@@ -61,7 +61,8 @@ def train(model, data, collator, args, accelerator):
     defer_norm_statistics(model)  # running statistics stay as they are within a step
     for site in find_norms(model):
         if isinstance(site.module, PowerNorm):
-            site.module.warmup_steps = round(args.norm_warmup_ratio * args.max_steps)
+            done = site.module.num_batches_tracked.item()  # updates of earlier trainings, and of a calibration
+            site.module.warmup_steps = done + round(args.norm_warmup_ratio * args.max_steps)
     losses, parts = [], []
     progress = tqdm(total=args.max_steps, desc="Training", disable=not accelerator.is_main_process)
     while len(losses) < args.max_steps:

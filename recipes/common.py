@@ -21,6 +21,7 @@ from hf_normswap.results import compare_results, describe_environment, write_res
 
 PLACEMENTS = ("post", "pre")
 FROM_SCRATCH = ("bert", "gpt2", "roberta")
+LOADED = ("model_name_or_path", "dataset_name")  # options that take an id on the Hub or a folder
 
 
 @dataclass
@@ -134,8 +135,29 @@ def parse_arguments(groups, argv=None):
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         close = difflib.get_close_matches(name, names, n=1)
         raise ValueError(f"There is no option {name!r}" + (f": did you mean {close[0]!r}?" if close else "."))
+    for group in parsed:
+        for name in LOADED:
+            if isinstance(value := getattr(group, name, None), str):
+                setattr(group, name, explicit_folder(value))
     given = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
     return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in given}
+
+
+def explicit_folder(name):
+    """
+    `name`, with a leading `./` where it is a folder. A relative path without it has the form of an id on the Hub,
+    which anyone may register, and the cards of the results must not name one.
+    """
+    is_relative = not name.startswith((".", "~")) and not os.path.isabs(name)
+    return f"./{name}" if is_relative and os.path.isdir(name) else name
+
+
+def _with_explicit_folders(argv):
+    """A command line with its folders as `explicit_folder` writes them."""
+    for before, word in zip(["", *argv], argv):
+        start = word[: word.index("=") + 1] if word.startswith("--") and "=" in word else ""
+        option = (start or before).strip("-=").replace("-", "_")
+        yield start + explicit_folder(word[len(start) :]) if option in LOADED else word
 
 
 def _read_yaml(path):
@@ -276,6 +298,6 @@ def describe_run(model, model_name, seed, processes):
         "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
         "norm_swap": norm_swap,
         "seed": seed,
-        "command": f"{launcher} {shlex.join(sys.argv)}",
+        "command": f"{launcher} {shlex.join(_with_explicit_folders(sys.argv))}",
         **describe_environment(),
     }

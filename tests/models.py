@@ -7,6 +7,13 @@ import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, MarianConfig, PreTrainedModel, RobertaConfig
 
+from hf_normswap.modeling.recompute import CHECKPOINTING
+
+
+if CHECKPOINTING == "gradient_checkpointing":  # for tests that know the newer name alone
+    PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+    PreTrainedModel.activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
+    PreTrainedModel.is_activation_checkpointing = PreTrainedModel.is_gradient_checkpointing
 
 FAMILIES = ("bert", "roberta", "marian", "gpt2")
 VOCABULARY, LABELS, CHOICES = 40, 3, 2

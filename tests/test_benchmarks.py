@@ -4,7 +4,9 @@ import argparse
 import json
 import math
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
 
+from hf_normswap import use_kernels
 from tests.distributed.launch import TORCHRUN
 from tests.distributed.launch import run as run_command
 from tests.test_cli import TEXTS, save_stock
@@ -22,9 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Pytho
 
 import conversion  # noqa: E402
 import finetuning  # noqa: E402
+import gpu  # noqa: E402
+import gpu_phases  # noqa: E402
 import inference  # noqa: E402
 import norms  # noqa: E402
 import render_speed  # noqa: E402
+import timing  # noqa: E402
 import training  # noqa: E402
 
 
@@ -170,12 +176,12 @@ def test_correct_predictions_of_a_saved_model(tmp_path):
 @pytest.mark.slow
 def test_inference_without_norms(tmp_path, capsys):
     path = tmp_path / "inference.json"
-    sizes = "--hidden_size 64 --layers 1 --batch_sizes 2 --length 4 --rounds 3 --compiled false"
+    sizes = "--hidden_size 64 --layers 1 --batch_sizes 2 --length 4 --rounds 3 --ways eager"
     inference.main([*sizes.split(), "--output_file", str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["task"], row["variant"]) for row in rows] == [
-        (task, variant) for task in ("encode", "decode") for variant in ("layernorm eager", "folded eager")
-    ]
+    kinds = [("encode", "layernorm"), ("encode", "folded")]
+    kinds += [("decode", "layernorm"), ("decode", "folded"), ("decode", "rmsnorm")]
+    assert [(row["task"], row["variant"]) for row in rows] == [(task, f"{kind} eager") for task, kind in kinds]
     for row in rows:
         assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
         assert row["peak_bytes"] > 2**20
@@ -231,9 +237,184 @@ def test_norms_against_layer_norm(tmp_path, capsys):
 
 def test_memory_is_that_of_the_process_which_runs(tmp_path):
     held = torch.ones(2**27)  # half a GiB
-    base = inference.peak_memory("cpu", torch.ones, 8)
-    assert inference.peak_memory("cpu", torch.ones, 2**26) - base == pytest.approx(2**28, rel=0.1)
+    base = timing.peak_memory("cpu", torch.ones, 8)
+    assert timing.peak_memory("cpu", torch.ones, 2**26) - base == pytest.approx(2**28, rel=0.1)
     assert base < held.nbytes * 2
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_all_that_a_gpu_has_to_show(tmp_path):
+    """In processes of their own, as on a device: each phase leaves a file, which is shown."""
+    words = random.Random(0).choices(WORDS, k=8 * 400)
+    text = tmp_path / "words.txt"
+    text.write_text(
+        "\n".join(" ".join(words[start : start + 8]) for start in range(0, len(words), 8)), encoding="utf-8"
+    )
+    options = ["--device", "cpu", "--quick", "--output", tmp_path / "output", "--text", text]
+    printed = run_command(sys.executable, "benchmarks/gpu.py", *options, "--phases", *gpu.BUDGETS)
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "output").iterdir()}
+    assert set(records) == set(gpu.BUDGETS) == set(render_speed.GPU_TABLES)
+    for phase, record in records.items():
+        assert (record["device"], record["quick"], record["ended"]) == ("cpu", True, "done"), phase
+        assert record["rows"]
+        assert not [row["error"] for row in record["rows"] if isinstance(row.get("error"), str)]
+        assert f"## {phase} (cpu, dry run" in printed
+        assert "| --- |" in render_speed.table_of_gpu(phase, record)
+        assert {"versions", "hardware"} < set(record)
+    assert all(row["correct"] for row in records["correctness"]["rows"] if "errors" in row)
+    (tests,) = (row for row in records["correctness"]["rows"] if row["norm"] == "tests/gpu")
+    assert (tests["exit_code"], tests["failed"]) == (0, 0)
+    assert tests["passed"] + tests["skipped"] > 50
+    assert {row["path"] for row in records["norms"]["rows"]} == {"kernels", "pytorch", "compile", None}
+    assert {(row["norm"], row["compiled"]) for row in records["steps"]["rows"]} > {("rbn", True), ("powernorm", False)}
+    assert {(row["task"], row["kind"]) for row in records["inference"]["rows"]} > {("decode", "rmsnorm")}
+    assert {row["launch"] for row in records["launch"]["rows"]} > {"plain", "resume", "one process of torchrun"}
+    assert all(row["equal"] for row in records["launch"]["rows"])
+    assert {row["norm"] for row in records["train"]["rows"]} == {"layernorm", "powernorm", "rbn"}
+    assert all(row["validation_loss"] < math.log(len(WORDS)) + 1 for row in records["train"]["rows"])
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A copy of `gpu.py` whose phases take no time, and whose norms break the device once."""
+    (tmp_path / "gpu.py").write_text(Path(gpu.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "render_speed.py").write_text("def render_folder(folder):\n    return 'rendered'\n")
+    (tmp_path / "gpu_phases.py").write_text("""
+import json, os, sys, time
+from gpu import write_json
+options = json.loads(sys.argv[1])
+path = options["path"]
+record = json.load(open(path)) if os.path.exists(path) else {"rows": []}
+for row in range(len(record["rows"]), 20):
+    write_json(path, {**record, "running": {"row": row}, "ended": None})
+    if options["phase"] == "norms" and row == 3:
+        os.abort()
+    if options["phase"] == "inference" and row == 4:
+        time.sleep(60)
+    record["rows"].append({"row": row, "filler": "x" * 10000})
+    time.sleep(0.002)
+write_json(path, {**{k: v for k, v in record.items() if k != "running"}, "ended": "done"})
+""")
+    return [sys.executable, str(tmp_path / "gpu.py"), "--output", str(tmp_path / "output"), "--quick"]
+
+
+def read_records(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("last", ["facts", "correctness", "norms", "steps"])
+def test_a_kill_leaves_the_files_of_the_phases_before(last, stand_in, tmp_path):
+    process = subprocess.Popen(stand_in, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    phases = list(gpu.BUDGETS)
+    following = tmp_path / "output" / f"{phases[phases.index(last) + 1]}.json"
+    deadline = time.monotonic() + 30
+    while not following.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    records = read_records(tmp_path / "output")  # and each of them is whole JSON
+    assert set(records) == set(phases[: phases.index(last) + 2])
+    for phase in phases[: phases.index(last) + 1]:
+        assert records[phase]["ended"] == "done"
+        assert [row["row"] for row in records[phase]["rows"]] == list(range(20))
+
+
+def test_a_phase_goes_on_behind_a_broken_device_and_ends_with_its_budget(stand_in, tmp_path):
+    script = Path(stand_in[1])
+    small = 'BUDGETS["inference"], GRACE = 0.4, 1\nif __name__'
+    script.write_text(script.read_text().replace("if __name__", small))
+    done = subprocess.run(stand_in, capture_output=True, text=True, check=True)
+    assert "rendered" in done.stdout
+    records = read_records(tmp_path / "output")
+    norms = records["norms"]
+    assert norms["ended"] == "done"
+    assert len(norms["rows"]) == 20
+    assert {**norms["rows"][3], "error": norms["rows"][3]["error"].partition(" with")[0]} == {
+        "row": 3,
+        "error": "the process died",
+    }
+    assert records["inference"]["ended"].startswith("killed after")
+    assert len(records["inference"]["rows"]) == 5
+    assert "killed" in records["inference"]["rows"][4]["error"]
+    assert records["launch"]["ended"] == "done"
+    before = (tmp_path / "output" / "steps.json").read_bytes()
+    subprocess.run([*stand_in, "--phases", "steps"], capture_output=True, check=True)
+    assert (tmp_path / "output" / "steps.json").read_bytes() == before
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    measured = []
+
+    def phase(args):
+        for index in range(4):
+            yield {"case": index}, lambda index=index: measured.append(index) or {"value": 1 / (index - 1)}
+
+    def measure(seconds):
+        options = {"phase": "facts", "path": str(tmp_path / "facts.json"), "device": "cpu", "quick": True}
+        gpu_phases.main(json.dumps({**options, "seconds": seconds}))
+        return json.loads((tmp_path / "facts.json").read_text())
+
+    monkeypatch.setitem(gpu_phases.PHASES, "facts", phase)
+    assert measure(-1)["ended"] == "the budget is used up"
+    assert measured == []
+    record = measure(60)
+    assert [row.get("value") for row in record["rows"]] == [-1, None, 1, 0.5]
+    assert record["rows"][1]["error"] == "ZeroDivisionError: division by zero"
+    assert record["ended"] == "done"
+    assert "running" not in record
+    assert measure(60)["rows"] == record["rows"]
+    assert measured == [0, 1, 2, 3]
+
+
+def test_a_dry_run_is_never_shown_as_hardware(tmp_path, monkeypatch):
+    monkeypatch.setattr(render_speed, "GPU", tmp_path)
+    page = "<!-- table gpu_facts -->\n<!-- end -->"
+    assert "Not measured." in render_speed.render(page)
+    row = {"fact": "device", "bandwidth": 4.3e12, "name": "NVIDIA H200", "took": 1.0}
+    for device, quick, is_shown in (("cuda", False, True), ("cuda", True, False), ("cpu", False, False)):
+        gpu.write_json(tmp_path / "facts.json", {"device": device, "quick": quick, "rows": [row]})
+        if is_shown:
+            assert "| copy, read and written | 4.300 TB/s |" in render_speed.render(page)
+        else:
+            with pytest.raises(ValueError, match="dry run"):
+                render_speed.render(page)
+
+
+def test_the_splits_of_a_text(tmp_path):
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_text("".join(f"{path.name} {index}\n\n" for index in range(40)), encoding="utf-8")
+    train, validation, test = gpu_phases.read_words(paths[:1])
+    assert (len(train), len(validation), len(test)) == (36, 2, 2)
+    assert [*train, *validation, *test] == [f"a {index}" for index in range(40)]
+    assert [lines[0] for lines in gpu_phases.read_words(paths)] == ["a 0", "b 0", "c 0"]
+
+
+def test_the_error_of_a_norm_is_found():
+    """One that is as good as LayerNorm, and one that is off by a thousandth."""
+    args = argparse.Namespace(device="cpu", compiler="aot_eager", quick=True)
+    found = gpu_phases.compare_with_float64("batchnorm", "pytorch", "float32", (4, 16, 64), args)
+    assert found["correct"]
+    assert 0 < found["errors"]["y"] < 1e-6
+    make_run = norms.make_run
+
+    def make_wrong(norm, masks, compiler=None):
+        run = make_run(norm, masks, compiler)
+        is_right = norm.weight.dtype == torch.float64 or isinstance(norm, torch.nn.LayerNorm)
+        return run if is_right else lambda x: [y * 1.001 for y in run(x)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "make_run", make_wrong)
+        found = gpu_phases.compare_with_float64("batchnorm", "pytorch", "float32", (4, 16, 64), args)
+    assert not found["correct"]
+    assert found["errors"]["y"] == pytest.approx(1e-3, rel=0.01)
+    use_kernels("auto")
+
+
+@pytest.mark.parametrize("page", render_speed.PAGES, ids=lambda page: page.stem)
+def test_pages_show_the_figures(page):
+    text = page.read_text(encoding="utf-8")
+    assert render_speed.render(text) == text
 
 
 def test_the_page_on_speed_shows_the_figures(tmp_path):

@@ -50,7 +50,7 @@ RESULTS = [run("powernorm", 0, 0.61), run("powernorm", 1, 0.65), run("layernorm"
 
 
 def render(results=RESULTS, **options):
-    return render_card(results, **{"norm": "powernorm", "model_id": "someone/bert-rte", **options})
+    return render_card(results, **{"norm": "powernorm", "repo_id": "someone/bert-rte", **options})
 
 
 def numbers_of(text):
@@ -123,7 +123,9 @@ def test_the_snippet_loads_the_model(tmp_path, monkeypatch):
     assert isinstance(model, BertForSequenceClassification)
     model.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    snippet = re.search(r"```python\n(.*?)```", render(model_id="model").text, re.DOTALL).group(1)
+    card = render(repo_id=None, folder="model").text
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    snippet = snippet.replace("<your-namespace>/model", "./model")  # as the card says
     names = {}
     exec("\n".join(line for line in snippet.splitlines() if not line.startswith("tokenizer")), names)
     inputs = torch.tensor([[5, 6, 7]])

@@ -46,6 +46,37 @@ print(type(config).__name__, "transformers.models.gpt2.modeling_gpt2" in sys.mod
     assert config == "NormSwapBertConfig False"
 
 
+def test_training_needs_no_library_of_data_or_metrics(tmp_path):
+    script = """
+import sys
+
+sys.modules |= dict.fromkeys(("datasets", "evaluate", "seqeval"))  # an import of them fails
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import hf_normswap
+from hf_normswap.results import describe_environment
+
+for name in hf_normswap.__all__:
+    getattr(hf_normswap, name)
+describe_environment()
+sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+model = BertForSequenceClassification(BertConfig(**sizes)).eval()
+rows = [{"input_ids": torch.arange(6), "labels": 0}, {"input_ids": torch.arange(6) + 2, "labels": 1}]
+batches = [{"input_ids": torch.stack([row["input_ids"] for row in rows])}]
+hf_normswap.swap_norm(model, "rbn", where="all", calibrate_on=batches)
+args = hf_normswap.NormSwapTrainingArguments("output", max_steps=2, use_cpu=True, report_to="none", logging_steps=1)
+trainer = hf_normswap.NormSwapTrainer(model, args, train_dataset=rows)
+trainer.train()
+print(trainer.state.global_step, hf_normswap.measure_tid(model, batches))
+hf_normswap.fold_norms(model.eval())
+gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval()
+hf_normswap.convert_to_rmsnorm(gpt2, untie=True)
+"""
+    assert "\n2 " in run_fresh(script, tmp_path).stdout
+
+
 @pytest.mark.slow
 def test_the_import_takes_as_long_as_that_of_transformers():
     """Whole processes, in turns, so that a busy machine slows both."""

@@ -17,6 +17,7 @@ from hf_normswap import (
     swap_norm,
 )
 from hf_normswap.modeling import swapped
+from hf_normswap.modeling.recompute import CHECKPOINTING
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
@@ -182,7 +183,7 @@ def test_checkpointing_and_accumulation_on_copies(tmp_path):
         return statistics(model)
 
     whole = run("whole")
-    checkpointed = run("checkpointed", activation_checkpointing=True)
+    checkpointed = run("checkpointed", **{CHECKPOINTING: True})
     assert whole.keys() == checkpointed.keys()
     for name, value in whole.items():
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """Faster paths for the passes of norms (see `hf_normswap/modeling/passes.py`), one for each kind of device.
 
-On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for. Where a path
-does not work (no compiler, no Triton), PyTorch takes its place.
+On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for, and by
+default where [`FASTEST`] says so. Where a path does not work (no compiler, no Triton), PyTorch takes its place.
 """
 
 import functools
@@ -18,6 +18,10 @@ from .ops import OpPasses
 
 logger = logging.get_logger(__name__)
 
+# The norms and dtypes for which the kernels of a device are the default there. The rule: in committed figures of
+# hardware (benchmarks/results/gpu) the kernels are correct, and faster than PyTorch in the forward, and in forward and
+# backward together, at every size. `choose_paths` in benchmarks/render_speed.py derives the table; a test compares.
+FASTEST: dict[tuple[str, torch.dtype], str] = {}
 CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}
 _HOMES = {"cpu": ("cpu", "CpuPasses"), "cuda": ("triton", "TritonPasses")}
 _IN_PYTORCH = {"cpu": SlabPasses}
@@ -30,8 +34,8 @@ def use_kernels(kernels: str) -> None:
 
     Args:
         kernels (`str`):
-            `"auto"`: by compiled code on CPUs, in PyTorch elsewhere; `"all"`: by Triton on CUDA too; `"none"`: in
-            PyTorch.
+            `"auto"`: by compiled code on CPUs, by Triton on CUDA for the norms and dtypes that measurements have shown
+            it to be faster for (none so far), in PyTorch elsewhere; `"all"`: by Triton on CUDA; `"none"`: in PyTorch.
 
     Raises:
         ValueError: when it is none of these.
@@ -52,11 +56,15 @@ def use_kernels(kernels: str) -> None:
     PATHS.clear()
     for device in _HOMES:
         PATHS[device] = functools.partial(_find, device if device in COMPILED else None, _IN_PYTORCH.get(device))
+    if kernels == "auto":
+        for (norm, _), device in FASTEST.items():
+            dtypes = [dtype for name, dtype in FASTEST if name == norm]
+            PATHS[device, norm] = functools.partial(_find, device, None, dtypes=dtypes)
 
 
-def _find(device: str | None, otherwise: type | None, x: torch.Tensor) -> type | None:
+def _find(device: str | None, otherwise: type | None, x: torch.Tensor, dtypes: list | None = None) -> type | None:
     passes = device and _load(device)
-    return passes if passes and x.dtype in passes.dtypes else otherwise
+    return passes if passes and x.dtype in (dtypes or passes.dtypes) else otherwise
 
 
 @functools.cache

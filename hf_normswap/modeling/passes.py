@@ -35,7 +35,9 @@ class TorchPasses:
         """`y = scale (z − center) + shift` in the dtype of `x`, and the sum of z² over real tokens if wanted."""
         z, _ = scale_groups(_values(x, mask), groups, eps)
         y = torch.addcmul(shift, z if center is None else z - center, scale)
-        return y.to(x.dtype), sum_tokens(z.square(), mask) if wants_squares else None
+        if y.dtype != x.dtype:  # else y.to() is y, and the gradient that torch 2.11 compiles is zero (pytorch #180642)
+            y = y.to(x.dtype)
+        return y, sum_tokens(z.square(), mask) if wants_squares else None
 
     @staticmethod
     def sums(g, x, mask, center, groups, eps) -> torch.Tensor:

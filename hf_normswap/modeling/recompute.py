@@ -8,8 +8,17 @@ import functools
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 from .token_mask import SCOPE
+
+
+# What transformers calls it: 5.17 still by the older name.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 
 def tape_checkpoint(function: Callable, refuse_compile: bool = True) -> Callable:
@@ -66,8 +75,8 @@ def replay_or_record(make: Callable):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "A norm is being recomputed inside backward without a record of its first run: enable checkpointing "
-                "with model.activation_checkpointing_enable() (TrainingArguments(gradient_checkpointing=True)) on the "
-                "swapped model, not through FSDP or checkpoint_wrapper."
+                f"with model.{CHECKPOINTING}_enable() (TrainingArguments({CHECKPOINTING}=True)) on the swapped model, "
+                "not through FSDP or checkpoint_wrapper."
             )
         return make(), True
     mode, items = SCOPE.tape

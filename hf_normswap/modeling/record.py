@@ -154,7 +154,8 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
     norms = {}
     for entry in record.get("norms", []):
         config = NormSwapConfig(entry["norm"], **recorded_options(entry))
-        norms |= {site.name: new_norm(site.module, config) for site in _find_recorded(model, entry["modules"])}
+        sites = _find_recorded(model, entry["modules"])
+        norms |= {site.name: new_norm(site.module, config, on_default_device=True) for site in sites}
     return norms
 
 

@@ -40,13 +40,13 @@ class _RescaleTokens(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask)
         ctx.eps = eps
         scale, shift = promote(weight), promote(torch.zeros_like(weight) if bias is None else bias)
-        return passes_for(x, weight).forward(x, mask, None, scale, shift, 1, eps, False)[0]
+        return passes_for(x, weight, norm=RMSNorm.norm_name).forward(x, mask, None, scale, shift, 1, eps, False)[0]
 
     @staticmethod
     def backward(ctx, g):
         x, weight, mask = ctx.saved_tensors
         g, scale = g.to(x.dtype), promote(weight)
-        passes, none = passes_for(x, g, weight), torch.zeros_like(scale)
+        passes, none = passes_for(x, g, weight, norm=RMSNorm.norm_name), torch.zeros_like(scale)
         dx, sums = passes.backward(g, x, mask, None, scale, none, None, scale, 1, ctx.eps, True)
         of_weight, of_bias = (value.to(weight.dtype) for value in gradients_of_affine(sums, 1))
         return dx, of_weight, of_bias if ctx.needs_input_grad[2] else None, None, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration import family_of, placement_of
+from .configuration import NormSwapConfigMixin, family_of, placement_of
 from .norm import Norm
 
 
@@ -136,7 +136,7 @@ def find_norms(model: nn.Module) -> NormSites:
         `NormSites`: a list of [`NormSite`] in the order of the modules; print it for a table.
 
     Raises:
-        ValueError: when the model is of another family, or wrapped.
+        ValueError: when the model is of another family, wrapped, or loaded with another copy of this code.
 
     Example:
 
@@ -150,6 +150,7 @@ def find_norms(model: nn.Module) -> NormSites:
     ```
     """
     family = _family_in_table(model)
+    refuse_other_copy(model)
     placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
@@ -190,6 +191,29 @@ def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 idle.update(() if other is used else other.modules())
 
 
+def refuse_other_copy(model: nn.Module) -> None:
+    """Raises `ValueError` where `model` has classes of another copy of this code, such as that beside its weights.
+
+    No function would know the norms for what they are, and all would take the model for one without them.
+    """
+    for module in model.modules():
+        kind, config = type(module), getattr(module, "config", None)
+        is_norm = hasattr(kind, "norm_name") and not isinstance(module, Norm)
+        is_ours = str(getattr(config, "model_type", "")).startswith("normswap_")
+        if is_norm or (is_ours and not isinstance(config, NormSwapConfigMixin)):
+            source = (kind if is_norm else type(config)).__module__.rpartition(".")[0]
+            raise ValueError(
+                f"The model was made by another copy of this code ({source}): import hf_normswap first, and load the "
+                "model again."
+            )
+
+
+def wrapped_attribute(model: nn.Module) -> str | None:
+    """Name of the one module that a wrapper such as DistributedDataParallel or `torch.compile` is around."""
+    names = ("_orig_mod", "module")
+    return next((name for name in names if isinstance(getattr(model, name, None), nn.Module)), None)
+
+
 def is_site(model: nn.Module, path: str) -> bool:
     """Whether some model of the family of `model` can have a norm at `path`."""
     return any(pattern.fullmatch(path) for _, pattern in _patterns(_family_in_table(model)))
@@ -200,8 +224,9 @@ def _family_in_table(model: nn.Module) -> str:
     config = model.config if isinstance(model, PreTrainedModel) else None
     family = family_of(getattr(config, "model_type", "") or "")
     if family not in _SITES:
-        kind = f"a {family} model" if family else type(model).__name__
-        raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass a model of these families.")
+        kind, attribute = f"a {family} model" if family else type(model).__name__, wrapped_attribute(model)
+        cure = f"its .{attribute}" if attribute and not family else "a model of these families"
+        raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass {cure}.")
     return family
 
 

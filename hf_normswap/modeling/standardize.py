@@ -24,7 +24,7 @@ class BatchStandardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask, norm, running):  # with setup_context a tenth of a millisecond more
-        passes = passes_for(x, weight, norm.pending)
+        passes = passes_for(x, weight, norm.pending, norm=norm.norm_name)
         tracks = running is None
         running = norm.copy_running() if tracks else running
         y, moments = passes.standardize(x, weight, bias, mask, norm.eps, norm.centered, norm.process_group)
@@ -34,7 +34,7 @@ class BatchStandardize(torch.autograd.Function):
         if tracks:
             norm.track(moments)
         # Not the norm, which holds the penalty, and so this graph.
-        ctx.options = norm.eps, norm.centered, norm.process_group
+        ctx.norm_name, ctx.options = norm.norm_name, (norm.eps, norm.centered, norm.process_group)
         ctx.regularizer = running, norm.regularization
         ctx.set_materialize_grads(False)
         # The output, and nothing computed from it: a second derivative sees that it depends on x.
@@ -51,7 +51,7 @@ class BatchStandardize(torch.autograd.Function):
                 of_penalty = differentiate_penalty(Moments(packed), *running.values(), *regularization)
             of_penalty = of_value * of_penalty
             of_moments = of_penalty if of_moments is None else of_moments + of_penalty
-        dx, of_weight, of_bias = passes_for(x, g, weight).standardize_backward(
+        dx, of_weight, of_bias = passes_for(x, g, weight, norm=ctx.norm_name).standardize_backward(
             g, x, weight, mask, Moments(packed), of_moments, *ctx.options
         )
         of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None

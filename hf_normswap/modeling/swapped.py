@@ -17,7 +17,7 @@ from .configuration import CONFIGS, family_of
 from .norm import BatchStatisticNorm, Norm
 from .placement import place_blocks
 from .rbn import RegularizedBatchNorm
-from .recompute import tape_checkpoint
+from .recompute import CHECKPOINTING, tape_checkpoint
 from .record import check_record, fold_as_recorded, norms_of_record, read_record
 from .replace import place_norms
 from .sites import find_norms
@@ -260,7 +260,7 @@ def check_checkpointing(function, norms) -> None:
     if reentrant and any(isinstance(norm, RegularizedBatchNorm) for norm in norms):
         raise ValueError(
             "The RBN penalty has no gradient through reentrant checkpointing: pass "
-            "activation_checkpointing_kwargs={'use_reentrant': False}."
+            f"{CHECKPOINTING}_kwargs={{'use_reentrant': False}}."
         )
 
 

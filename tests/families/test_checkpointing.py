@@ -20,6 +20,7 @@ from hf_normswap import (
     tape_checkpoint,
 )
 from hf_normswap.modeling import recompute
+from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.modeling.token_mask import SCOPE
 from tests.models import FAMILIES, tiny_batch, tiny_model
 
@@ -214,7 +215,7 @@ def test_a_recompute_that_nobody_announced_is_refused(cls, use_reentrant):
     norm = cls(4)
     x = torch.randn(2, 3, 4, requires_grad=True)
     y = checkpoint(norm, x, use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="activation_checkpointing_enable") as error:
+    with pytest.raises(RuntimeError, match=f"{CHECKPOINTING}_enable") as error:
         y.sum().backward()
     assert is_one_sentence(error)
 

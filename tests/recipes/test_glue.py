@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 
 import glue
 from hf_normswap import find_norms
+from hf_normswap.card import render_card
 from hf_normswap.results import load_results
 from tests.recipes.conftest import RECIPES, write_task
+from tests.test_hub_ids import unknown_ids
 
 
 ROOT = RECIPES.parent
@@ -95,6 +98,22 @@ def test_the_score_is_that_of_the_saved_model(run, sst2, tmp_path):
         ]
     assert result["metrics"]["accuracy"] == np.mean(right)
     assert any("tid_var_max" in entry for entry in result["history"])
+
+
+def test_the_card_of_a_run_on_folders_names_no_id(run, sst2, model_folder, tmp_path, monkeypatch):
+    """Relative paths, with the form of ids of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "outputs/base")
+    shutil.move(sst2, "data/glue")
+    argv = ["recipes/glue.py", "--dataset_name", "data/glue", "--model_name_or_path=outputs/base"]
+    monkeypatch.setattr(sys, "argv", argv)
+    result = run("sst2", "data/glue", model="outputs/base")
+    shutil.rmtree("data")
+    shutil.rmtree("outputs/base")
+    card = render_card([result], norm="batchnorm")
+    assert not unknown_ids(str(card))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "# base with batchnorm" in card.text
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, sst2, assert_resumes):

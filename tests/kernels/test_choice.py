@@ -1,0 +1,97 @@
+"""The kernels that are the default on a device are those that measurements have shown to be correct and faster."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, kernels, use_kernels
+from hf_normswap.kernels.cpu import CpuPasses
+from hf_normswap.modeling.paths import PATHS, path_of
+from hf_normswap.modeling.slabs import SlabPasses
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import render_speed  # noqa: E402
+
+
+CLASSES = [BatchNorm, RegularizedBatchNorm, PowerNormV, PowerNorm, RMSNorm]
+
+
+def make_record(ratios, correct=True):
+    """Figures of the kernels as they are given, beside those of PyTorch, which are 3."""
+    rows, checks = [], []
+    for (norm, dtype), found in ratios.items():
+        case = {"norm": norm, "dtype": dtype, "tokens": 16384}
+        checks.append({**case, "path": "kernels", "correct": correct})
+        for channels, (low, high) in zip((768, 1024), found, strict=True):
+            for path, interval in (("kernels", [low, high]), ("pytorch", [2.9, 3.1])):
+                part = {"interval": interval}
+                rows.append({**case, "channels": channels, "path": path, "forward": part, "both": part})
+    return {"rows": checks}, {"rows": rows}
+
+
+def test_the_table_is_what_the_figures_say():
+    records = [render_speed.read_hardware(phase) for phase in ("correctness", "norms")]
+    chosen = render_speed.choose_paths(*records) if all(records) else {}
+    assert {(norm, getattr(torch, dtype)): device for (norm, dtype), device in chosen.items()} == kernels.FASTEST
+
+
+def test_the_rule():
+    fast, slow, close = [(0.9, 1.0), (1.0, 1.1)], [(0.9, 1.0), (3.2, 3.3)], [(0.9, 1.0), (2.8, 3.0)]
+    ratios = {("batchnorm", "bfloat16"): fast, ("batchnorm", "float32"): slow, ("rbn", "bfloat16"): close}
+    assert render_speed.choose_paths(*make_record(ratios)) == {("batchnorm", "bfloat16"): "cuda"}
+    assert render_speed.choose_paths(*make_record(ratios, correct=False)) == {}
+    # Both variants of PowerNorm.
+    variants = {("powernorm", "bfloat16"): fast, ("powernorm, group scaling", "bfloat16"): fast}
+    assert render_speed.choose_paths(*make_record(variants)) == {("powernorm", "bfloat16"): "cuda"}
+    variants["powernorm", "bfloat16"] = slow
+    assert render_speed.choose_paths(*make_record(variants)) == {}
+    correctness, norms = make_record({("batchnorm", "bfloat16"): fast})
+    unfinished = {"rows": [row for row in norms["rows"] if row["path"] == "kernels"]}
+    assert render_speed.choose_paths(correctness, unfinished) == {}
+    assert render_speed.choose_paths({"rows": []}, norms) == {}
+    slow_forward = copy.deepcopy(norms)
+    slow_forward["rows"][0]["forward"]["interval"] = [3, 4]
+    assert render_speed.choose_paths(correctness, slow_forward) == {}
+
+
+def test_a_path_for_a_norm_and_a_dtype(compiled, paths_as_before, monkeypatch):
+    """On a CPU in place of a GPU: as if its kernels were not the default of every norm."""
+    monkeypatch.setitem(kernels.CHOICES, "auto", [])
+    monkeypatch.setattr(kernels, "FASTEST", {("batchnorm", torch.float32): "cpu", ("rbn", torch.bfloat16): "cpu"})
+    use_kernels("auto")
+    x = torch.ones(2, 4)
+    assert path_of(x, norm="batchnorm") is CpuPasses
+    assert path_of(x.bfloat16(), norm="batchnorm") is not CpuPasses
+    assert path_of(x.bfloat16(), norm="rbn") is CpuPasses
+    assert path_of(x, norm="rbn") is not CpuPasses
+    assert path_of(x, norm="pnv") is SlabPasses
+    assert path_of(x) is SlabPasses
+    use_kernels("none")
+    assert path_of(x, norm="batchnorm") is SlabPasses
+
+
+@pytest.mark.parametrize("chosen", CLASSES)
+def test_forward_and_backward_of_that_norm_alone(chosen, paths_as_before, no_kernels, monkeypatch):
+    seen = []
+
+    class Recording(SlabPasses):
+        pass
+
+    for name in ("standardize", "standardize_backward", "rescale", "rescale_backward", "forward", "backward"):
+
+        def record(*args, name=name, **kwargs):
+            seen.append(name.removesuffix("_backward").replace("backward", "forward"))
+            return getattr(SlabPasses, name)(*args, **kwargs)
+
+        monkeypatch.setattr(Recording, name, staticmethod(record), raising=False)
+    monkeypatch.setitem(PATHS, ("cpu", chosen.norm_name), lambda x: Recording)
+    for norm in CLASSES:
+        seen.clear()
+        norm(4)(torch.randn(5, 4, requires_grad=True)).sum().backward()
+        assert len(seen) == 2 * (norm is chosen), norm
+        assert len(set(seen)) <= 1  # the two halves of one pass
