@@ -62,8 +62,8 @@ class RegularizedBatchNorm(BatchNorm):
 
     Args:
         num_features (`int`): number of channels.
-        lambda_mean (`float`, *optional*, defaults to 8): weight of the means, for a loss that is a mean.
-        lambda_var (`float`, *optional*, defaults to 8): weight of the standard deviations.
+        lambda_mean (`float`, *optional*, defaults to 0.1): weight of the means, for a loss that is a mean.
+        lambda_var (`float`, *optional*, defaults to 0.1): weight of the standard deviations.
         distance (`str`, *optional*, defaults to `"relative"`):
             `"relative"`: in units of σ, mean over channels; `"paper"`: squared L2 of means and deviations;
             `"reference"`: squared L2 of means, L1 of variances, as the published code runs. The published λ belong to
@@ -71,14 +71,15 @@ class RegularizedBatchNorm(BatchNorm):
         eps, momentum, bias: as in [`BatchNorm`].
     """
 
+    # The weights are always recorded, so that folders stay what they are when these defaults change.
     earlier_defaults = {"lambda_mean": 0.1, "lambda_var": 0.1}
 
     def __init__(
         self,
         num_features: int,
         *,
-        lambda_mean: float = 8.0,
-        lambda_var: float = 8.0,
+        lambda_mean: float = 0.1,
+        lambda_var: float = 0.1,
         distance: str = "relative",
         **kwargs,
     ):

@@ -60,15 +60,15 @@ def read_record(model: PreTrainedModel) -> dict:
 
 
 def recorded_options(entry: dict) -> dict:
-    """Options of an entry of `norm_swap`, with the defaults of the time before they were recorded in any case."""
+    """Options of an entry of `norm_swap`, with the defaults of the time before these were always recorded."""
     return {**get_norm(entry["norm"]).earlier_defaults, **entry["options"]}
 
 
 def options_of(norm: Norm, replaced_eps: float) -> dict:
     """Keyword arguments that make `norm` again in the place of a LayerNorm of `replaced_eps`.
 
-    These are the options that it was made with, those that are not the default now, and those whose default has
-    changed. An option that the norm keeps in another form than a number or a text, such as the first value of a
+    These are the options that it was made with, those that are not the default now, and those that the norm always
+    records. An option that the norm keeps in another form than a number or a text, such as the first value of a
     parameter, is taken as it was given.
     """
     options = {}
