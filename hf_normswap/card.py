@@ -352,7 +352,7 @@ def _without_places(command: str) -> str:
 def _options(entry: dict) -> dict[str, Any]:
     """All options of a norm, those that are not its own too. `eps` and `bias` are those of the LayerNorm."""
     try:
-        defaults = get_norm(entry["norm"]).option_defaults()
+        defaults = get_norm(entry["norm"]).option_defaults() | get_norm(entry["norm"]).earlier_defaults
     except ValueError:  # a norm of somebody else's
         defaults = {}
     known = {name: value for name, value in defaults.items() if name not in ("eps", "bias")}

@@ -207,3 +207,12 @@ def test_a_model_without_results_has_a_card_too(family):
 def test_a_card_is_of_a_swapped_model():
     with pytest.raises(ValueError, match="no swapped norms"):
         card_of_model(tiny_model("bert"), "someone/model")
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_its_time():
+    """The record of that version has no weights of RBN's penalty, which were 0.1."""
+    card = str(render([run("rbn", 0, 0.7)], norm="rbn"))
+    assert "`lambda_mean=0.1`, `lambda_var=0.1`" in card
+    told = run("rbn", 0, 0.7)
+    told["norm_swap"]["norms"][0]["options"] = {"lambda_mean": 8.0, "lambda_var": 4.0}
+    assert "`lambda_mean=8.0`, `lambda_var=4.0`" in str(render([told], norm="rbn"))

@@ -1,12 +1,14 @@
 """What is saved is what the modules are, or saving refuses: never LayerNorm in the place of another norm."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertLMHeadModel,
@@ -21,6 +23,7 @@ import hf_normswap.modeling.swapped as swapped
 from hf_normswap import (
     BatchNorm,
     NormSwapConfig,
+    RegularizedBatchNorm,
     RMSNorm,
     find_norms,
     fold_norms,
@@ -175,6 +178,79 @@ def test_an_unchanged_model_keeps_its_record(tmp_path):
     model.save_pretrained(tmp_path)
     assert model.config.norm_swap == record
     assert torch.equal(torch.random.get_rng_state(), state)  # runs are resumed exactly
+
+
+# Defaults that have changed
+
+
+def forget_options(folder, *names):
+    """What an earlier version would have written: options that were the default were not recorded."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for entry in config["norm_swap"]["norms"]:
+        for name in names:
+            del entry["options"][name]
+    path.write_text(json.dumps(config))
+
+
+def weights_of_penalty(model):
+    return {(site.module.lambda_mean, site.module.lambda_var) for site in find_norms(model) if site.kind == "rbn"}
+
+
+WEIGHTS = {"lambda_mean": 8.0, "lambda_var": 4.0}
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_a_folder_without_weights_of_the_penalty_has_those_of_its_time(family, tmp_path, monkeypatch):
+    model = swap_norm(tiny_model(family), "rbn")
+    default = RegularizedBatchNorm(4)
+    assert weights_of_penalty(model) == {(default.lambda_mean, default.lambda_var)}
+    again = saved_and_loaded(model, tmp_path)
+    forget_options(tmp_path, "lambda_mean", "lambda_var")
+    monkeypatch.setitem(RegularizedBatchNorm.__init__.__kwdefaults__, "lambda_mean", 8.0)
+    assert RegularizedBatchNorm(4).lambda_mean == 8.0
+    old = type(again).from_pretrained(tmp_path)
+    assert weights_of_penalty(old) == {(0.1, 0.1)}
+    later = saved_and_loaded(old, tmp_path / "later")
+    assert weights_of_penalty(later) == {(0.1, 0.1)}
+    (entry,) = later.config.norm_swap["norms"]
+    assert entry["options"] == {"lambda_mean": 0.1, "lambda_var": 0.1}
+
+
+def test_a_folder_keeps_the_defaults_of_its_time(tmp_path, monkeypatch):
+    model = swap_norm(tiny_model("bert"), "rbn")
+    weights = weights_of_penalty(model)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setitem(RegularizedBatchNorm.__init__.__kwdefaults__, "lambda_mean", 8.0)
+    monkeypatch.setitem(RegularizedBatchNorm.__init__.__kwdefaults__, "lambda_var", 4.0)
+    assert weights_of_penalty(type(model).from_pretrained(tmp_path)) == weights
+    assert weights_of_penalty(swap_norm(tiny_model("bert"), "rbn")) == {(8.0, 4.0)}
+
+
+def test_a_folder_with_one_weight_of_the_penalty(tmp_path):
+    again = saved_and_loaded(swap_norm(tiny_model("bert"), NormSwapConfig("rbn", **WEIGHTS)), tmp_path)
+    assert weights_of_penalty(again) == {(8.0, 4.0)}
+    forget_options(tmp_path, "lambda_var")
+    assert weights_of_penalty(type(again).from_pretrained(tmp_path)) == {(8.0, 0.1)}
+
+
+def test_a_head_of_an_earlier_version_that_this_model_has_not(tmp_path):
+    """Its entry goes on as it was meant, with those of the modules that are there."""
+    swap_norm(tiny_model("bert", "BertForMaskedLM"), "rbn", where="all").save_pretrained(tmp_path / "whole")
+    forget_options(tmp_path / "whole", "lambda_mean", "lambda_var")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (entry,) = config["norm_swap"]["norms"]
+    assert entry["options"] == {"lambda_mean": 0.1, "lambda_var": 0.1}
+    assert "cls.predictions.transform.LayerNorm" in entry["modules"]
+
+
+def test_a_weight_of_the_penalty_that_was_changed_to_that_of_earlier_versions(tmp_path):
+    model = swap_norm(tiny_model("bert"), NormSwapConfig("rbn", **WEIGHTS))
+    for site in find_norms(model):
+        if site.kind == "rbn":
+            site.module.lambda_mean = 0.1
+    assert weights_of_penalty(saved_and_loaded(model, tmp_path)) == {(0.1, 4.0)}
 
 
 # What no configuration describes

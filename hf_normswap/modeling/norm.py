@@ -40,6 +40,7 @@ class Norm(nn.Module):
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
     options: dict = {}  # those it was made with in a swap
     calibrated_options: dict = {}  # defaults in a swap that is calibrated
+    earlier_defaults: dict = {}  # what a record without these options means; from now on they are always recorded
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()

@@ -71,6 +71,9 @@ class RegularizedBatchNorm(BatchNorm):
         eps, momentum, bias: as in [`BatchNorm`].
     """
 
+    # The weights are always recorded, so that folders stay what they are when these defaults change.
+    earlier_defaults = {"lambda_mean": 0.1, "lambda_var": 0.1}
+
     def __init__(
         self,
         num_features: int,

@@ -12,6 +12,7 @@ from .blend import layer_norm_shares
 from .configuration import FORMAT_VERSION, layer_norm_eps, placement_of
 from .folded import add_bias, pass_through, remove_norms, untie_head
 from .norm import Norm
+from .registry import get_norm
 from .replace import new_norm
 from .sites import WRAPPED, NormSite, find_norms, is_site, path_of
 from .swap_config import NormSwapConfig
@@ -39,7 +40,7 @@ def read_record(model: PreTrainedModel) -> dict:
         if isinstance(site.module, Norm)
     ]
     found += [
-        (entry["norm"], entry["options"], path)
+        (entry["norm"], recorded_options(entry), path)
         for entry in record["norms"]
         for path in entry["modules"]
         if _part(path) not in parts
@@ -58,11 +59,17 @@ def read_record(model: PreTrainedModel) -> dict:
     return {**kept, "norms": norms, **{name: value for name, value in read.items() if value}}
 
 
+def recorded_options(entry: dict) -> dict:
+    """Options of an entry of `norm_swap`, with the defaults of the time before these were always recorded."""
+    return {**get_norm(entry["norm"]).earlier_defaults, **entry["options"]}
+
+
 def options_of(norm: Norm, replaced_eps: float) -> dict:
     """Keyword arguments that make `norm` again in the place of a LayerNorm of `replaced_eps`.
 
-    These are the options that it was made with, and those that are not the default now. An option that the norm keeps
-    in another form than a number or a text, such as the first value of a parameter, is taken as it was given.
+    These are the options that it was made with, those that are not the default now, and those that the norm always
+    records. An option that the norm keeps in another form than a number or a text, such as the first value of a
+    parameter, is taken as it was given.
     """
     options = {}
     for name, default in type(norm).option_defaults().items():
@@ -72,7 +79,7 @@ def options_of(norm: Norm, replaced_eps: float) -> dict:
         if name == "eps" and norm.keeps_eps:
             is_told = value != replaced_eps
         else:
-            is_told = value != default or (name in norm.options and name != "bias")
+            is_told = value != default or (name in norm.options and name != "bias") or name in norm.earlier_defaults
         if is_told:
             options[name] = value
     return options
@@ -146,7 +153,7 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
     """
     norms = {}
     for entry in record.get("norms", []):
-        config = NormSwapConfig(entry["norm"], **entry["options"])
+        config = NormSwapConfig(entry["norm"], **recorded_options(entry))
         sites = _find_recorded(model, entry["modules"])
         norms |= {site.name: new_norm(site.module, config, on_default_device=True) for site in sites}
     return norms

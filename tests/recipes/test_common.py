@@ -83,12 +83,10 @@ def test_a_configuration_file_that_is_none(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_can_be_read(path):
     recipe = importlib.import_module(path.parent.name)
-    model_class = {"lm": "LanguageModelArguments", "translation": "ScratchArguments"}.get(recipe.__name__)
-    model_class = getattr(recipe, model_class) if model_class else common.ModelArguments
-    training_class = NormSwapTrainingArguments
+    model_class, training_class = common.FamilyArguments, NormSwapTrainingArguments
     if recipe.__name__ == "translation":
-        training_class = NormSwapSeq2SeqTrainingArguments
-    more = [] if model_class is not common.ModelArguments else ["--model_name_or_path=m"]
+        model_class, training_class = common.ScratchArguments, NormSwapSeq2SeqTrainingArguments
+    more = ["--model_name_or_path=m"] if recipe.__name__ in ("glue", "ner") else []
     model, data, training, _ = common.parse_arguments(
         [model_class, recipe.DataArguments, training_class], [str(path), "--use_cpu", *more]
     )
