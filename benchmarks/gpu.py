@@ -1,9 +1,9 @@
 """
 Everything that a GPU has to show, in one command.
 
-    python benchmarks/gpu.py --output outputs/gpu
-    python benchmarks/gpu.py --output outputs/gpu --phases train --text ptb.train.txt ptb.valid.txt ptb.test.txt
-    python benchmarks/gpu.py --output outputs/dry-run --device cpu --quick
+    python benchmarks/gpu.py --output ./outputs/gpu
+    python benchmarks/gpu.py --output ./outputs/gpu --phases train --text ptb.train.txt ptb.valid.txt ptb.test.txt
+    python benchmarks/gpu.py --output ./outputs/dry-run --device cpu --quick
 
 Phases run in the order of their worth, each in a process of its own with a budget of seconds, and leave one JSON file
 each in the output folder. The file is written anew after each row, so that what was measured survives a kill, and a

@@ -25,6 +25,13 @@ def train_tokenizer(texts, template, max_length, vocab_size, words=False):
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
         trainer = BpeTrainer(**options, initial_alphabet=tokenizer.pre_tokenizer.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
+    if words:
+        # A text may have a special token as a word, as Penn Treebank has <unk>. The trainer then numbers it anew, and a
+        # number is left without a token.
+        found = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+        tokens = dict.fromkeys([*SPECIAL.values(), *found])
+        tokenizer.model = models.WordLevel({token: n for n, token in enumerate(tokens)}, SPECIAL["unk_token"])
+        tokenizer.add_special_tokens(special)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, pair=f"{template} $B </s>", special_tokens=ids

@@ -28,6 +28,7 @@ KNOWN = {
     "Helsinki-NLP/opus-mt-en-de": "the Marian model of the examples",
     "Helsinki-NLP/opus-mt-roa-en": "the Marian model that the recipe of translation goes on from",
     "Salesforce/wikitext": "WikiText, for language models",
+    "SetFit/TREC-QC": "the questions of TREC, for classification",
     "bentrevett/multi30k": "Multi30k, for translation",
     "google-bert/bert-base-cased": "BERT, for named entities",
     "google-bert/bert-base-uncased": "BERT, the model of most examples",
@@ -51,6 +52,7 @@ OTHERS = {
     "dL/dy": "a formula",
     "OUTPUT/onnx": "a folder in the one that an argument names",
     "NAMESPACE/NAME": "the form of an id, in an error",
+    "TB/s": "a unit",
 }
 PLACEHOLDER = "<your-namespace>/"
 PART = r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*"

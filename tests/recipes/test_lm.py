@@ -115,3 +115,13 @@ def test_the_real_data_is_read():
         pytest.skip("NORMSWAP_DATA names no folder with ptb-text-only/ptb_text_only")
     data = lm.load_splits(str(Path(root, "ptb-text-only/ptb_text_only")), None, ["train", "validation"], ["text"])
     assert len(data["train"]) == 42068
+
+
+def test_a_special_token_that_is_a_word_of_the_text():
+    """As <unk> is in Penn Treebank: every token has a number below the size of the vocabulary."""
+    from vocabulary import train_tokenizer
+
+    lines = ["the <unk> runs", "a dog <unk> the mask", "the <mask> of <s> dog"] * 4
+    tokenizer = train_tokenizer(iter(lines), "$A </s>", 16, 100, words=True)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+    assert tokenizer("the <unk> zebra")["input_ids"][1:] == [tokenizer.unk_token_id] * 2 + [tokenizer.eos_token_id]
