@@ -49,7 +49,7 @@ class Arguments:
     results: str = field(
         default=str(ROOT / "benchmarks/results/evidence"), metadata={"help": "Folder of the result files."}
     )
-    work_dir: str = field(default="./outputs/evidence", metadata={"help": "Folder of what runs, with its checkpoints."})
+    work_dir: str = field(default="./outputs/evidence", metadata={"help": "Folder of running cells and checkpoints."})
     data_root: str | None = field(
         default=None, metadata={"help": "Folder with the data sets under their names; the Hub if not given."}
     )

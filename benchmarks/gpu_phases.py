@@ -118,7 +118,7 @@ def main(argument):
             rows += [{**case, **row, "took": took / len(measured)} for row in measured]
             synchronize(args.device)  # with a broken device this fails, and a new process goes on
     record |= {"seconds": earlier + time.monotonic() - started, "ended": record["ended"] or "done"}
-    del record["running"]
+    record.pop("running", None)
     write_json(path, record)
 
 
@@ -151,7 +151,7 @@ def correctness(args):
         of_tests = {"norm": "tests/gpu"}, functools.partial(wait_for_tests, tests, 0.85 * args.seconds)
         was_waited_for = False
         for case in cases:
-            if not was_waited_for and time.monotonic() - tests.started > 0.6 * args.seconds:
+            if not was_waited_for and time.monotonic() - tests.started > 0.55 * args.seconds:
                 was_waited_for = True
                 yield of_tests
             yield case, functools.partial(compare_with_float64, **case, shape=shape, args=args)
@@ -166,11 +166,15 @@ def warm_up_compilers(args):
     """Worker: fills the caches of compilers with what later phases need. What it measures counts for nothing."""
     torch._inductor.config.autotune_local_cache = False  # on a busy device nothing shows what is fastest
     args.compiler, args.turns = "inductor", 1
-    cases = [found for phase in ("norms", "steps", "inference") for found in PHASES[phase](args)]
-    for case, measure in cases[args.index :: WARMERS]:
-        if case.get("path") in ("kernels", "compile") or case.get("compiled") or case.get("way") == "compiled":
-            with contextlib.suppress(Exception):
-                measure()
+    found = [measured for phase in ("norms", "steps", "inference") for measured in PHASES[phase](args)]
+    compiled = [
+        measure
+        for case, measure in found
+        if case.get("path") in ("kernels", "compile") or case.get("compiled") or case.get("way") == "compiled"
+    ]
+    for measure in compiled[args.index :: WARMERS]:
+        with contextlib.suppress(Exception):
+            measure()
 
 
 def start_tests():
@@ -393,7 +397,7 @@ def inference_without_norms(args):
             errors = {kind: inference.measure_error(task, *pairs[kind], batch_size, way, options) for kind in pairs}
         options.ways = [way]
         rows = inference.make_rows(inference.measure(models, task, batch_size, options))
-        return [{**row, "kind": kind, "error": errors.get(kind)} for kind, row in zip(models, rows, strict=True)]
+        return [{**row, "kind": kind, "difference": errors.get(kind)} for kind, row in zip(models, rows, strict=True)]
 
     for group in (ways[:-1], ways[-1:]):
         for dtype in dtypes:
@@ -619,5 +623,4 @@ WORKERS = {"warm": warm_up_compilers, "launch": train_a_little, "words": train_o
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever kills what started this, kills this
-    if os.getppid() != 1:  # unless that was before
-        main(sys.argv[1])
+    main(sys.argv[1])

@@ -165,7 +165,7 @@ def table_of_gpu_inference(rows):
             cells, error = [f"{found[way]['milliseconds']:.2f} ms" if way in found else "" for way in ways], ""
         else:
             cells = [show_ratio(found[way]) if way in found else "" for way in ways]
-            error = max((row["error"] for row in found.values() if row["error"] is not None), default=None)
+            error = max((r["difference"] for r in found.values() if r["difference"] is not None), default=None)
             error = "" if error is None else f"{error:.0e}"
         lines.append([f"{TASKS[task]}, batch {batch_size}, {dtype}", kind, *cells, error])
     return to_markdown(lines)

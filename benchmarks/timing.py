@@ -5,6 +5,7 @@ Everything that only a CUDA device runs is here, too.
 
 import functools
 import multiprocessing
+import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -146,13 +147,14 @@ def describe_device(device):
         return {}
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else None
     return {
         "name": properties.name,
         "capability": [properties.major, properties.minor],
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cache_bytes": properties.L2_cache_size,
-        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+        "driver": driver,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": list(torch.cuda.nccl.version()),

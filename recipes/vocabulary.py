@@ -26,8 +26,8 @@ def train_tokenizer(texts, template, max_length, vocab_size, words=False):
         trainer = BpeTrainer(**options, initial_alphabet=tokenizer.pre_tokenizer.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     if words:
-        # A text may have a special token as a word, as Penn Treebank has <unk>. The trainer then numbers it anew, and a
-        # number is left without a token.
+        # A text may have a special token as a word, as Penn Treebank has <unk>. The trainer then numbers it anew, and
+        # leaves a number without a token.
         found = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
         tokens = dict.fromkeys([*SPECIAL.values(), *found])
         tokenizer.model = models.WordLevel({token: n for n, token in enumerate(tokens)}, SPECIAL["unk_token"])

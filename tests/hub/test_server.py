@@ -46,6 +46,7 @@ def test_upload_and_download(hub, folder, tmp_path):
         + """
 import json
 from pathlib import Path
+import huggingface_hub
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 
@@ -58,6 +59,8 @@ def raised(error, call, *arguments, **options):
 first = api.model_info("user/name").sha
 again = api.upload_folder(repo_id="user/name", folder_path=sys.argv[1])
 card = ModelCard("---\\nlicense: mit\\ntags: [powernorm]\\nlibrary_name: transformers\\n---\\n# Title\\n")
+if huggingface_hub.__version__.startswith("1."):  # that asks huggingface.co, whatever HF_ENDPOINT says
+    ModelCard.validate = lambda *_, **__: None
 card.validate()
 card.push_to_hub("user/name")
 api.upload_file(path_or_fileobj=b"1", path_in_repo="a/b/c.txt", repo_id="user/name")
