@@ -1,7 +1,7 @@
 """
 What calibration keeps of fine-tuned classifiers: accuracy, and the share of predictions that stay as they were.
 
-    python benchmarks/calibration.py --models outputs/sst2-layernorm-0 outputs/sst2-layernorm-1
+    python benchmarks/calibration.py --models ./outputs/sst2-layernorm-0 ./outputs/sst2-layernorm-1
 
 Each model, fine-tuned on SST-2 with LayerNorm, is converted in several ways, from unlabelled sentences of the training
 split alone, and scored on the whole validation split. A JSON file holds the figures of every model.

@@ -71,6 +71,7 @@ def roberta(data, args):
 
     def mask(rows):
         fixed = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=args.seed)
+        fixed.create_rng()  # transformers 5.17 takes seed 0 for none
         return rows.map(lambda row: {name: value[0] for name, value in fixed([row]).items()}, desc="Masking")
 
     config = {"intermediate_size": 4 * args.hidden_size, "type_vocab_size": 1}

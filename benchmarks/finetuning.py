@@ -1,7 +1,7 @@
 """
 Whether fine-tuning with swapped norms is as good as with LayerNorm: differences in accuracy with paired intervals.
 
-    python benchmarks/finetuning.py --runs outputs/glue
+    python benchmarks/finetuning.py --runs ./outputs/glue
 
 Reads every run of `recipes/glue.py` below the folders, loads its model, and predicts the validation split once more.
 Runs of one norm, made in one way, are compared with the LayerNorm runs of the same task and seeds, example by example.

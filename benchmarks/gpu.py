@@ -1,9 +1,9 @@
 """
 Everything that a GPU has to show, in one command.
 
-    python benchmarks/gpu.py --output outputs/gpu
-    python benchmarks/gpu.py --output outputs/gpu --phases train --text ptb.train.txt ptb.valid.txt ptb.test.txt
-    python benchmarks/gpu.py --output outputs/dry-run --device cpu --quick
+    python benchmarks/gpu.py --output ./outputs/gpu
+    python benchmarks/gpu.py --output ./outputs/gpu --phases train --text ptb.train.txt ptb.valid.txt ptb.test.txt
+    python benchmarks/gpu.py --output ./outputs/dry-run --device cpu --quick
 
 Phases run in the order of their worth, each in a process of its own with a budget of seconds, and leave one JSON file
 each in the output folder. The file is written anew after each row, so that what was measured survives a kill, and a
@@ -55,12 +55,15 @@ def run_phase(phase, args):
         if left <= 0:
             break
         reason = run_process(["gpu_phases.py", json.dumps({**options, "seconds": left})], left + GRACE)
-        # A process that dies on its way leaves nothing.
-        record = {**options, "rows": [], "seconds": 0} if not path.exists() else json.loads(path.read_text("utf-8"))
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+        else:  # it died on its way
+            record = {name: options[name] for name in ("phase", "device", "quick")} | {"rows": [], "seconds": 0}
         if reason is None:
             break
-        # What the process said last is the row it was at; without that it would come to the same end again.
-        record["rows"] += [{**case, "error": reason} for case in [record.pop("running", None)] if case]
+        case = record.pop("running", None)
+        if case and "died" in reason:  # without that row it would come to the same end again
+            record["rows"].append({**case, "error": reason})
         record["ended"] = reason
         write_json(path, record)
     print(f"{phase}: {record.get('ended')}, {len(record['rows'])} rows", flush=True)

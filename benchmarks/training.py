@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
 from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.results import describe_environment
-from hf_normswap.statistics import last_discrepancy, statistic_norms
+from hf_normswap.statistics import statistic_norms, sum_discrepancies
 
 
 VOCABULARY = 30522
@@ -88,8 +88,10 @@ def make_step(norm, args):
         synchronize_norms(model, synchronized=synchronized)
         loss = parallel(**batch).loss
         if logs and norms:
-            totals[0] = totals[0] + last_discrepancy(norms)
+            totals[0] = totals[0] + sum_discrepancies(norms)[0]
         penalty = norm_penalty(model)
+        for norm in norms:
+            norm.forget_statistics()
         if logs:
             totals[1] = totals[1] + penalty.detach()
         (loss + penalty).backward()

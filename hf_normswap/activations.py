@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .model_checks import check_whole, refuse_training, unwrap
 from .modeling.norm import Norm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
 from .modeling.token_mask import current_mask, unwatch_masks, watch_masks
-from .surgery import refuse_training, refuse_wrapped
 from .walk import run_model
 
 
@@ -68,16 +68,17 @@ def probe_activations(
     """Scale and condition of the activations around each norm, in evaluation, over the real tokens of `data`.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): in evaluation mode, swapped or not.
+        model ([`~transformers.PreTrainedModel`]): in evaluation mode, swapped or not, wrapped as in [`measure_tid`].
         data, tokenizer, batch_size: as in [`measure_tid`].
 
     Returns:
         [`ActivationReport`]: an [`ActivationProbe`] for each norm that a batch reaches; print it for a table.
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, or the model is in training mode.
+        ValueError: when the data is empty or has no real tokens, or the model is in training mode or offloaded.
     """
-    refuse_wrapped(model)
+    model = unwrap(model)
+    check_whole(model)
     refuse_training(model)
     sites = find_norms(model)
     batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))

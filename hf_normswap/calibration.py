@@ -15,17 +15,31 @@ from .batches import complete_batches, make_batches
 from .conversion import (
     CalibrationReport,
     Conversion,
-    check_model,
     check_teacher,
     estimate_statistics,
     linears_of_blocks,
+    places_of_linears,
 )
 from .least_squares import out_features
+from .model_checks import (
+    PLAIN,
+    check_swapped,
+    obstacle_of_linear,
+    refuse_computed,
+    refuse_meta,
+    refuse_mixture,
+    refuse_offloaded,
+    refuse_other_copy,
+    refuse_shared,
+    refuse_training,
+    swapped_parts,
+    unwrap,
+)
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
 from .modeling.ranks import has_ranks
 from .modeling.replace import new_layer_norm, place_norms
-from .modeling.sites import NormSite, find_norms
+from .modeling.sites import NormSite, active_modules, find_norms
 from .walk import ActivationStore, Walk, call_order
 
 
@@ -68,6 +82,8 @@ def calibrate(
             of the LayerNorms until it is trained or calibrated; norms that were are left as they are then.
         linears (`bool`, *optional*, defaults to `True`):
             whether to correct linear layers; else nothing changes but the norms, and less of the function is kept.
+            They have to be plain ones: no adapter, no parametrization, no pruning that is not made permanent, no
+            quantized weights. Zeros of a pruned weight do not stay zero.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches.
         memory_budget (`int`, *optional*, defaults to 1 GiB):
             bytes of activations to keep in memory; what is beyond is memory-mapped.
@@ -77,9 +93,9 @@ def calibrate(
         in it and stay as they are.
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, the model has no swapped norms, is in training mode,
-            or was calibrated or trained before and no teacher is given, or activations are not finite. The model is
-            untouched then.
+        ValueError: when the data is empty or has no real tokens, the model has no swapped norms, is in training mode
+            or offloaded, or was calibrated or trained before and no teacher is given, a weight that has to change is
+            computed or shared, or activations are not finite. The model is untouched then.
 
     Example:
 
@@ -95,7 +111,7 @@ def calibrate(
 
     ```
     """
-    done = check_model(model).get("calibration", {})
+    done = check_swapped(model).get("calibration", {})
     sites = {site.name: site for site in find_norms(model) if _has_fit(site.module)}
     if not sites:
         raise ValueError(f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first.")
@@ -106,12 +122,13 @@ def calibrate(
                 "The norms are calibrated already or trained, their gains are no longer those of LayerNorm: pass a "
                 "copy of the model from before the swap as teacher."
             )
+    corrected = linears_of_blocks(model) if linears else {}
+    _check_parameters(model, sites, corrected)
     batches = make_batches(model, data, tokenizer, batch_size)
     if teacher is None:
         teacher = _with_layer_norms(model, sites)
     check_teacher(teacher, sites)
     batches = complete_batches(teacher, batches)
-    corrected = linears_of_blocks(model) if linears else {}
     modules = {**corrected, **{name: site.module for name, site in sites.items()}}
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
@@ -135,7 +152,7 @@ def calibrate(
 
 @torch.no_grad()
 def reestimate_statistics(
-    model: PreTrainedModel,
+    model: nn.Module,
     data: Iterable,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -149,24 +166,65 @@ def reestimate_statistics(
     Johnson, 2021, arXiv 2105.07576, call them).
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
-        data, tokenizer, batch_size, memory_budget: as in [`calibrate`].
+        model (`torch.nn.Module`):
+            in evaluation mode: a swapped model, or any module around swapped models, such as an encoder-decoder pair
+            or two towers. One in DistributedDataParallel, `torch.compile` or
+            [`~torch.optim.swa_utils.AveragedModel`] is the one that these wrap.
+        data: as in [`calibrate`]; for a module around swapped models it has to be batches, dictionaries of what its
+            `forward` takes.
+        tokenizer, batch_size, memory_budget: as in [`calibrate`].
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, the model has no norms with running statistics or is
-            in training mode, or activations are not finite. The model is untouched then.
+        ValueError: when the data is empty or has no real tokens, the model has no norms with running statistics, is in
+            training mode or offloaded, or activations are not finite. The model is untouched then.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from torch.optim.swa_utils import AveragedModel
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_normswap import reestimate_statistics, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> average = AveragedModel(swap_norm(BertModel(config), "batchnorm")).eval()
+    >>> reestimate_statistics(average, [{"input_ids": torch.randint(9, (4, 6))}])
+
+    ```
     """
-    check_model(model)
-    sites = {site.name: site for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
-    if not sites:
-        raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there are none to estimate.")
-    batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
-    modules = {name: site.module for name, site in sites.items()}
-    with _conversion(model, None, modules, memory_budget) as store:
-        order = call_order(model, batches, modules)
-        walk = Walk(model, batches, order, store)
+    model = unwrap(model)
+    norms = _norms_to_estimate(model)
+    batches = make_batches(model, data, tokenizer, batch_size)
+    batches = complete_batches(model, batches)
+    with _conversion(model, None, norms, memory_budget) as store:
+        walk = Walk(model, batches, call_order(model, batches, norms), store)
         for name in _progress(walk):
-            estimate_statistics(sites[name], walk.inputs(name))
+            estimate_statistics(name, norms[name], walk.inputs(name))
+
+
+def _norms_to_estimate(model) -> dict[str, BatchStatisticNorm]:
+    """The norms with running statistics by name, once it is clear that all of them can be estimated afresh."""
+    parts = swapped_parts(model) if isinstance(model, nn.Module) else {}
+    if set(parts) <= {""}:
+        check_swapped(model)
+    else:
+        for check in (refuse_other_copy, refuse_offloaded, refuse_meta, refuse_training):
+            check(model)
+        for part in parts.values():
+            refuse_mixture(part)
+    norms = {name: norm for name, norm in active_modules(model) if isinstance(norm, BatchStatisticNorm)}
+    if not norms:
+        raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there are none to estimate.")
+    return norms
+
+
+def _check_parameters(model, sites: dict[str, NormSite], linears: dict[str, nn.Module]) -> None:
+    """Raises `ValueError` where what calibration writes would not be what the model computes with."""
+    refuse_computed({name: site.module for name, site in sites.items()})
+    if linears:
+        for name, module in {**linears, **places_of_linears(model)}.items():
+            if reason := obstacle_of_linear(module):
+                raise ValueError(f"{name} {reason}, and cannot be corrected: {PLAIN} first, or pass linears=False.")
+    refuse_shared(model, [*sites, *linears])
 
 
 def _has_fit(norm: nn.Module) -> bool:
@@ -201,7 +259,8 @@ def _conversion(model, teacher, modules: dict[str, nn.Module], memory_budget: in
     states = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
     parts = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
     configs = {id(part.config): part.config for part in parts if isinstance(part, PreTrainedModel)}.values()
-    use_cache = [getattr(config, "use_cache", None) for config in configs]
+    configs = [config for config in configs if hasattr(config, "use_cache")]
+    use_cache = [config.use_cache for config in configs]
     try:
         for config in configs:
             config.use_cache = False  # blocks run more than once: their keys and values would pile up

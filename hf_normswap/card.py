@@ -1,6 +1,7 @@
 """Model cards, rendered from the results of runs (see `hf_normswap/results.py`) and from nothing else."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from .comparison import compare_results
@@ -76,7 +80,8 @@ def render_card(
     results: Iterable[dict[str, Any]],
     *,
     norm: str,
-    model_id: str,
+    repo_id: str | None = None,
+    folder: str | os.PathLike | None = None,
     auto_class: str = "AutoModelForSequenceClassification",
     title: str | None = None,
     description: str | None = None,
@@ -88,13 +93,20 @@ def render_card(
     """
     Renders the card of a model with swapped norms. Every figure of it comes from `results`.
 
+    Anyone may register a free name on the Hub, and `trust_remote_code=True` runs the code that lies there. So the card
+    names an id only where a push gives it. Elsewhere it shows the placeholder `<your-namespace>/NAME`, which does not
+    load.
+
     Args:
         results (`Iterable[dict]`):
             Results on one task: the runs of the model's norm, and those of the norms that it is compared with.
         norm (`str`):
             The norm of the model, as in the results.
-        model_id (`str`):
-            Where the model is: its id on the Hub, or a folder.
+        repo_id (`str`, *optional*):
+            The id on the Hub that a push gives the model. Do not pass one that nobody has pushed to.
+        folder (`str` or `os.PathLike`, *optional*):
+            The folder of a model without `repo_id`. The placeholder takes its name, or else that of the model and its
+            norm.
         auto_class (`str`, *optional*, defaults to `"AutoModelForSequenceClassification"`):
             The class of transformers that loads it.
         title (`str`, *optional*):
@@ -113,6 +125,10 @@ def render_card(
     Returns:
         `huggingface_hub.ModelCard`: The card; `card.save("README.md")` writes it.
 
+    Raises:
+        ValueError: when no result is of the norm, the results are of several tasks or models, `auto_class` is unknown,
+            or `repo_id` or `base_model` is no id on the Hub.
+
     Example:
 
     ```python
@@ -127,9 +143,11 @@ def render_card(
     ...     "seed": 0,
     ...     "metrics": {"accuracy": 0.7},
     ... }
-    >>> card = render_card([result], norm="rbn", model_id="me/bert-rbn")
+    >>> card = render_card([result], norm="rbn", folder="./outputs/bert-rbn")
     >>> card.data.model_name, card.data.eval_results[0].metric_value
     ('bert-rbn', 0.7)
+    >>> 'model_id = "<your-namespace>/bert-rbn"' in card.text
+    True
 
     ```
     """
@@ -145,9 +163,14 @@ def render_card(
         )
     if auto_class not in _PIPELINES:
         raise ValueError(f"auto_class {auto_class!r} is none of {', '.join(_PIPELINES)}: choose one of them.")
+    for option, given in {"repo_id": repo_id, "base_model": base_model}.items():
+        if given is not None and not _is_id(given):
+            raise ValueError(f"{option} {given!r} is no id on the Hub: give one in the form NAMESPACE/NAME.")
 
     run, recipe = runs[0], _recipe(runs[0])
-    base_model = base_model or (run["model"] if "/" in run["model"] else None)
+    base_model = base_model or (run["model"] if _is_id(run["model"]) else None)
+    folder = _explicit(folder or f"{Path(run['model']).name}-{norm}")
+    name = (repo_id or folder).rpartition("/")[2]
     dataset = recipe.get("dataset_name", run["task"])
     if norm == "powernorm" and recipe:
         recipe = {"norm_warmup_ratio": NormSwapTrainingArguments.norm_warmup_ratio} | recipe
@@ -157,14 +180,14 @@ def render_card(
         if (values := [run["metrics"][metric] for run in runs if run["metrics"].get(metric) is not None])
     }
     data = ModelCardData(
-        model_name=model_id.rstrip("/").split("/")[-1],
+        model_name=name,
         library_name="transformers",
         pipeline_tag=_PIPELINES[auto_class],
         license=license,
         language=language,
         base_model=base_model,
         base_model_relation="finetune" if base_model and run["metrics"] else None,
-        datasets=[dataset] if dataset and "/" in dataset else None,
+        datasets=[dataset] if dataset and _is_id(dataset) else None,
         tags=["hf_normswap", norm, "custom_code"],
         metrics=list(dict.fromkeys(metric.removeprefix("test_") for metric in scores)) or None,
         eval_results=[
@@ -188,7 +211,8 @@ def render_card(
         description=description,
         limits=limits,
         norm=norm,
-        model_id=model_id,
+        model_id=repo_id or f"<your-namespace>/{name}",
+        folder=None if repo_id else folder,
         auto_class=auto_class,
         run=run,
         swapped=[
@@ -209,7 +233,7 @@ def render_card(
 
 
 def card_of_model(
-    model: PreTrainedModel, model_id: str, results: Iterable[dict[str, Any]] = (), **options
+    model: PreTrainedModel, repo_id: str | None = None, results: Iterable[dict[str, Any]] = (), **options
 ) -> ModelCard:
     """
     Renders the card of a live model: with `results` as [`render_card`], else of what its configuration says of the
@@ -218,8 +242,8 @@ def card_of_model(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A swapped model.
-        model_id (`str`):
-            Where the model is, or will be.
+        repo_id (`str`, *optional*):
+            The id on the Hub that a push gives it, as in [`render_card`].
         results (`Iterable[dict]`, *optional*):
             Results on one task, those of its norm among them.
         options:
@@ -229,7 +253,7 @@ def card_of_model(
         `huggingface_hub.ModelCard`: The card.
 
     Raises:
-        ValueError: when the model is not swapped, or no result is of its norm.
+        ValueError: when the model is not swapped, no result is of its norm, or `repo_id` is no id on the Hub.
     """
     record = getattr(model.config, "norm_swap", None)
     if record is None:
@@ -238,12 +262,12 @@ def card_of_model(
         )
     entries = sorted(record["norms"], key=lambda entry: len(entry["modules"]))
     norm = entries[-1]["norm"] if entries else "norm-free" if record.get("folded") else "layernorm"
-    base = model.name_or_path or f"{family_of(model.config.model_type)} from scratch"
+    base = _name_of_base(model.name_or_path) or f"{family_of(model.config.model_type)} from scratch"
     run = {"task": None, "model": base, "norm": norm, "norm_swap": record, "seed": None, "metrics": {}}
     auto_classes = [name for name, head in auto_heads(type(model.config)).items() if head == type(model).__name__]
     known = [name for name in auto_classes if name in _PIPELINES]
     return render_card(
-        list(results) or [run], norm=norm, model_id=model_id, **{"auto_class": (known or ["AutoModel"])[0], **options}
+        list(results) or [run], norm=norm, repo_id=repo_id, **{"auto_class": (known or ["AutoModel"])[0], **options}
     )
 
 
@@ -251,6 +275,45 @@ def add_tags(card: ModelCard, tags: str | Iterable[str] | None) -> None:
     """Add tags to those of a card."""
     more = [tags] if isinstance(tags, str) else tags or []
     card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
+
+
+def _is_id(name: str) -> bool:
+    """Whether `name` is an id on the Hub with its namespace. `./name`, `/name` and a placeholder are none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _name_of_base(name: str) -> str:
+    """What a model was loaded from: its id on the Hub, or the mere name of a folder."""
+    # A relative path looks like an id, and transformers does not record which of them it was. It prefers a folder, and
+    # keeps what came from the Hub in the cache.
+    if _is_id(name) and not os.path.isdir(name):
+        if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+            return name
+    return Path(name).name
+
+
+def _explicit(folder: str | os.PathLike) -> str:
+    """A folder as a path that is no id on the Hub, without its place on somebody's disk."""
+    path = Path(os.path.normpath(folder))
+    if path.is_absolute() or path.as_posix().startswith((".", "~")):
+        path = Path(Path(os.path.abspath(folder)).name)
+    return "./" + re.sub(r"[^\w./-]+", "-", path.as_posix())
+
+
+def drop_local_base(path: str | os.PathLike) -> None:
+    """Take a base model that did not come from the Hub out of a card that transformers or PEFT wrote."""
+    card = ModelCard.load(path)
+    base = card.data.base_model
+    if not isinstance(base, str) or (name := _name_of_base(base)) == base:
+        return
+    card.data.base_model = None
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.endswith(f":{base}")] or None
+    card.text = card.text.replace(f"[{base}](https://huggingface.co/{base})", name)
+    card.save(path)
 
 
 def _split_of(metric: str, metrics: Iterable[str]) -> str | None:
@@ -289,7 +352,7 @@ def _without_places(command: str) -> str:
 def _options(entry: dict) -> dict[str, Any]:
     """All options of a norm, those that are not its own too. `eps` and `bias` are those of the LayerNorm."""
     try:
-        defaults = get_norm(entry["norm"]).option_defaults()
+        defaults = get_norm(entry["norm"]).option_defaults() | get_norm(entry["norm"]).earlier_defaults
     except ValueError:  # a norm of somebody else's
         defaults = {}
     known = {name: value for name, value in defaults.items() if name not in ("eps", "bias")}

@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+from .model_checks import PLAIN, check_whole, obstacle_of_linear, refuse_training
 from .modeling.configuration import family_of
 from .modeling.folded import untie_head
 from .modeling.norm import Norm
@@ -10,7 +11,7 @@ from .modeling.sites import find_norms
 from .modeling.swap_config import NormSwapConfig
 from .probe import change_checked
 from .residual import find_tied_head, sublayer_of
-from .surgery import refuse_training, refuse_wrapped, swap_norm
+from .surgery import swap_norm
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
 
     ```
     """
-    refuse_wrapped(model)
+    check_whole(model)
     sites = find_norms(model)
     refuse_training(model)
     if any(site.placement == "post" for site in sites):
@@ -57,8 +58,16 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
     tied = find_tied_head(model)
     if tied and not untie:
         raise ValueError(f"{tied} shares its weights with the embeddings, which have to change: pass untie=True.")
+    for name in _writers(model):
+        if reason := obstacle_of_linear(model.get_submodule(name)):
+            raise ValueError(f"{name} {reason}, and cannot lose the mean of its outputs: {PLAIN} first.")
     change_checked(model, _convert)
     return model
+
+
+def _writers(model: PreTrainedModel) -> list[str]:
+    """The linear layers that write to the residual stream."""
+    return list(dict.fromkeys(sublayer_of(model, site).writer for site in find_norms(model) if site.block))
 
 
 def _convert(model: PreTrainedModel) -> None:
@@ -66,8 +75,7 @@ def _convert(model: PreTrainedModel) -> None:
         untie_head(model, tied)
     sites = find_norms(model)
     inside = model.base_model
-    writers = {sublayer_of(model, site).writer for site in sites if site.block}
-    for module in (inside.wte, inside.wpe, *map(model.get_submodule, writers)):
+    for module in (inside.wte, inside.wpe, *map(model.get_submodule, _writers(model))):
         for values in (module.weight, getattr(module, "bias", None)):
             if values is not None:
                 # The channels of the stream are the last dimension of embeddings, biases and Conv1D.

@@ -8,14 +8,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .model_checks import check_whole, refuse_training
 from .modeling.layernorm import LayerNorm
 from .modeling.moments import Moments, merge_over_ranks
 from .modeling.norm import BatchStatisticNorm
 from .modeling.passes import promote
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import NormSite, find_norms, format_table
+from .residual import sublayer_of
 from .statistics import observing
-from .surgery import refuse_folded, refuse_training, refuse_wrapped
 from .walk import Walk
 
 
@@ -119,7 +120,7 @@ class Conversion:
 
     def _fit(self, site: NormSite) -> AffineFit:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
-        estimate_statistics(site, self.student.inputs(site.name))
+        estimate_statistics(site.name, norm, self.student.inputs(site.name))
         normalized = ((norm.normalize(promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
         fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
         _check_finite(site.name, fit.gain, fit.shift)
@@ -140,23 +141,10 @@ class Conversion:
             yield x, t, mask
 
 
-def check_model(model) -> dict:
-    """The record of its swap, once it is clear that the model can be converted."""
-    refuse_wrapped(model)
-    refuse_training(model)
-    record = getattr(model.config, "norm_swap", None)
-    if record is None:
-        raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
-    refuse_folded(model)
-    if "layer_norm_share" in record:
-        raise ValueError("LayerNorm still has a share in these norms: finish the progressive swap first.")
-    return record
-
-
 def check_teacher(teacher, names: Iterable[str]) -> None:
-    """Raises `ValueError` where `teacher` has no LayerNorm at one of `names`, or is in training mode."""
-    if any(module.training for module in teacher.modules()):
-        raise ValueError("The teacher is in training mode: call teacher.eval() first.")
+    """Raises `ValueError` where `teacher` has no LayerNorm at one of `names`, or cannot be run in evaluation."""
+    check_whole(teacher, role="teacher")
+    refuse_training(teacher, "teacher")
     originals = {site.name: site.module for site in find_norms(teacher)}
     for name in names:
         if not isinstance(originals.get(name), nn.LayerNorm | LayerNorm):
@@ -174,9 +162,16 @@ def linears_of_blocks(model) -> dict[str, nn.Module]:
     }
 
 
-def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
+def places_of_linears(model) -> dict[str, nn.Module]:
+    """What stands where the blocks have their linear layers, by name: these, or what an adapter has put there."""
+    sublayers = [sublayer_of(model, site) for site in find_norms(model) if site.block]
+    names = [name for each in sublayers for name in (*each.readers, *each.source_readers, each.writer)]
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in names if name in modules}
+
+
+def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:
     """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
-    norm = site.module
     if not isinstance(norm, BatchStatisticNorm):
         return
     with observing([norm]):  # ranks may have other numbers of batches
@@ -184,7 +179,9 @@ def estimate_statistics(site: NormSite, inputs: Iterable) -> None:
             norm.forward(x, mask)
         pending = norm.pending.clone()
     moments = merge_over_ranks(Moments(pending))
-    _check_finite(site.name, moments.packed)
+    _check_finite(name, moments.packed)
+    if not moments.count:
+        raise ValueError(f"No real token reaches {name}: check the attention masks of the data.")
     norm.update_statistics(moments, weight=1)
 
 

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
-from .conversion import check_model, check_teacher, linears_of_blocks
+from .conversion import check_teacher, linears_of_blocks, places_of_linears
+from .model_checks import check_swapped
 from .modeling.norm import Norm
 from .modeling.ranks import gather_over_ranks, has_ranks, sum_over_ranks
 from .modeling.sites import find_norms
@@ -33,9 +34,11 @@ def distill(
     """Train the swapped norms and the linear layers of the blocks to bring `model` nearer to `teacher`, in place.
 
     It takes no labels. The model stays in evaluation mode: running statistics are constants, embeddings and heads too.
-    The loss is the relative squared distance of the norms' outputs to those of the teacher's LayerNorms, averaged over
-    norms, and the Kullback–Leibler divergence of the two predictions (squared distance where there is one output);
-    AdamW, gradients of norm 1 at most, and a learning rate that falls linearly to 0.
+    A pruned or parametrized linear layer is trained in the parameters that its weight is computed from, one with an
+    adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms'
+    outputs to those of the teacher's LayerNorms, averaged over norms, and the Kullback–Leibler divergence of the two
+    predictions (squared distance where there is one output); AdamW, gradients of norm 1 at most, and a learning rate
+    that falls linearly to 0.
 
     On several ranks each passes its own share of the data, at least one batch; gradients are averaged.
 
@@ -53,18 +56,20 @@ def distill(
         `list[float]`: the loss of each step.
 
     Raises:
-        ValueError: as [`calibrate`] does.
+        ValueError: as [`calibrate`] does, or when a linear layer has no weight to train, as a quantized one has not.
     """
-    check_model(model)
+    check_swapped(model)
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
     check_teacher(teacher, norms)
     if any(norm.weight.dtype.itemsize < torch.float32.itemsize for norm in norms.values()):
         raise ValueError("Steps of half precision are too coarse for a distillation: call model.float() first.")
+    if linears:
+        _check_trainable(places_of_linears(model))
     batches = complete_batches(teacher, make_batches(model, data, tokenizer, batch_size))
     if min(gather_over_ranks(torch.tensor(len(batches), device=model.device)).tolist()) == 0:
         raise ValueError("A process has no batch to learn from: give each of them some of the data.")
     trained = [*norms.values(), *(linears_of_blocks(model).values() if linears else ())]
-    parameters = [parameter for module in trained for parameter in module.parameters()]
+    parameters = list(dict.fromkeys(parameter for module in trained for parameter in module.parameters()))
     before = [parameter.detach().clone() for parameter in parameters]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -99,6 +104,17 @@ def distill(
         for parameter in parameters:
             parameter.grad = None
     return losses
+
+
+def _check_trainable(linears: dict[str, nn.Module]) -> None:
+    """Raises `ValueError` for linear layers without weights to train, as a quantized one is."""
+    for name, module in linears.items():
+        parameters = list(module.parameters())
+        if not parameters or not all(parameter.is_floating_point() for parameter in parameters):
+            raise ValueError(
+                f"{name}, a {type(module).__module__}.{type(module).__name__}, has no weight that can be trained: "
+                "distill the model before it is quantized."
+            )
 
 
 def _distance(model, teacher, norms: dict[str, nn.Module], batch: dict) -> torch.Tensor:

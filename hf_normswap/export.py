@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .files import new_folder
+from .model_checks import check_whole, refuse_training
 from .modeling.sites import find_norms
 from .probe import probe_batches, relative_error
-from .surgery import refuse_training
 
 
 # Of what a norm becomes in a graph, whole or in parts.
@@ -70,8 +70,8 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
 
     Raises:
         ImportError: without onnx, onnxscript and onnxruntime.
-        ValueError: when the model is in training mode or not in float32, the folder is not empty, or ONNX Runtime does
-            not return what PyTorch returns, to 1e-4, with `int8` to 0.1. Nothing is written then.
+        ValueError: when the model is in training mode, offloaded or not in float32, the folder is not empty, or ONNX
+            Runtime does not return what PyTorch returns, to 1e-4, with `int8` to 0.1. Nothing is written then.
     """
     try:
         import onnxruntime
@@ -81,6 +81,7 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
             f"The export needs onnx, onnxscript, onnxruntime and a recent transformers ({error}): "
             "pip install 'hf_normswap[onnx]'."
         ) from error
+    check_whole(model)
     refuse_training(model)
     if model.dtype != torch.float32:
         raise ValueError(f"ONNX Runtime wants float32, and the model is {model.dtype}: call model.float() first.")

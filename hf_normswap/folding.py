@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .conversion import check_model
+from .model_checks import PLAIN, check_swapped, obstacle_of_linear
 from .modeling.affine import Affine
 from .modeling.folded import add_bias, remove_norms, untie_head
 from .modeling.norm import Norm
@@ -93,7 +93,7 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
 
     ```
     """
-    check_model(model)
+    check_swapped(model)
     _check_norms(model)
     plan = _Plan(model, untie)
     if not plan.report.folded:
@@ -309,11 +309,8 @@ class _Plan:
 
     def _linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         module = self.model.get_submodule(name)
-        if type(module) not in (nn.Linear, Conv1D) or has_hooks(module):
-            raise ValueError(
-                f"{name} is a {type(module).__name__} or has hooks, which folding would not see: merge adapters, and "
-                "remove hooks, first."
-            )
+        if reason := obstacle_of_linear(module):
+            raise ValueError(f"{name} {reason}, which folding would not see: {PLAIN} first.")
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         bias = None if module.bias is None else module.bias.to("cpu", torch.float64)
         return self.weights.get(name, weight.to("cpu", torch.float64)), self.biases.get(name, bias)

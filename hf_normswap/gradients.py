@@ -9,13 +9,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForTokenClassification, PreTrainedModel
 
+from .model_checks import check_whole, unwrap
 from .modeling.powernorm import PowerNorm
 from .modeling.sites import find_norms, format_table
 from .modeling.swap_config import NormSwapConfig
 from .placement import set_norm_placement
 from .residual import sublayer_of
 from .statistics import evaluating, norm_penalty, observing, statistic_norms
-from .surgery import refuse_wrapped, swap_norm
+from .surgery import swap_norm
 from .walk import run_model
 
 
@@ -57,14 +58,15 @@ def gradient_norms(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Gr
     model is as before then, with its gradients and buffers.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): with a head that returns a loss, swapped or not.
+        model ([`~transformers.PreTrainedModel`]):
+            with a head that returns a loss, swapped or not, wrapped as in [`measure_tid`].
         batch (`dict`): inputs of the model, with labels.
 
     Returns:
         [`GradientReport`]: print it for a table.
 
     Raises:
-        ValueError: when the model returns no loss for the batch.
+        ValueError: when the model returns no loss for the batch, or is offloaded.
 
     Example:
 
@@ -80,7 +82,8 @@ def gradient_norms(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Gr
 
     ```
     """
-    refuse_wrapped(model)
+    model = unwrap(model)
+    check_whole(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = dict(zip(named, _gradients(model, batch, list(named.values())), strict=True))
     groups = _groups(model)

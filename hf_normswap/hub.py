@@ -50,7 +50,8 @@ def push_model(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): swapped.
-        repo_id (`str`): as in `"me/bert-base-rbn"`; made if it does not exist.
+        repo_id (`str`): as in `"<your-namespace>/bert-base-rbn"`; made if it does not exist. A name without a
+            namespace gets that of the account.
         tokenizer (*optional*): pushed with the model.
         results (`Iterable[dict]`, *optional*):
             results of runs on one task, for the card (see [`render_card`](hf_normswap.card.render_card)); pushed too,
@@ -66,10 +67,11 @@ def push_model(
         `huggingface_hub.CommitInfo`: the commit; print its `repo_url`.
 
     Raises:
-        ValueError: when the model is not swapped, or no result is of its norm.
+        ValueError: when the model is not swapped, no result is of its norm, or `repo_id` is no id on the Hub.
         OSError: when the Hub refuses or cannot be reached. The repo is as before then.
     """
     results = list(results)
+    repo_id = _full_id(repo_id, token)
     card = card_of_model(model, repo_id, results, **card_options)
     add_tags(card, tags)
     with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
@@ -107,10 +109,24 @@ def push_folder(
     except (*FAILURES, OSError) as error:
         if is_made:
             _withdraw(api, repo_id)
-        raise OSError(
-            f"{repo_id} could not be pushed ({_reason(error)}), and is as it was before: check the name, your token "
-            "(hf auth login) and the connection, and push again."
-        ) from None  # a traceback of the client could show the request
+        raise _refusal(repo_id, error) from None  # a traceback of the client could show the request
+
+
+def _full_id(repo_id: str, token: str | bool | None) -> str:
+    """`repo_id` with its namespace, as the Hub completes it: the bare name in a card would be another repo."""
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{_insist(HfApi(token=token).whoami)['name']}/{repo_id}"
+    except (*FAILURES, OSError) as error:
+        raise _refusal(repo_id, error) from None
+
+
+def _refusal(repo_id: str, error: Exception) -> OSError:
+    return OSError(
+        f"{repo_id} could not be pushed ({_reason(error)}), and is as it was before: check the name, your token "
+        "(hf auth login) and the connection, and push again."
+    )
 
 
 def _exists(api: HfApi, repo_id: str) -> bool:

@@ -5,8 +5,9 @@ from transformers.utils import logging
 
 from .modeling.configuration import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
 from .modeling.placement import place_blocks
+from .modeling.record import recorded_swap
 from .modeling.sites import NormSite, find_norms
-from .surgery import become_stock, check_model, recorded_swap, set_recorded_swap
+from .surgery import become_stock, check_model, set_recorded_swap
 
 
 logger = logging.get_logger(__name__)
@@ -33,8 +34,8 @@ def set_norm_placement(model: PreTrainedModel, placement: str, *, drop_final: bo
         The same model.
 
     Raises:
-        ValueError: when the placement is unknown, a trained final norm would be lost, or the model is wrapped, folded
-            or of another family. Nothing was changed then.
+        ValueError: when the placement is unknown, a trained final norm would be lost, or the model is wrapped,
+            offloaded, folded or of another family. Nothing was changed then.
 
     Example:
 
@@ -88,4 +89,6 @@ def _without(record: dict, paths: set[str]) -> dict:
 
 def _is_fresh(site: NormSite) -> bool:
     norm = site.module
+    if norm.weight.is_meta:  # nothing is lost: weights come later
+        return True
     return bool((norm.weight == 1).all()) and (norm.bias is None or not norm.bias.any())

@@ -89,7 +89,7 @@ def plot_tid(history: "TidHistory") -> "Figure":
 
     Args:
         history (`TidHistory`):
-            What the trainers write, as `TidHistory.read("outputs/my-run")` reads it.
+            What the trainers write, as `TidHistory.read("./outputs/my-run")` reads it.
 
     Returns:
         `matplotlib.figure.Figure`: The figure; `figure.savefig("tid.png")` writes it.

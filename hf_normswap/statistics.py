@@ -13,7 +13,7 @@ from .modeling.moments import Moments, merge_moments
 from .modeling.norm import BatchStatisticNorm
 from .modeling.powernorm import PowerNorm
 from .modeling.ranks import gather_over_ranks, has_ranks
-from .modeling.rbn import RegularizedBatchNorm
+from .modeling.rbn import NO_PENALTY, RegularizedBatchNorm
 from .modeling.sites import active_modules
 
 
@@ -38,13 +38,16 @@ def refuse_lost_statistics(model: nn.Module) -> None:
 
 
 def norm_penalty(model: nn.Module) -> torch.Tensor:
-    """The RBN term of the last training forward, summed over layers: add it to a loss that is a mean.
+    """The RBN term of all training forwards since the last call, summed over layers: add it to a loss that is a mean.
+
+    Call it before the backward of these forwards. A forward whose graph is freed by then is left out, with a warning.
+    One under `torch.no_grad()` counts without a gradient: run what is not trained so, or in evaluation mode.
 
     Returns:
         `torch.Tensor`: a scalar with gradient; 0 for a model without RBN.
 
     Raises:
-        RuntimeError: when there was no training forward since the last call.
+        RuntimeError: when there was no training forward since the last call, or its graph is freed.
 
     Example:
 
@@ -59,40 +62,50 @@ def norm_penalty(model: nn.Module) -> torch.Tensor:
 
     ```
     """
-    norms = [norm for norm in statistic_norms(model) if isinstance(norm, RegularizedBatchNorm) and norm.training]
-    # Cross-attention that is given no encoder does not run. Where no norm ran, penalty() says what to do.
-    ran = [norm for norm in norms if norm.has_observed]
-    penalties = [norm.penalty() for norm in ran or norms]
-    if penalties:
-        return torch.stack(penalties).sum()
+    norms = statistic_norms(model)
+    penalty = take_penalty(norms)
+    if penalty is not None:
+        return penalty
+    if any(isinstance(norm, RegularizedBatchNorm) and norm.training for norm in norms):
+        raise RuntimeError(NO_PENALTY)
     return torch.zeros((), device=next(model.parameters()).device)
 
 
-@torch.no_grad()
-def last_discrepancy(norms: list[BatchStatisticNorm]) -> torch.Tensor | None:
-    """TID of the last training forward, of shape `(2, layers)`: mean TID and variance TID of each layer.
+def take_penalty(norms: Iterable[BatchStatisticNorm]) -> torch.Tensor | None:
+    """The term of [`norm_penalty`], `None` where there is none to take."""
+    regularized = [norm for norm in norms if isinstance(norm, RegularizedBatchNorm)]
+    penalties = [penalty for norm in regularized for penalty in norm.take_penalties()]
+    return torch.stack(penalties).sum() if penalties else None
 
-    NaN for a layer that did not run or is frozen, `None` if that is all of them. Layers of one width are taken
-    together, without host synchronisation.
+
+@torch.no_grad()
+def sum_discrepancies(norms: list[BatchStatisticNorm]) -> tuple[torch.Tensor, list[int]]:
+    """TID of the recorded training forwards, summed over these.
+
+    Layers of one width are taken together, without host synchronisation.
+
+    Returns:
+        The sums, of shape `(2, layers)`, of the mean TID and the variance TID of each layer; and the number of
+        forwards that they are over, 0 for a layer that did not run or is frozen.
     """
     groups: dict[tuple, list[tuple[int, Statistics]]] = {}
-    of_layers: dict[int, torch.Tensor] = {}
+    sums: list[torch.Tensor | int] = [0] * len(norms)
+    counts = [len(norm.records) for norm in norms]
     for index, norm in enumerate(norms):
-        if not norm.has_observed:
-            of_layers[index] = torch.full((2,), torch.nan, device=norm.weight.device, dtype=norm.pending.dtype)
-        else:
-            statistics = norm.statistics
+        for moments, running in norm.records:
+            statistics = norm.compare(moments, running)
             has_mean = statistics.batch_mean is not None
             groups.setdefault((norm.num_features, norm.eps, has_mean), []).append((index, statistics))
-    if not groups:
-        return None
     for (_, eps, _), members in groups.items():
         fields = zip(*(statistics for _, statistics in members), strict=True)
         stacked = Statistics(*(None if field[0] is None else torch.stack(field) for field in fields))
         values = torch.stack(training_inference_discrepancy(stacked, eps))
         for (index, _), value in zip(members, values.unbind(1), strict=True):
-            of_layers[index] = value
-    return torch.stack([of_layers[index] for index in range(len(norms))], dim=1)
+            sums[index] = sums[index] + value
+    if not groups:
+        return torch.zeros(2, len(norms), device=norms[0].weight.device if norms else None), counts
+    absent = values.new_zeros(2)
+    return torch.stack([total if count else absent for total, count in zip(sums, counts)], dim=1), counts
 
 
 @contextmanager
@@ -114,12 +127,12 @@ def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
     What they saw is in [`BatchStatisticNorm.pending`](hf_normswap.BatchStatisticNorm), and nowhere else.
     """
     norms = list(norms)
-    flags = "training", "frozen", "deferred", "process_group", "_observed"
+    flags = "training", "frozen", "deferred", "paused", "process_group", "records", "penalties"
     before = [{name: getattr(norm, name) for name in flags} for norm in norms]
     buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
         for norm in norms:
-            norm.deferred, norm.frozen, norm.process_group = True, False, None
+            norm.deferred, norm.frozen, norm.paused, norm.process_group = True, False, False, None
             norm.forget_statistics()
             norm.discard_pending()
             if isinstance(norm, PowerNorm):
@@ -144,6 +157,57 @@ def defer_norm_statistics(model: nn.Module, deferred: bool = True) -> None:
     for norm in statistic_norms(model):
         norm.deferred = deferred
         norm.discard_pending()
+
+
+@contextmanager
+def pause_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep forwards out of the statistics: for a second forward in a step, on perturbed inputs or weights.
+
+    Inside, norms in training mode normalise as in any training forward. Running statistics, those that are pooled for
+    the next update, PowerNorm's statistic of the gradient and the logged TID stay as they are. [`norm_penalty`] counts
+    these forwards too; where it is not called before their backward, that brings no warning.
+
+    Args:
+        model (`torch.nn.Module`): with swapped norms, or one of them.
+
+    Example:
+
+    A step of sharpness-aware minimisation (SAM), whose gradient is taken at perturbed weights:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_normswap import norm_penalty, pause_norm_statistics, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertForSequenceClassification(config), "rbn").train()
+    >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "labels": torch.tensor([0, 1])}
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> (model(**batch).loss + norm_penalty(model)).backward()
+    >>> weights = [weight for weight in model.parameters() if weight.grad is not None]
+    >>> length = torch.stack([weight.grad.norm() for weight in weights]).norm()
+    >>> steps = [0.05 * weight.grad / length for weight in weights]
+    >>> with torch.no_grad():
+    ...     for weight, step in zip(weights, steps):
+    ...         weight += step
+    >>> optimizer.zero_grad()
+    >>> with pause_norm_statistics(model):
+    ...     (model(**batch).loss + norm_penalty(model)).backward()
+    >>> with torch.no_grad():
+    ...     for weight, step in zip(weights, steps):
+    ...         weight -= step
+    >>> optimizer.step()
+
+    ```
+    """
+    norms = statistic_norms(model)
+    before = [norm.paused for norm in norms]
+    for norm in norms:
+        norm.paused = True
+    try:
+        yield
+    finally:
+        for norm, paused in zip(norms, before, strict=True):
+            norm.paused = paused
 
 
 def freeze_norm_statistics(model: nn.Module, frozen: bool = True) -> None:

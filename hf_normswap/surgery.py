@@ -7,16 +7,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .model_checks import check_whole, refuse_computed, refuse_folded
 from .modeling.configuration import FORMAT_VERSION
 from .modeling.layernorm import LayerNorm
 from .modeling.norm import BatchStatisticNorm, Norm
+from .modeling.record import read_record, recorded_swap
 from .modeling.registry import get_norm
-from .modeling.replace import new_layer_norm, new_norm, place_norms
+from .modeling.replace import change_class, new_layer_norm, new_norm, place_norms
 from .modeling.sites import NormSite, find_norms, where_names
 from .modeling.swap_config import NormSwapConfig
 from .modeling.swapped import (
     NormSwapMixin,
     check_checkpointing,
+    check_chunks,
     prepare_swapped,
     release_swapped,
     stock_class,
@@ -88,7 +91,9 @@ def swap_norm(
         defaults |= norm_class.calibrated_options
     options = {**defaults, **config.options}
     config = NormSwapConfig(config.norm, **options)
+    refuse_computed({site.name: site.module for site in sites})
     norms = {site.name: new_norm(site.module, config) for site in sites}
+    check_chunks(model, norms)
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
 
@@ -101,9 +106,7 @@ def swap_norm(
         )
     before = type(model), model.config
     place_norms(model, norms)
-    entry = {"norm": config.norm, "options": options, "modules": [site.path for site in sites]}
-    record = recorded_swap(model)
-    set_recorded_swap(model, {**record, "norms": [*record["norms"], entry]})
+    set_recorded_swap(model, read_record(model))
     said = f" with {options}" if options else ""
     logger.info(
         f"Swapped {len(sites)} of {len(find_norms(model))} norms of {type(model).__name__} to {config.norm}{said}."
@@ -115,8 +118,8 @@ def swap_norm(
             calibrate(model, calibrate_on, tokenizer=tokenizer)
         except BaseException:
             place_norms(model, {site.name: site.module for site in sites})
-            model.__class__, config = before
-            share_config(model, config)
+            change_class(model, before[0])
+            share_config(model, before[1])
             release_swapped(model)
             if isinstance(model, NormSwapMixin):
                 prepare_swapped(model)
@@ -135,7 +138,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: when no norm of the model is swapped.
     """
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if not isinstance(model, NormSwapMixin):
         raise ValueError(f"This {type(model).__name__} has no swapped norms: pass a model that swap_norm returned.")
     refuse_folded(model)
@@ -144,6 +147,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
         )
+    refuse_computed({site.name: site.module for site in norms})
     place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}
@@ -156,49 +160,16 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 def check_model(model) -> None:
     """Raises `ValueError` for a model whose norms cannot be changed."""
-    refuse_wrapped(model)
+    check_whole(model, "swap, restore or move its norms", needs_weights=False)
     if isinstance(model, NormSwapMixin):
         refuse_folded(model)
     else:
         find_norms(model)  # says which families there are
-    if swapped_class_of(model) is None:
+    if swapped_class(type(model)) is None:
         raise ValueError(
-            f"{type(model).__name__} is no model class of transformers: swap the transformers model inside it."
+            f"{type(model).__name__} derives from no model class of its family: derive it from one, such as the base "
+            "class of transformers' models of this family."
         )
-    if getattr(model.config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            "chunk_size_feed_forward > 0 calls a norm once per chunk, which breaks its statistics: set it to 0."
-        )
-
-
-def swapped_class_of(model) -> type | None:
-    """The class that `model` has with swapped norms, `None` where there is none."""
-    return type(model) if isinstance(model, NormSwapMixin) else swapped_class(type(model))
-
-
-def refuse_training(model) -> None:
-    """Raises `ValueError` for a model that is in training mode, wholly or in part."""
-    if any(module.training for module in model.modules()):
-        raise ValueError("The model is in training mode: call model.eval() first.")
-
-
-def refuse_folded(model) -> None:
-    """Raises `ValueError` for a model whose norms are folded away."""
-    if "folded" in (getattr(model.config, "norm_swap", None) or {}):
-        raise ValueError("The norms of this model are folded away: load it from before that.")
-
-
-def refuse_wrapped(model) -> None:
-    """Raises `ValueError` for what is no bare model of transformers."""
-    if not isinstance(model, PreTrainedModel):
-        if isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-            raise ValueError(
-                f"The model is wrapped in {type(model).__name__}: swap or restore its norms before wrapping or "
-                "compiling it."
-            )
-        raise ValueError(f"Norms are those of a model of transformers, not of a {type(model).__name__}: pass one.")
-    if type(model).__name__.startswith("FSDP"):
-        raise ValueError("The model is sharded by FSDP: swap or restore its norms before sharding it.")
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:
@@ -216,7 +187,8 @@ def _select(model, where, filter_fn) -> list[NormSite]:
         raise ValueError(
             f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: choose among its {counts}."
         )
-    done = [site for site in sites if isinstance(site.module, Norm)]
+    # A baseline's LayerNorm computes what the one of PyTorch does.
+    done = [site for site in sites if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm)]
     if done:
         raise ValueError(
             f"{done[0].name} is already swapped to {done[0].kind}: start from the original model, or call "
@@ -225,14 +197,9 @@ def _select(model, where, filter_fn) -> list[NormSite]:
     return sites
 
 
-def recorded_swap(model) -> dict:
-    """What the configuration of a model says of its swap; of none, where it is not swapped."""
-    return getattr(model.config, "norm_swap", None) or {"format_version": FORMAT_VERSION, "norms": []}
-
-
 def set_recorded_swap(model, record: dict) -> None:
     """Make `model` one of the class of swapped models, whose configuration has this `record`."""
-    model.__class__ = swapped_class_of(model)
+    change_class(model, swapped_class(type(model)))
     _set_config(model, model.config_class, record)
     release_swapped(model)
     prepare_swapped(model)
@@ -240,7 +207,10 @@ def set_recorded_swap(model, record: dict) -> None:
 
 def become_stock(model) -> None:
     """Make a model without swapped norms one of its class of transformers."""
-    model.__class__ = stock_class(type(model))
+    stock = stock_class(type(model))
+    if stock is None:  # derived from a swapped class, it stays of that without a swapped norm
+        return set_recorded_swap(model, {"format_version": FORMAT_VERSION, "norms": []})
+    change_class(model, stock)
     _set_config(model, model.config_class, None)
     release_swapped(model)
 

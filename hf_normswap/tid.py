@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import complete_batches, make_batches
+from .model_checks import check_whole, unwrap
 from .modeling.norm import BatchStatisticNorm
 from .modeling.ranks import sum_over_ranks
 from .modeling.sites import find_norms, format_table
-from .statistics import evaluating, last_discrepancy, observing
-from .surgery import refuse_wrapped
+from .statistics import evaluating, observing, sum_discrepancies
 from .walk import run_model
 
 
@@ -63,7 +63,9 @@ def measure_tid(
     measures its share of the batches, and all get the mean over all of them.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): swapped to norms with running statistics.
+        model ([`~transformers.PreTrainedModel`]):
+            swapped to norms with running statistics. It may be in DistributedDataParallel, `torch.compile` or
+            [`~torch.optim.swa_utils.AveragedModel`]; names are those in the model inside.
         data: texts, a data set or batches, as [`make_batches`] takes them.
         tokenizer (*optional*): for texts, and to pad a data set.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, where `data` is not in batches. Small batches
@@ -73,7 +75,8 @@ def measure_tid(
         [`TidReport`]: a [`LayerTid`] for each norm that a batch reaches; print it for a table.
 
     Raises:
-        ValueError: when the data is empty or has no real tokens, or no norm has running statistics.
+        ValueError: when the data is empty or has no real tokens, no norm has running statistics, or the model is
+            offloaded.
 
     Example:
 
@@ -89,22 +92,24 @@ def measure_tid(
 
     ```
     """
-    refuse_wrapped(model)
+    model = unwrap(model)
+    check_whole(model)
     norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, BatchStatisticNorm)}
     if not norms:
         raise ValueError(f"No norm of this {type(model).__name__} has running statistics: there is no discrepancy.")
     with evaluating(model):
         batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
-        sums = torch.zeros(3, len(norms), dtype=torch.float64, device=model.device)
+        totals = torch.zeros(3, len(norms), dtype=torch.float64, device=model.device)
         with observing(norms.values()):
             for batch in batches:
                 run_model(model, batch)
-                ran = torch.tensor([norm.has_observed for norm in norms.values()], device=sums.device)
-                values = last_discrepancy(list(norms.values())).double()
-                sums += torch.cat([ran[None].double(), torch.where(ran, values, 0)])
+                sums, forwards = sum_discrepancies(list(norms.values()))
+                forwards = torch.tensor(forwards, device=totals.device)
+                # A batch counts once for a norm, however often the model calls it.
+                totals += torch.cat([(forwards > 0)[None], sums.double() / forwards.clamp(min=1)])
                 for norm in norms.values():
                     norm.forget_statistics()
-    counts, means, variances = sum_over_ranks(sums).tolist()
+    counts, means, variances = sum_over_ranks(totals).tolist()
     return TidReport(
         LayerTid(name, mean / count if has_mean(norm) else None, variance / count, int(count))
         for (name, norm), count, mean, variance in zip(norms.items(), counts, means, variances, strict=True)

@@ -8,6 +8,7 @@ in the depth: in memory up to a budget, in memory-mapped files beyond it.
 import functools
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
+from .model_checks import device_of, is_composite, swapped_parts
 from .modeling.ranks import has_ranks
 from .modeling.sites import find_norms
 from .modeling.token_mask import current_mask
@@ -99,7 +102,8 @@ class Walk:
     Iterating yields names of modules; [`Walk.inputs`] then has what came to this one, and to the one before it.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): in evaluation mode, with its masks watched.
+        model (`torch.nn.Module`): in evaluation mode; a model of transformers with its masks watched, or one around
+            swapped models, which it may call any number of times.
         batches (list of dict): inputs of the model.
         order (list of tuples of `str`): names of the modules to visit, as [`call_order`] returns them.
         store ([`ActivationStore`]): keeps the activations.
@@ -110,8 +114,10 @@ class Walk:
 
     def __init__(self, model, batches: list, order: list[tuple], store: ActivationStore, changes: bool = True):
         self.model, self.batches, self.order, self.store, self.changes = model, batches, order, store, changes
-        self._blocks = list(dict.fromkeys(site.block for site in find_norms(model) if site.block))
+        self.device = device_of(model)
+        self._blocks, self._once = blocks_of(model), not is_composite(model)
         self._group = {name: group for group in order for name in group}
+        self._count: Counter = Counter()  # inputs that are kept, of a group and of the block that is running
         self._first = None  # what is visited first in the block, if there is one
         self._mask, self._others = None, []  # of the block call that is running
 
@@ -138,9 +144,10 @@ class Walk:
             self._forget(group)
 
     def inputs(self, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """What came to a module, batch by batch: `(B, T, C)`, and its token mask `(B, T)` or `None`."""
-        for index in range(len(self.batches)):
-            yield send_to_device(self.store[id(self), self._group[name], index], self.model.device)
+        """What came to a module, call by call: `(B, T, C)`, and its token mask `(B, T)` or `None`."""
+        group = self._group[name]
+        for index in range(self._count[group]):
+            yield send_to_device(self.store[id(self), group, index], self.device)
 
     def add(self, name: str, changes: Iterable[torch.Tensor]) -> None:
         """Change the inputs of the module that is visited, as what was changed before it would."""
@@ -153,7 +160,7 @@ class Walk:
                 self.store[id(self), "hidden", index] = values
 
     def _forget(self, group: tuple) -> None:
-        for index in range(len(self.batches)):
+        for index in range(self._count.pop(group, 0)):
             self.store.pop((id(self), group, index))
 
     def _follows(self, previous: str, block: str) -> bool:
@@ -166,37 +173,51 @@ class Walk:
 
     def _keep_inputs(self, groups: list[tuple], block: str | None) -> None:
         def keep(name, index, args, kwargs):
-            mask = self._mask if block else current_mask(args[0])
+            mask = self._mask if block else given_mask(args, kwargs)
             if block and any(args[0] is other for other in self._others):
                 mask = _source_mask(self.model, self.batches[index])
-            self.store[id(self), self._group[name], index] = args[0], mask
+            self._add(self._group[name], (args[0], mask))
 
-        run = self._run_model if block is None else lambda index: self._run_block(block, index)
-        self._reach([group[0] for group in groups], run, keep)
+        for group in groups:
+            self._count[group] = 0
+        names = [group[0] for group in groups]
+        if block is None:
+            self._reach(names, self._run_model, len(self.batches), keep, self._once)
+        else:
+            self._reach(names, functools.partial(self._run_block, block), self._count["hidden"], keep, once=True)
 
     def _keep_block_inputs(self, block: str) -> None:
         def keep(name, index, args, kwargs):
             hidden, *args = args or (kwargs.pop("hidden_states"),)
-            self.store[id(self), "hidden", index] = hidden
-            self.store[id(self), "call", index] = args, kwargs, current_mask(hidden)
+            self.store[id(self), "call", self._count["hidden"]] = args, kwargs, current_mask(hidden)
+            self._add("hidden", hidden)
 
-        self._reach([block], self._run_model, keep)
+        self._count["hidden"] = 0
+        self._reach([block], self._run_model, len(self.batches), keep, self._once)
 
     def _keep_block_outputs(self, block: str) -> None:
-        for index in range(len(self.batches)):
+        for index in range(self._count["hidden"]):
             output = self._run_block(block, index)
             self.store[id(self), "hidden", index] = output[0] if isinstance(output, tuple) else output
 
-    def _reach(self, names: list[str], run: Callable, keep: Callable) -> None:
-        """Let `keep` have the arguments of these modules for every batch, and compute nothing after the last one."""
-        for index in range(len(self.batches)):
+    def _add(self, key, values) -> None:
+        self.store[id(self), key, self._count[key]] = values
+        self._count[key] += 1
+
+    def _reach(self, names: list[str], run: Callable, runs: int, keep: Callable, once: bool) -> None:
+        """Let `keep` have the arguments of every call of these modules in so many runs.
+
+        Where a run calls each `once`, it ends there: nothing is computed after the last of them.
+        """
+        for index in range(runs):
             missing = list(names)
 
             def stop(module, args, kwargs, name, index=index, missing=missing):
-                if name in missing:
+                if name in missing or not once:
                     keep(name, index, args, dict(kwargs))
+                if name in missing:
                     missing.remove(name)
-                if not missing:
+                if once and not missing:
                     raise _Reached
 
             handles = [
@@ -215,7 +236,7 @@ class Walk:
             finally:
                 for handle in handles:
                     handle.remove()
-            if missing:
+            if missing and once:
                 raise ValueError(f"A batch does not reach {missing[0]}, as others do: pass batches of one kind.")
 
     def _run_model(self, index: int) -> None:
@@ -223,37 +244,68 @@ class Walk:
 
     def _run_block(self, block: str, index: int):
         kept = self.store[id(self), "hidden", index], *self.store[id(self), "call", index]
-        hidden, args, kwargs, self._mask = send_to_device(kept, self.model.device)
+        hidden, args, kwargs, self._mask = send_to_device(kept, self.device)
         self._others = pytree.tree_leaves((args, kwargs))  # such as the encoder's output
         return self.model.get_submodule(block)(hidden, *args, **kwargs)
 
 
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks of `model`, or of the swapped models in it, in the order of the modules."""
+    parts = swapped_parts(model) or ({"": model} if isinstance(model, PreTrainedModel) else {})
+    blocks = [(name, site.block) for name, part in parts.items() for site in find_norms(part) if site.block]
+    return list(dict.fromkeys(f"{name}.{block}".lstrip(".") for name, block in blocks))
+
+
+def given_mask(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The token mask that a norm is called with, or else that of the model call."""
+    mask = args[1] if len(args) > 1 else kwargs.get("mask")
+    return current_mask(args[0]) if mask is None else mask.bool()
+
+
 def run_model(model, batch: dict):
     """The output of a model for one batch."""
-    return model(**send_to_device(batch, model.device))
+    return model(**send_to_device(batch, device_of(model)))
 
 
 def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tuple[str, ...]]:
     """Names of the `modules` that the first batch reaches, in the order of their first calls; the same on all ranks.
 
-    Modules that are called one right after the other with the same input, as the query, key and value of an attention
-    are, stand in one tuple.
-    """
-    inputs = {}
+    Of a module around swapped models it is all batches: one may reach what another does not. Modules that are called
+    one right after the other with the same input, as the query, key and value of an attention are, stand in one tuple.
 
-    def note(module, args, name):
-        inputs.setdefault(name, args[0])
+    Raises:
+        ValueError: when one forward of a model of transformers, or of a block, calls a module more than once.
+    """
+    inputs, calls = {}, Counter()
+
+    def note(module, args, kwargs, name):
+        inputs.setdefault(name, (*args[:2], kwargs.get("mask")))
+        calls[name] += 1
 
     handles = [
-        module.register_forward_pre_hook(functools.partial(note, name=name)) for name, module in modules.items()
+        module.register_forward_pre_hook(functools.partial(note, name=name), with_kwargs=True)
+        for name, module in modules.items()
     ]
+    blocks = {block: model.get_submodule(block) for block in blocks_of(model)}
+    for block, module in blocks.items():
+        handles.append(module.register_forward_pre_hook(lambda module, args, block=block: calls.update([block])))
+    once = not is_composite(model)
     try:
-        if batches:
-            run_model(model, batches[0])
+        for batch in batches[:1] if once else batches:
+            run_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    order = [tuple(names) for _, names in itertools.groupby(inputs, key=lambda name: id(inputs[name]))]
+    for name in inputs:
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        expected = 1 if once else calls[block or name]
+        if calls[name] > expected:
+            raise ValueError(
+                f"{name} is called {calls[name]} times in place of {expected}, with other inputs each time: give each "
+                "place a layer of its own, and set chunk_size_feed_forward to 0."
+            )
+    same = itertools.groupby(inputs, key=lambda name: [id(value) for value in inputs[name]])
+    order = [tuple(names) for _, names in same]
     if has_ranks():
         orders = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(orders, order)

@@ -1,8 +1,8 @@
 """
 Renders the model cards of this folder, and their list, from results and from nothing else.
 
-    python model_cards/render.py                               # all cards
-    python model_cards/render.py first-run first_run/results   # after taking over new results of the first run
+    python model_cards/render.py                                 # all cards
+    python model_cards/render.py first-run ./first_run/results   # after taking over new results of the first run
 """
 
 import json
@@ -98,7 +98,7 @@ VARIANTS = {
 LIMITS = {"wnut17-powernorm": "- Its training diverged: it finds no entity. The card is here for the record.\n"}
 FIRST_RUN = {
     "norm": "powernorm",
-    "model_id": "first_run/powernorm",
+    "folder": "./first_run/powernorm",
     "title": "The model of the first run",
     "license": "apache-2.0",
     "language": "en",
@@ -130,7 +130,7 @@ def render_variant(name, variant, norm):
     text = render_card(
         [*baseline, *runs, *others],
         norm=norm,
-        model_id=run["arguments"]["output_dir"],
+        folder=run["arguments"]["output_dir"],
         auto_class=f"AutoModelFor{variant.head}",
         title=f"{run['model']} with {NORMS[norm]}, {run['task']}",
         description=variant.about.format(**run["arguments"]),

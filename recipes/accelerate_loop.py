@@ -61,7 +61,8 @@ def train(model, data, collator, args, accelerator):
     defer_norm_statistics(model)  # running statistics stay as they are within a step
     for site in find_norms(model):
         if isinstance(site.module, PowerNorm):
-            site.module.warmup_steps = round(args.norm_warmup_ratio * args.max_steps)
+            done = site.module.num_batches_tracked.item()  # updates of earlier trainings, and of a calibration
+            site.module.warmup_steps = done + round(args.norm_warmup_ratio * args.max_steps)
     losses, parts = [], []
     progress = tqdm(total=args.max_steps, desc="Training", disable=not accelerator.is_main_process)
     while len(losses) < args.max_steps:
@@ -107,6 +108,8 @@ def main(argv=None):
         model_args, data_args, args, given = parse_arguments((ModelArguments, DataArguments, LoopArguments), argv)
         if data_args.task_name == "mnli":
             raise ValueError("This loop scores one split, and MNLI has two: run recipes/glue.py.")
+        if model_args.progressive or model_args.early_stopping:
+            raise ValueError("This loop has neither progressive nor early_stopping: run recipes/glue.py.")
         accelerator = Accelerator(
             cpu=args.use_cpu,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -124,7 +127,11 @@ def main(argv=None):
 
     collator = DataCollatorWithPadding(tokenizer)
     losses = train(model, data["train"], collator, args, accelerator)
-    metrics = evaluate(model, data[data_args.validation_split], collator, data_args.task_name, accelerator)
+    metrics = {
+        prefix + name: value
+        for prefix, split in data_args.scored_splits.items()
+        for name, value in evaluate(model, data[split], collator, data_args.task_name, accelerator).items()
+    }
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import yaml
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, set_seed
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
 
 from hf_normswap import ProgressiveSwapCallback, get_norm
-from hf_normswap.checkpoints import check_checkpoint, find_last_checkpoint
+from hf_normswap.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 from hf_normswap.results import compare_results, describe_environment, write_result
 
 
 PLACEMENTS = ("post", "pre")
+FROM_SCRATCH = ("bert", "gpt2", "roberta")
+LOADED = ("model_name_or_path", "dataset_name")  # options that take an id on the Hub or a folder
 
 
 @dataclass
@@ -41,6 +43,10 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Let LayerNorm give way to the norm over this share of the training; 0 does not."},
     )
+    early_stopping: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations in a row without a better score; 0 does not."},
+    )
 
     def __post_init__(self):
         self.norm_options = read_json_object("norm_options", self.norm_options)
@@ -50,6 +56,8 @@ class ModelArguments:
             raise ValueError(f"progressive is a share of the training between 0 and 1, not {self.progressive}.")
         if self.progressive and self.calibrate:
             raise ValueError("calibrate and progressive are two ways to one end: choose one of them.")
+        if self.early_stopping < 0:
+            raise ValueError(f"early_stopping is a number of evaluations, not {self.early_stopping}.")
 
 
 @dataclass
@@ -69,6 +77,24 @@ class ScratchArguments(ModelArguments):
         self.config_overrides = read_json_object("config_overrides", self.config_overrides)
 
 
+@dataclass
+class FamilyArguments(ScratchArguments):
+    """Of recipes that train a model of one of several families from scratch, too."""
+
+    model_type: str | None = field(
+        default=None, metadata={"help": "Family of a model from scratch.", "choices": FROM_SCRATCH}
+    )
+    vocabulary: str = field(
+        default="pieces",
+        metadata={"help": "What the tokens of a model from scratch are.", "choices": ["pieces", "words"]},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
+
+
 def read_json_object(name, value):
     """The object that the option `name` gives as JSON; the shell gives a string, a YAML file more likely an object."""
     try:
@@ -77,9 +103,12 @@ def read_json_object(name, value):
         raise ValueError(f"{name} is no JSON object ({error}): {value}") from error
 
 
-def progressive_callbacks(model_args):
-    """The callbacks of a progressive swap, if the arguments ask for one."""
-    return [ProgressiveSwapCallback(model_args.progressive)] if model_args.progressive else []
+def make_callbacks(model_args):
+    """The callbacks of a progressive swap and of early stopping, if the arguments ask for them."""
+    callbacks = [ProgressiveSwapCallback(model_args.progressive)] if model_args.progressive else []
+    if model_args.early_stopping:
+        callbacks.append(EarlyStoppingCallback(model_args.early_stopping))
+    return callbacks
 
 
 class _Parser(HfArgumentParser):
@@ -106,8 +135,29 @@ def parse_arguments(groups, argv=None):
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         close = difflib.get_close_matches(name, names, n=1)
         raise ValueError(f"There is no option {name!r}" + (f": did you mean {close[0]!r}?" if close else "."))
+    for group in parsed:
+        for name in LOADED:
+            if isinstance(value := getattr(group, name, None), str):
+                setattr(group, name, explicit_folder(value))
     given = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
     return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in given}
+
+
+def explicit_folder(name):
+    """
+    `name`, with a leading `./` where it is a folder. A relative path without it has the form of an id on the Hub,
+    which anyone may register, and the cards of the results must not name one.
+    """
+    is_relative = not name.startswith((".", "~")) and not os.path.isabs(name)
+    return f"./{name}" if is_relative and os.path.isdir(name) else name
+
+
+def _with_explicit_folders(argv):
+    """A command line with its folders as `explicit_folder` writes them."""
+    for before, word in zip(["", *argv], argv):
+        start = word[: word.index("=") + 1] if word.startswith("--") and "=" in word else ""
+        option = (start or before).strip("-=").replace("-", "_")
+        yield start + explicit_folder(word[len(start) :]) if option in LOADED else word
 
 
 def _read_yaml(path):
@@ -140,6 +190,7 @@ def begin(groups, argv):
     training_args = parsed[-1]
     check_processes(training_args)
     checkpoint = find_checkpoint(training_args)
+    prepare_early_stopping(parsed[0].early_stopping, training_args, checkpoint)
     set_seed(training_args.seed)
     return *parsed, given, checkpoint
 
@@ -155,6 +206,23 @@ def check_processes(training_args):
     # accelerate sets the address when it was asked for several processes, and has no CPU launcher for them.
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError("accelerate started one process of several: launch on CPUs with torchrun and --use_cpu.")
+
+
+def prepare_early_stopping(patience, training_args, checkpoint):
+    """A resumed run counts on from where it was, and does not go on if it had stopped."""
+    if not patience:
+        return
+    if not training_args.load_best_model_at_end:
+        raise ValueError(
+            "early_stopping returns the best checkpoint: pass load_best_model_at_end, and an eval_strategy and a "
+            "save_strategy that are the same."
+        )
+    training_args.restore_callback_states_from_checkpoint = True
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint, LAST_FILE)))
+        counted = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        if counted.get("early_stopping_patience_counter", 0) >= patience:
+            training_args.max_steps = state.global_step
 
 
 def find_checkpoint(training_args):
@@ -230,6 +298,6 @@ def describe_run(model, model_name, seed, processes):
         "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
         "norm_swap": norm_swap,
         "seed": seed,
-        "command": f"{launcher} {shlex.join(sys.argv)}",
+        "command": f"{launcher} {shlex.join(_with_explicit_folders(sys.argv))}",
         **describe_environment(),
     }

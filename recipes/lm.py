@@ -29,36 +29,18 @@ from transformers import (
 )
 
 from common import (
-    ScratchArguments,
+    FamilyArguments,
     begin,
+    make_callbacks,
     one_sentence_errors,
-    progressive_callbacks,
     show_penalty_weights,
     train_and_record,
 )
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
-from loading import check_length, load_splits, load_swapped, swap_as_told
-from vocabulary import train_tokenizer
+from loading import check_length, load_splits, load_swapped, make_swapped
 
 
 CAUSAL = ("gpt2", "normswap_gpt2")
-FROM_SCRATCH = ("bert", "gpt2", "roberta")
-
-
-@dataclass
-class LanguageModelArguments(ScratchArguments):
-    model_type: str | None = field(
-        default=None, metadata={"help": "Family of a model from scratch.", "choices": FROM_SCRATCH}
-    )
-    vocabulary: str = field(
-        default="pieces",
-        metadata={"help": "What the tokens of a model from scratch are.", "choices": ["pieces", "words"]},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.model_name_or_path is None) == (self.model_type is None):
-            raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
 
 
 @dataclass
@@ -69,28 +51,6 @@ class DataArguments:
     block_size: int = field(default=128, metadata={"help": "Tokens of a training example."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that BERT and RoBERTa guess."})
     test_split: str | None = field(default=None, metadata={"help": "A split to score in the end too, such as test."})
-
-
-def make_model(model_args, data_args, texts):
-    """A model from scratch, with a tokenizer trained on the texts."""
-    tokenizer = train_tokenizer(
-        chain.from_iterable(batch[data_args.text_column] for batch in texts.iter(1000)),
-        "$A </s>",
-        data_args.block_size,
-        model_args.vocab_size,
-        words=model_args.vocabulary == "words",
-    )
-    config = AutoConfig.for_model(
-        model_args.model_type,
-        **{
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": data_args.block_size + 2,  # RoBERTa counts positions from 2
-            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-            **model_args.config_overrides,
-        },
-    )
-    auto_class = AutoModelForCausalLM if model_args.model_type in CAUSAL else AutoModelForMaskedLM
-    return tokenizer, swap_as_told(auto_class.from_config(config), tokenizer, model_args, texts)
 
 
 def pack(data, tokenizer, data_args, is_causal):
@@ -119,6 +79,7 @@ def pack(data, tokenizer, data_args, is_causal):
 def mask(rows, tokenizer, data_args, seed):
     """The same masks for every model."""
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability, seed=seed)
+    collator.create_rng()  # transformers 5.17 takes seed 0 for none
 
     def apply(batch):
         return {name: values.tolist() for name, values in collator([{"input_ids": ids} for ids in batch]).items()}
@@ -157,14 +118,17 @@ def score_losses(evaluated):
 
 def main(argv=None):
     with one_sentence_errors():
-        groups = (LanguageModelArguments, DataArguments, NormSwapTrainingArguments)
+        groups = (FamilyArguments, DataArguments, NormSwapTrainingArguments)
         model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         splits = ["train", "validation", *filter(None, [data_args.test_split])]
         data = load_splits(
             data_args.dataset_name, data_args.dataset_config_name, splits, [data_args.text_column]
         ).select_columns(data_args.text_column)
         if model_args.model_type:
-            tokenizer, model = make_model(model_args, data_args, data["train"])
+            auto_class = AutoModelForCausalLM if model_args.model_type in CAUSAL else AutoModelForMaskedLM
+            tokenizer, model = make_swapped(
+                auto_class, model_args, data["train"], data_args.block_size, template="$A </s>"
+            )
         else:
             config = AutoConfig.from_pretrained(model_args.model_name_or_path)
             auto_class = AutoModelForCausalLM if config.model_type in CAUSAL else AutoModelForMaskedLM
@@ -189,7 +153,7 @@ def main(argv=None):
             data_collator=default_data_collator,
             preprocess_logits_for_metrics=lambda logits, labels: sum_losses(logits, labels, is_causal),
             compute_metrics=score_losses,
-            callbacks=progressive_callbacks(model_args),
+            callbacks=make_callbacks(model_args),
         )
         show_penalty_weights(trainer, data_args.block_size * training_args.per_device_train_batch_size)
 

@@ -1,15 +1,16 @@
 """Data sets and models for the recipes, checked before anything is written."""
 
-import itertools
 import os
+from itertools import chain, product
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_normswap import NormSwapConfig, find_norms, get_norm, set_norm_placement, swap_norm
+from vocabulary import train_tokenizer
 
 
 def load_splits(name, config, splits, columns):
@@ -31,7 +32,7 @@ def load_splits(name, config, splits, columns):
     for split in splits:
         if split not in data:
             raise ValueError(f"The data set {name!r} has no split {split!r}, only {', '.join(data)}.")
-    for split, column in itertools.product(splits, columns):
+    for split, column in product(splits, columns):
         if column not in (found := data[split].column_names):
             raise ValueError(f"The split {split!r} of {name!r} has no column {column!r}, only {', '.join(found)}.")
     return DatasetDict({split: data[split] for split in splits})
@@ -66,6 +67,32 @@ def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
     if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, swap_as_told(model, tokenizer, args, texts)
+
+
+def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **config):
+    """
+    A tokenizer trained on `texts`, and a model from scratch with its norms swapped as the arguments say.
+
+    `texts` is the training split, with nothing but the columns of text.
+    """
+    tokenizer = train_tokenizer(
+        chain.from_iterable(column for batch in texts.iter(1000) for column in batch.values()),
+        template,
+        max_length,
+        args.vocab_size,
+        words=args.vocabulary == "words",
+    )
+    config = AutoConfig.for_model(
+        args.model_type,
+        **{
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": max_length + 2,  # RoBERTa counts positions from 2
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            **config,
+            **args.config_overrides,
+        },
+    )
+    return tokenizer, swap_as_told(auto_class.from_config(config), tokenizer, args, texts)
 
 
 def swap_as_told(model, tokenizer, args, texts):

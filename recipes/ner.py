@@ -1,12 +1,13 @@
 """
-Fine-tunes a model with swapped norms to tag words, such as the names in a sentence, and scores whole entities.
+Trains a model with swapped norms to tag words, such as the names in a sentence, and scores whole entities.
 
     python recipes/ner.py recipes/configs/ner/wnut17-rbn.yaml --model_name_or_path google-bert/bert-base-cased
     python recipes/ner.py --dataset_name lhoestq/conll2003 --norm rbn --model_name_or_path google-bert/bert-base-cased
 
 The data set has a column of words and one of their tags, as CoNLL-2003 has. A word that is cut into pieces is tagged
-by its first one. Options are those of the dataclasses below and of `transformers.TrainingArguments`, in a YAML file,
-in the shell or in both. The output folder then holds the model, the tokenizer and `result.json`.
+by its first one. Without --model_name_or_path a model of --model_type is trained from scratch, with a tokenizer
+trained on the same words. Options are those of the dataclasses below and of `transformers.TrainingArguments`, in a
+YAML file, in the shell or in both. The output folder then holds the model, the tokenizer and `result.json`.
 """
 
 from dataclasses import dataclass, field
@@ -18,15 +19,15 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from transformers.utils import logging
 
 from common import (
-    ModelArguments,
+    FamilyArguments,
     begin,
+    make_callbacks,
     one_sentence_errors,
-    progressive_callbacks,
     train_and_record,
 )
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import SeqevalMetric
-from loading import check_length, load_splits, load_swapped
+from loading import check_length, load_splits, load_swapped, make_swapped
 
 
 logger = logging.get_logger(__name__)
@@ -108,16 +109,19 @@ def score_entities(predictions, labels, names):
 
 def main(argv=None):
     with one_sentence_errors():
-        groups = (ModelArguments, DataArguments, NormSwapTrainingArguments)
+        groups = (FamilyArguments, DataArguments, NormSwapTrainingArguments)
         model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
         words, tags = data_args.words_column, data_args.tags_column
         data, names = load_tags(data_args)
         texts = data["train"].select_columns([words]).map(lambda row: {words: " ".join(row[words])}, desc="Joining")
         head = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-        # Word by word byte-level tokenizers, such as RoBERTa's, have to be told that a space is before each.
-        tokenizer, model = load_swapped(
-            AutoModelForTokenClassification, model_args, texts, tokenizer_options={"add_prefix_space": True}, **head
-        )
+        auto_class = AutoModelForTokenClassification
+        if model_args.model_type:
+            tokenizer, model = make_swapped(auto_class, model_args, texts, data_args.max_length, **head)
+        else:
+            # Word by word byte-level tokenizers, such as RoBERTa's, have to be told that a space is before each.
+            spaces = {"add_prefix_space": True}
+            tokenizer, model = load_swapped(auto_class, model_args, texts, tokenizer_options=spaces, **head)
         check_length(data_args.max_length, tokenizer)
         with training_args.main_process_first(desc="tokenizing"):
             encoded = tokenize(data, tokenizer, data_args)
@@ -136,7 +140,7 @@ def main(argv=None):
             processing_class=tokenizer,
             data_collator=DataCollatorForTokenClassification(tokenizer),
             compute_metrics=compute_metrics,
-            callbacks=progressive_callbacks(model_args),
+            callbacks=make_callbacks(model_args),
         )
 
     def score():

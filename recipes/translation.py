@@ -23,8 +23,8 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, MarianCo
 from common import (
     ScratchArguments,
     begin,
+    make_callbacks,
     one_sentence_errors,
-    progressive_callbacks,
     show_penalty_weights,
     train_and_record,
 )
@@ -137,7 +137,7 @@ def main(argv=None):
             raise ValueError(f"max_length is {data_args.max_length}, but the model has {positions} positions.")
         with training_args.main_process_first(desc="tokenizing"):
             encoded = tokenize(data, tokenizer, data_args)
-        training_args.predict_with_generate = True
+        training_args.predict_with_generate = given.get("predict_with_generate", True)
         training_args.generation_max_length = training_args.generation_max_length or data_args.max_length
         if data_args.max_tokens:
             training_args.accelerator_config.even_batches = False  # batches are not of one size
@@ -156,14 +156,15 @@ def main(argv=None):
             eval_dataset=encoded["validation"],
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-            compute_metrics=compute_metrics,
-            callbacks=progressive_callbacks(model_args),
+            compute_metrics=compute_metrics if training_args.predict_with_generate else None,
+            callbacks=make_callbacks(model_args),
             max_tokens=data_args.max_tokens,
         )
         show_penalty_weights(trainer, data_args.max_tokens)
 
     def score():
         metrics, texts = {}, {}
+        trainer.args.predict_with_generate = True
         for split, prefix in [("validation", ""), (data_args.test_split, "test_")]:
             if split is None:
                 continue

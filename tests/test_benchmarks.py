@@ -336,8 +336,7 @@ def test_a_phase_goes_on_behind_a_broken_device_and_ends_with_its_budget(stand_i
         "error": "the process died",
     }
     assert records["inference"]["ended"].startswith("killed after")
-    assert len(records["inference"]["rows"]) == 5
-    assert "killed" in records["inference"]["rows"][4]["error"]
+    assert len(records["inference"]["rows"]) == 4  # a later command tries the next one again
     assert records["launch"]["ended"] == "done"
     assert "inference: killed" in done.stdout
     before = (tmp_path / "output" / "steps.json").read_bytes()

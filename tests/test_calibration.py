@@ -153,7 +153,7 @@ def test_pads_may_hold_anything():
         mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0], [1] * 6])
         embeddings[mask == 0] = filler
         walk_norm = find_norms(model)[0].module
-        estimate_statistics(find_norms(model)[0], [(embeddings, mask.bool())])
+        estimate_statistics(find_norms(model)[0].name, walk_norm, [(embeddings, mask.bool())])
         results.append(states(walk_norm))
     assert_close(*results, 0)
 
@@ -430,7 +430,6 @@ NO_TOKENS = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask":
         (lambda model: model, "some text", "single text"),
         (lambda model: model, [{"labels": torch.zeros(2)}], "no tensor input_ids"),
         (lambda model: model, [torch.zeros(2, 3)], "yields a Tensor"),
-        (lambda model: nn.DataParallel(model), None, "wrapped in DataParallel"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_untouched(estimate, change, data, message):

@@ -50,7 +50,7 @@ RESULTS = [run("powernorm", 0, 0.61), run("powernorm", 1, 0.65), run("layernorm"
 
 
 def render(results=RESULTS, **options):
-    return render_card(results, **{"norm": "powernorm", "model_id": "someone/bert-rte", **options})
+    return render_card(results, **{"norm": "powernorm", "repo_id": "someone/bert-rte", **options})
 
 
 def numbers_of(text):
@@ -123,7 +123,9 @@ def test_the_snippet_loads_the_model(tmp_path, monkeypatch):
     assert isinstance(model, BertForSequenceClassification)
     model.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    snippet = re.search(r"```python\n(.*?)```", render(model_id="model").text, re.DOTALL).group(1)
+    card = render(repo_id=None, folder="model").text
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    snippet = snippet.replace("<your-namespace>/model", "./model")  # as the card says
     names = {}
     exec("\n".join(line for line in snippet.splitlines() if not line.startswith("tokenizer")), names)
     inputs = torch.tensor([[5, 6, 7]])
@@ -205,3 +207,12 @@ def test_a_model_without_results_has_a_card_too(family):
 def test_a_card_is_of_a_swapped_model():
     with pytest.raises(ValueError, match="no swapped norms"):
         card_of_model(tiny_model("bert"), "someone/model")
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_its_time():
+    """The record of that version has no weights of RBN's penalty, which were 0.1."""
+    card = str(render([run("rbn", 0, 0.7)], norm="rbn"))
+    assert "`lambda_mean=0.1`, `lambda_var=0.1`" in card
+    told = run("rbn", 0, 0.7)
+    told["norm_swap"]["norms"][0]["options"] = {"lambda_mean": 8.0, "lambda_var": 4.0}
+    assert "`lambda_mean=8.0`, `lambda_var=4.0`" in str(render([told], norm="rbn"))

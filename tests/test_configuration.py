@@ -31,7 +31,7 @@ def test_what_is_saved(folder):
     content = json.loads((folder / "config.json").read_text())
     assert content["model_type"].startswith("normswap_")
     assert content["architectures"][0].startswith("NormSwap")
-    assert content["fusion_config"] == {"hf_normswap": False}
+    assert content["fusion_config"] == {configuration.STOCK_CLASS_GUARD: False}
     record = content["norm_swap"]
     assert record["format_version"] == 1
     (entry,) = record["norms"]
@@ -85,9 +85,10 @@ def test_every_norm_fits_in_json(norm):
 
 
 def test_a_fusion_of_the_users_own_is_kept():
-    config = configuration.NormSwapBertConfig(fusion_config={"mine": True, "hf_normswap": False})
-    assert config.fusion_config == {"mine": True}
-    assert config.to_dict()["fusion_config"] == {"mine": True, "hf_normswap": False}
+    for guard in (configuration.STOCK_CLASS_GUARD, "hf_normswap"):  # folders saved earlier have the latter
+        config = configuration.NormSwapBertConfig(fusion_config={"mine": True, guard: False})
+        assert config.fusion_config == {"mine": True}
+        assert config.to_dict()["fusion_config"] == {"mine": True, configuration.STOCK_CLASS_GUARD: False}
 
 
 def test_an_empty_record_is_a_model_of_layernorms():

@@ -23,7 +23,7 @@ PUBLIC_MODULES = {"metrics", "results", "plots", "card", "checkpoints"}
 # From the bottom to the top: a file imports from its own layer and from those below.
 LAYERS = [
     {"modeling"},
-    {"auto", "statistics", "comparison", "metrics", "batches", "files", "checkpoints", "kernels"},
+    {"auto", "model_checks", "statistics", "comparison", "metrics", "batches", "files", "checkpoints", "kernels"},
     {"surgery", "results", "walk", "least_squares", "residual", "probe"},
     {"conversion"},
     {"calibration", "distillation", "progressive", "folding", "placement", "export", "tid", "activations", "plots"},

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_normswap import NormSwapTrainer, ProgressiveSwapCallback, find_norms, swap_norm
+from hf_normswap.model_checks import swapped_parts
 from hf_normswap.modeling.blend import LayerNormBlend, layer_norm_shares
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_batch, tiny_model
@@ -252,11 +253,9 @@ def test_resume_continues_bit_equal(norm, order, tmp_path):
 
 @pytest.mark.usefixtures("estimates")
 def test_the_model_may_be_wrapped(tmp_path):
-    from hf_normswap.progressive import _swapped_model
-
     model = swapped("bert", "batchnorm")
-    assert _swapped_model(nn.ModuleDict({"module": model})) is model
-    assert _swapped_model(torch.compile(model)) is model
+    assert list(swapped_parts(nn.ModuleDict({"module": model})).values()) == [model]
+    assert list(swapped_parts(torch.compile(model)).values()) == [model]
 
 
 @pytest.mark.parametrize(

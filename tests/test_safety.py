@@ -238,7 +238,9 @@ def test_a_record_names_no_file_to_copy(power_norms, tmp_path):
     for name in ("../../etc/passwd", "/etc/passwd", "os"):
         model.config.norm_swap["norms"][0]["norm"] = name
         with pytest.raises(ValueError, match=f"no norm {name!r}"):
-            model.save_pretrained(tmp_path / "saved")
+            model.config.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "whole")  # which reads the record off the modules
+    assert model.config.norm_swap["norms"][0]["norm"] == "powernorm"
 
 
 def test_the_name_of_a_norm_is_no_path(tmp_path, monkeypatch):

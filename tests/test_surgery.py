@@ -12,7 +12,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertModel
 
-from hf_normswap import NormSwapConfig, PowerNorm, available_norms, find_norms, norm_penalty, restore_norm, swap_norm
+from hf_normswap import (
+    NormSwapConfig,
+    PowerNorm,
+    available_norms,
+    find_norms,
+    norm_penalty,
+    restore_norm,
+    set_norm_placement,
+    swap_norm,
+)
 from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
 from tests.persistence import clone, is_one_sentence, outputs, same, train
 from tests.test_sites import STANDS_FOR, full_model, layer_norms
@@ -83,7 +92,7 @@ def test_two_swaps_of_disjoint_parts():
     swap_norm(model, NormSwapConfig("rbn", lambda_mean=0.5), where="decoder")
     assert {(s.stack, s.kind) for s in find_norms(model)} == {("encoder", "powernorm"), ("decoder", "rbn")}
     first, second = model.config.norm_swap["norms"]
-    assert (first["norm"], second["norm"], second["options"]) == ("powernorm", "rbn", {"lambda_mean": 0.5})
+    assert (first["norm"], second["norm"], second["options"]["lambda_mean"]) == ("powernorm", "rbn", 0.5)
     assert not set(first["modules"]) & set(second["modules"])
 
 
@@ -393,24 +402,56 @@ def test_another_family():
     refuses(model, lambda: swap_norm(model, "pn"), "bert, roberta, marian, gpt2")
 
 
-class MyModel(BertForMaskedLM):
-    """A user's own class: its name could not be found again on loading."""
-
-
-def test_a_subclass_of_a_stock_class():
-    model = MyModel(tiny_model("bert").config)
-    refuses(model, lambda: swap_norm(model, "pn"), "MyModel")
-
-
 def test_a_user_class_with_the_name_of_a_stock_one():
-    namesake = type("BertForMaskedLM", (BertForMaskedLM,), {})
-    model = namesake(tiny_model("bert").config)
-    refuses(model, lambda: swap_norm(model, "pn"), "BertForMaskedLM")
+    """It is swapped as itself, never taken for the class of transformers."""
+    namesake = type("BertForMaskedLM", (BertForMaskedLM,), {"forward": lambda self, **batch: "its own"})
+    model = swap_norm(namesake(tiny_model("bert").config), "pn")
+    assert (type(model).__name__, model(input_ids=None)) == ("NormSwapBertForMaskedLM", "its own")
+    assert type(swap_norm(tiny_model("bert", "BertForMaskedLM"), "pn")) is not type(model)
 
 
-def test_chunked_feed_forward():
-    model = tiny_model("bert", chunk_size_feed_forward=2)
-    refuses(model, lambda: swap_norm(model, "pn"), "set it to 0")
+# Chunks of a feed-forward network: BERT and RoBERTa call its norm once for each
+
+
+@pytest.mark.parametrize("norm", ["pn", "rbn", "batchnorm", "pnv"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_chunked_feed_forward(family, norm):
+    model = tiny_model(family, chunk_size_feed_forward=2)
+    refuses(model, lambda: swap_norm(model, norm), "chunk_size_feed_forward=0")
+    refuses(model, lambda: swap_norm(model, norm, where="ffn"), "layer.0.output.LayerNorm")
+    swap_norm(model, norm, where="attention")  # not in the chunks
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "affine"])
+def test_norms_of_tokens_do_not_mind_chunks(norm):
+    model, plain = (swap_norm(tiny_model("bert", chunk_size_feed_forward=chunk), norm) for chunk in (2, 0))
+    batch = tiny_batch(model, lengths=(6, 4))
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["marian", "gpt2"])
+def test_families_without_chunks_do_not_mind_the_setting(family):
+    model = swap_norm(tiny_model(family, chunk_size_feed_forward=2), "batchnorm")
+    model(**tiny_batch(model))
+    assert {site.module.num_batches_tracked.item() for site in find_norms(model) if site.kind == "batchnorm"} == {1}
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
+def test_chunks_given_at_loading(norm, tmp_path):
+    model = swap_norm(tiny_model("bert"), norm)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=0") as caught:
+        type(model).from_pretrained(tmp_path, chunk_size_feed_forward=2)
+    assert is_one_sentence(caught.value)
+    config = copy.deepcopy(model.config)
+    config.chunk_size_feed_forward = 2
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
+        type(model)(config)
+
+
+def test_chunks_in_the_other_placement():
+    model = set_norm_placement(tiny_model("bert", chunk_size_feed_forward=2), "pre")
+    refuses(model, lambda: swap_norm(model, "batchnorm", where="ffn"), "chunk_size_feed_forward=0")
 
 
 @pytest.mark.parametrize("thing", ["bert-base-uncased", None, nn.Linear(2, 2), nn.LayerNorm(4), BertModel])

@@ -144,7 +144,7 @@ def test_what_is_frozen_or_in_training_stays_so():
     [
         (lambda: tiny_model("bert"), [{}], "No norm of this BertForSequenceClassification has running"),
         (lambda: trained("bert", "rbn"), [], "data is empty"),
-        (lambda: torch.nn.DataParallel(trained("bert", "rbn")), [], "wrapped"),
+        (lambda: torch.nn.Sequential(trained("bert", "rbn")), [], "model of transformers, not of a Sequential"),
     ],
 )
 def test_what_is_refused(make, data, message):

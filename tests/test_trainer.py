@@ -1,25 +1,36 @@
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState
 
 from hf_normswap import (
+    BatchNorm,
     NormSwapConfig,
     NormSwapSeq2SeqTrainer,
     NormSwapSeq2SeqTrainingArguments,
     NormSwapTrainer,
     NormSwapTrainingArguments,
     PowerNorm,
+    RegularizedBatchNorm,
     defer_norm_statistics,
+    get_norm,
     norm_penalty,
+    pause_norm_statistics,
     swap_norm,
     sync_norm_statistics,
 )
+from hf_normswap.modeling.discrepancy import training_inference_discrepancy
 from hf_normswap.statistics import statistic_norms
+from hf_normswap.trainer import NormStatisticsCallback, _NormLogs
 from tests.invariant.test_accumulation import HEADS, rows, train
 from tests.models import tiny_model
+from tests.persistence import is_one_sentence
 
 
 def arguments(tmp_path, cls=NormSwapTrainingArguments, **options):
@@ -66,6 +77,440 @@ def test_gradient_is_that_of_task_and_penalty(family, accumulation, tmp_path):
     )
     for name, gradient in expected.items():
         torch.testing.assert_close(ran.gradients[0][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Whoever computes the loss
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 2.0, 1.0]))
+
+
+class OwnLoss(NormSwapTrainer):
+    """As the documentation of Trainer shows it."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = own_loss(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class LossMixin:
+    loss_is_scaled_for_ga = False
+    compute_loss = OwnLoss.compute_loss
+
+
+class OwnLossBeforeOurs(LossMixin, NormSwapTrainer):
+    pass
+
+
+class OwnStep(NormSwapTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        loss = own_loss(model(**inputs), labels) / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class WithPenalty(OwnLoss):
+    """Takes the penalty by itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs)
+        return loss + norm_penalty(model)
+
+
+class ScaledLoss(OwnLoss):
+    """A loss that is divided by the number of micro-batches already."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+
+
+def of_instance(**options):
+    trainer = NormSwapTrainer(**options)
+    trainer.loss_is_scaled_for_ga = False
+    trainer.compute_loss = OwnLoss.compute_loss.__get__(trainer)
+    return trainer
+
+
+def of_function(**options):
+    class Trainer(NormSwapTrainer):
+        loss_is_scaled_for_ga = False
+
+    return Trainer(compute_loss_func=own_loss, **options)
+
+
+LOSSES = {
+    "overridden": OwnLoss,
+    "mixin": OwnLossBeforeOurs,
+    "step": OwnStep,
+    "with_penalty": WithPenalty,
+    "scaled": ScaledLoss,
+    "of_instance": of_instance,
+    "function": of_function,
+}
+
+
+@pytest.mark.parametrize("make", LOSSES.values(), ids=list(LOSSES))
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_of_the_user_has_the_penalty(make, accumulation, tmp_path):
+    examples = rows("bert", 4 * accumulation)
+    model = swapped("bert", "rbn", lambda_mean=3.0, lambda_var=2.0)
+    by_hand, gradients = copy.deepcopy(model).train(), Gradients()
+    defer_norm_statistics(by_hand)
+    losses, penalties = [], []
+    for number in range(accumulation):
+        batch = batch_of(examples[4 * number :][:4])
+        labels = batch.pop("labels")
+        losses.append(own_loss(by_hand(**batch), labels))
+        penalties.append(norm_penalty(by_hand))
+        ((losses[-1] + penalties[-1]) / accumulation).backward()
+    options = {"gradient_accumulation_steps": accumulation, "train_sampling_strategy": "sequential"}
+    args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0, **options)
+    trainer = make(model=model, args=args, train_dataset=examples, callbacks=[gradients])
+    trainer.train()
+    for name, parameter in by_hand.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    logs, penalty = trainer.state.log_history[0], torch.stack(penalties).mean().item()
+    if make is not WithPenalty:
+        assert logs["rbn_penalty"] == pytest.approx(penalty, rel=1e-5)
+    if make is not OwnStep:  # it returns what is logged
+        assert logs["loss"] == pytest.approx(torch.stack(losses).mean().item() + penalty, rel=1e-5)
+    assert "tid_mean_max" in logs
+
+
+@pytest.mark.parametrize("freed", [True, False], ids=["left_out_of_the_backward", "no_backward"])
+def test_a_penalty_that_is_not_in_the_gradient_ends_the_training(freed, tmp_path):
+    class Direct(OwnLoss):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not freed:
+                super().training_step(model, dict(inputs))
+            loss = self.compute_loss(model, inputs)
+            if freed:
+                loss.backward()
+            return loss.detach()
+
+    model = swapped("bert", "rbn")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Direct(model=model, args=arguments(tmp_path), train_dataset=rows("bert", 8))
+    with pytest.raises(RuntimeError, match="lacks RBN's penalty.*self.accelerator.backward") as error:
+        trainer.train()
+    assert is_one_sentence(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(norm.records or norm.penalties for norm in statistic_norms(model))
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
+def test_a_backward_of_the_user_keeps_the_discrepancy(norm, tmp_path):
+    class Direct(OwnLoss):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs)
+            loss.backward()
+            return loss.detach()
+
+    logs = []
+    for cls in (OwnLoss, Direct):
+        trainer = cls(model=swapped("bert", norm), args=arguments(tmp_path), train_dataset=rows("bert", 8))
+        trainer.train()
+        logs.append([{k: v for k, v in entry.items() if "tid" in k} for entry in trainer.state.log_history[:2]])
+    assert logs[0] == logs[1]
+    assert len(logs[0][1]) == 4
+
+
+def test_evaluation_has_no_penalty(tmp_path):
+    examples = rows("bert", 8)
+    stock, ours = (
+        cls(model=swapped("bert", "rbn"), args=arguments(tmp_path), eval_dataset=examples).evaluate()
+        for cls in (Trainer, NormSwapTrainer)
+    )
+    assert ours["eval_loss"] == stock["eval_loss"]
+
+
+def test_a_forward_before_the_training_is_not_in_its_gradient(tmp_path):
+    examples = rows("bert", 8)
+    states = []
+    for looks in (False, True):
+        model = swapped("bert", "rbn", lambda_mean=9.0)
+        if looks:
+            model.train()
+            torch.manual_seed(1)
+            with pause_norm_statistics(model):
+                model(**batch_of(rows("bert", 4, seed=5)))
+        trainer = NormSwapTrainer(model=model, args=arguments(tmp_path), train_dataset=examples)
+        trainer.train()
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+# Several forwards in a step
+
+
+class Pair(nn.Module):
+    """Two sentences through one encoder: siamese, or the two dropout masks of R-Drop."""
+
+    def __init__(self, **options):
+        super().__init__()
+        model = tiny_model("bert", "BertModel")
+        self.bert = swap_norm(model, NormSwapConfig("rbn", **options))
+
+    def forward(self, first, second):
+        first, second = (self.bert(input_ids=ids).pooler_output for ids in (first, second))
+        return {"loss": functional.cross_entropy(first @ second.T, torch.arange(len(first)))}
+
+
+def pairs(number):
+    first, second = torch.randint(5, 20, (number, 7)), torch.randint(20, 38, (number, 7))
+    return [{"first": a, "second": b} for a, b in zip(first, second, strict=True)]
+
+
+def penalty_by_hand(norm, tokens):
+    rows, sigma = tokens.double().flatten(0, -2), (norm.running_var.double() + norm.eps).sqrt()
+    gap, ratio = rows.mean(0) - norm.running_mean, (rows.var(0, correction=0) + norm.eps).sqrt() / sigma
+    return norm.lambda_mean * (gap / sigma).square().mean() + norm.lambda_var * (ratio - 1).square().mean()
+
+
+def test_every_forward_of_a_step_counts(tmp_path):
+    examples = pairs(4)
+    model, gradients = Pair(lambda_mean=3.0, lambda_var=2.0), Gradients()
+    by_hand = copy.deepcopy(model).train()
+    inputs = {}
+    for name, module in by_hand.named_modules():
+        if isinstance(module, BatchNorm):
+            module.deferred = True
+            module.register_forward_hook(
+                lambda norm, args, out, name=name: inputs.setdefault(name, []).append((norm, args[0]))
+            )
+    loss = by_hand(**batch_of(examples))["loss"]
+    penalty = sum(penalty_by_hand(*forward) for forwards in inputs.values() for forward in forwards)
+    (loss + penalty).backward()
+    trainer = NormSwapTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, max_grad_norm=0.0),
+        train_dataset=examples,
+        callbacks=[gradients],
+    )
+    trainer.train()
+    assert all(len(forwards) == 2 for forwards in inputs.values())
+    for name, parameter in by_hand.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients.steps[0][name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+    logs = trainer.state.log_history[0]
+    assert logs["rbn_penalty"] == pytest.approx(penalty.item(), rel=1e-4)
+    assert logs["loss"] == pytest.approx((loss + penalty).item(), rel=1e-4)
+    new = {"running_mean": torch.zeros(16), "running_var": torch.ones(16)}
+    for index, kind in enumerate(("mean", "var")):
+        layers = [sum(tid_by_hand(x, new)[index] for _, x in forwards) / 2 for forwards in inputs.values()]
+        assert logs[f"tid_{kind}_max"] == pytest.approx(max(layers), rel=1e-4)
+        assert logs[f"tid_{kind}_avg"] == pytest.approx(sum(layers) / len(layers), rel=1e-4)
+
+
+class Twice(nn.Module):
+    """Two forwards of one norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(4, 4), RegularizedBatchNorm(4, lambda_mean=3.0)
+
+    def forward(self, first, second):
+        first, second = (self.norm(self.linear(x)) for x in (first, second))
+        return {"loss": (first * second.tanh()).mean()}
+
+
+@pytest.mark.parametrize("options", [{}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}])
+def test_two_forwards_in_a_loop_are_those_of_the_trainer(options, tmp_path):
+    torch._dynamo.reset()
+    examples = [{"first": first, "second": second} for first, second in torch.randn(4, 2, 3, 4)]
+    model, by_hand, penalties = Twice(), Twice(), []
+    by_hand.norm.register_forward_pre_hook(lambda norm, args: penalties.append(penalty_by_hand(norm, args[0])))
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    defer_norm_statistics(by_hand)
+    for _ in range(2):
+        (by_hand(**batch_of(examples))["loss"] + sum(penalties)).backward()
+        by_hand.norm.forget_statistics()
+        penalties.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync_norm_statistics(by_hand)
+    settings = {"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **options}
+    args = arguments(tmp_path, train_sampling_strategy="sequential", **settings)
+    NormSwapTrainer(model=model, args=args, train_dataset=examples).train()
+    for (name, ours), theirs in zip(model.state_dict().items(), by_hand.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_sharpness_aware_steps(tmp_path):
+    """The second forward of SAM is in the gradient with its penalty, and in no statistic."""
+
+    class Sam(NormSwapTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
+            steps = {p: 0.05 * p.grad.sign() for p in model.parameters() if p.grad is not None}
+            move(steps, 1)
+            model.zero_grad()
+            with pause_norm_statistics(model):
+                super().training_step(model, inputs, num_items_in_batch)
+            move(steps, -1)
+            return loss
+
+    @torch.no_grad()
+    def move(steps, sign):
+        for parameter, step in steps.items():
+            parameter.add_(step, alpha=sign)
+
+    examples = rows("bert", 4)
+    model, gradients, plain = swapped("bert", "rbn", lambda_mean=3.0), Gradients(), []
+    twin = copy.deepcopy(model)
+    args = arguments(tmp_path, max_steps=1, max_grad_norm=0.0)
+    trainer = Sam(model=model, args=args, train_dataset=examples, callbacks=[gradients])
+    trainer.train()
+    by_hand = copy.deepcopy(twin).train()
+    defer_norm_statistics(by_hand)
+    for sign in (1, None):
+        by_hand.zero_grad()
+        (by_hand(**batch_of(examples)).loss + norm_penalty(by_hand)).backward()
+        if sign:
+            move({p: 0.05 * p.grad.sign() for p in by_hand.parameters() if p.grad is not None}, sign)
+    for name, parameter in by_hand.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+    plain = NormSwapTrainer(model=twin, args=arguments(tmp_path, max_steps=1), train_dataset=examples)
+    plain.train()
+    buffers = dict(twin.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    for name in ("tid_mean_max", "tid_var_avg"):
+        assert trainer.state.log_history[0][name] == plain.state.log_history[0][name]
+
+
+# The discrepancy of layers that do not always run
+
+
+class Skipping(nn.Module):
+    """Two norms, of which the second runs where `deep` says so."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = nn.ModuleList(get_norm(norm)(4) for _ in range(3))
+
+    def forward(self, x, deep):
+        y = self.norms[0](x)
+        return {"loss": (self.norms[1](y) if deep.any() else y).square().mean()}
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "rbn", "pnv"])
+@pytest.mark.parametrize("schedule", [(1, 0, 0, 1, 0, 0), (0, 0, 1, 0, 0, 1), (0, 0, 0, 1, 1, 1)], ids=str)
+def test_a_layer_counts_in_the_steps_in_which_it_runs(norm, schedule, tmp_path):
+    examples = [
+        {"x": 1 + torch.randn(5, 4).double(), "deep": torch.tensor(deep)} for deep in schedule for _ in range(4)
+    ]
+    seen = []
+
+    class Watch(NormSwapTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            inputs_of_norms = {}
+            handles = [
+                layer.register_forward_pre_hook(lambda _, args, index=index: inputs_of_norms.update({index: args[0]}))
+                for index, layer in enumerate(model.norms)
+            ]
+            running = [{name: getattr(layer, name).double() for name in layer.running} for layer in model.norms]
+            loss = super().compute_loss(model, inputs, **kwargs)
+            for handle in handles:
+                handle.remove()
+            seen.append({index: tid_by_hand(x, running[index]) for index, x in inputs_of_norms.items()})
+            return loss
+
+    args = arguments(tmp_path, max_steps=6, logging_steps=3, train_sampling_strategy="sequential")
+    trainer = Watch(model=Skipping(norm).double(), args=args, train_dataset=examples)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.tid_history
+    for entry, steps in enumerate((seen[:3], seen[3:])):
+        of_layers = [[step[layer] for step in steps if layer in step] for layer in range(3)]
+        means = [torch.tensor(values).double().mean(0).tolist() if values else (None, None) for values in of_layers]
+        for kind, name, values in zip((0, 1), ("mean", "var"), (history.mean, history.variance), strict=True):
+            expected = [mean[kind] for mean in means]
+            if norm == "pnv" and name == "mean":
+                assert values[entry] == [None] * 3
+                continue
+            assert values[entry] == [None if v is None else pytest.approx(v, rel=1e-4) for v in expected]
+            ran = [value for value in expected if value is not None]
+            assert logs[entry][f"tid_{name}_max"] == pytest.approx(max(ran), rel=1e-4)
+            assert logs[entry][f"tid_{name}_avg"] == pytest.approx(sum(ran) / len(ran), rel=1e-4)
+
+
+def tid_by_hand(x, running, eps=1e-5):
+    rows = x.detach().double().flatten(0, -2)
+    if "running_power" in running:
+        psi = (running["running_power"] + eps).sqrt()
+        return 0.0, (((rows.square().mean(0) + eps).sqrt() - psi).norm() / psi.norm()).item()
+    sigma = (running["running_var"] + eps).sqrt()
+    batch_sigma = (rows.var(0, correction=0) + eps).sqrt()
+    gap = rows.mean(0) - running["running_mean"]
+    return (gap.norm() / sigma.norm()).item(), ((batch_sigma - sigma).norm() / sigma.norm()).item()
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "rbn"])
+def test_layerdrop_leaves_finite_logs(norm, tmp_path):
+    torch.manual_seed(0)
+    model = swap_norm(tiny_model("marian", HEADS["marian"], encoder_layerdrop=0.5, decoder_layerdrop=0.5), norm)
+    args = arguments(tmp_path, NormSwapSeq2SeqTrainingArguments, max_steps=4, logging_steps=4)
+    trainer = NormSwapSeq2SeqTrainer(model=model, args=args, train_dataset=rows("marian", 16))
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert all(math.isfinite(value) for name, value in logs.items() if name.startswith(("tid", "rbn")))
+
+
+def test_powernorm_knows_by_what_the_loss_is_scaled_from_the_first_step():
+    """Whoever overrides training_step, and before the scale of fp16 is on the device."""
+    model, state = nn.ModuleList([PowerNorm(4), BatchNorm(4)]), TrainerState(max_steps=10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    args = SimpleNamespace(norm_freeze_ratio=1.0, norm_warmup_ratio=0.0, norm_sync="none", world_size=2)
+    callback, options = NormStatisticsCallback(_NormLogs()), {"optimizer": SimpleNamespace(scaler=scaler)}
+    callback.on_train_begin(args, state, None, model=model)
+    for scale in (1024.0, 512.0):
+        callback.on_step_begin(args, state, None, model=model, **options)
+        assert model[0].loss_scale == 2 * scale
+        scaler.scale(torch.ones(()))
+        scaler._scale.fill_(512.0)
+
+
+def test_logs_of_ranks_on_which_other_layers_ran():
+    ranks = [_NormLogs() for _ in range(2)]
+    norms = [BatchNorm(4), BatchNorm(4), RegularizedBatchNorm(4), BatchNorm(4)]
+    packed, expected = [], torch.zeros(2, 4)
+    for logs, layers in zip(ranks, ((0, 1, 1), (1, 2)), strict=True):
+        logs.reset(4)
+        for layer in layers:
+            norms[layer](torch.randn(3, 4))
+            statistics = norms[layer].statistics
+            expected[:, layer] += torch.stack(training_inference_discrepancy(statistics, 1e-5))
+        penalty = logs.take_records(norms)
+        if penalty is not None:
+            logs.add_penalty(penalty)
+        logs.means("cpu", lambda sums: packed.append(sums) or sums)
+    discrepancy, found = ranks[0].means("cpu", lambda _: sum(packed))
+    torch.testing.assert_close(discrepancy, expected / torch.tensor([1, 3, 1, 0]), equal_nan=True)
+    assert found == pytest.approx(penalty.item())  # only one rank had a penalty
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
@@ -237,7 +682,7 @@ def test_a_step_never_waits_for_the_device(norm, tmp_path):
         model.train()
         defer_norm_statistics(model)
         with _HostReads() as mode:
-            trainer.compute_loss(model, batch_of(examples)).backward()
+            trainer.training_step(model, batch_of(examples))
             sync_norm_statistics(model)
         reads[kind] = mode.count
     assert reads[norm] == reads["layernorm"]

@@ -2,9 +2,9 @@
 
 Examples:
 
-    normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
-    normswap inspect sst2-rbn --texts reviews.txt
-    normswap fold sst2-rbn sst2-without-norms --onnx
+    normswap calibrate textattack/bert-base-uncased-SST-2 ./sst2-rbn --norm rbn --texts reviews.txt
+    normswap inspect ./sst2-rbn --texts reviews.txt
+    normswap fold ./sst2-rbn ./sst2-without-norms --onnx
     normswap fold --help
 """
 

@@ -6,10 +6,10 @@ nor trained since, is calibrated as it is, without --norm.
 
 Examples:
 
-    normswap calibrate textattack/bert-base-uncased-SST-2 sst2-rbn --norm rbn --texts reviews.txt
-    zcat reviews.gz | normswap calibrate my-model my-model-pn --norm powernorm --where all --texts - --json
-    normswap calibrate my-swapped-model my-calibrated-model --dataset_name stanfordnlp/imdb --columns text
-    normswap calibrate Helsinki-NLP/opus-mt-en-de en-de-rbn --norm rbn --dataset_name wmt/wmt14 \\
+    normswap calibrate textattack/bert-base-uncased-SST-2 ./sst2-rbn --norm rbn --texts reviews.txt
+    zcat reviews.gz | normswap calibrate ./my-model ./my-model-pn --norm powernorm --where all --texts - --json
+    normswap calibrate ./my-swapped-model ./my-calibrated-model --dataset_name stanfordnlp/imdb --columns text
+    normswap calibrate Helsinki-NLP/opus-mt-en-de ./en-de-rbn --norm rbn --dataset_name wmt/wmt14 \\
         --dataset_config_name de-en --split validation --columns en de
 """
 

@@ -5,9 +5,9 @@ in a single command: with --norm and texts it is swapped and calibrated first.
 
 Examples:
 
-    normswap fold my-calibrated-model my-folded-model
-    normswap fold my-gpt2-pn my-folded-gpt2 --untie --onnx
-    normswap fold textattack/bert-base-uncased-SST-2 sst2-without-norms --norm batchnorm --where all \\
+    normswap fold ./my-calibrated-model ./my-folded-model
+    normswap fold ./my-gpt2-pn ./my-folded-gpt2 --untie --onnx
+    normswap fold textattack/bert-base-uncased-SST-2 ./sst2-without-norms --norm batchnorm --where all \\
         --texts reviews.txt --distillation_steps 400 --onnx
 """
 

@@ -4,9 +4,9 @@
 
 Examples:
 
-    normswap inspect my-model
+    normswap inspect ./my-model
     normswap inspect google-bert/bert-base-uncased --json
-    normswap inspect my-model-rbn --texts reviews.txt
+    normswap inspect ./my-model-rbn --texts reviews.txt
 """
 
 import argparse

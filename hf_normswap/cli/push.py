@@ -4,8 +4,9 @@ With --results the card has a table of the runs, as the recipes leave them in re
 
 Examples:
 
-    normswap push my-model-rbn me/bert-base-rbn
-    normswap push outputs/sst2-rbn-0 me/sst2-rbn --results outputs/sst2-*/result.json --license apache-2.0 --private
+    normswap push ./my-model-rbn "<your-namespace>/bert-base-rbn"
+    normswap push ./outputs/sst2-rbn-0 "<your-namespace>/sst2-rbn" --results outputs/sst2-*/result.json \\
+        --license apache-2.0 --private
 """
 
 import argparse
@@ -17,7 +18,7 @@ from .reports import print_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     parser.add_argument("model", metavar="MODEL", help="folder of a swapped model")
-    parser.add_argument("repo_id", metavar="REPO", help="id on the Hub, as in me/bert-base-rbn")
+    parser.add_argument("repo_id", metavar="REPO", help="id on the Hub, as in <your-namespace>/bert-base-rbn")
     parser.add_argument("--results", nargs="+", metavar="FILE", default=[], help="results of runs, for the card")
     parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="whether a new repo is private")
     parser.add_argument("--revision", help="branch to push to")

@@ -4,9 +4,9 @@ A pretrained model loses its function by this: `normswap calibrate` swaps and ke
 
 Examples:
 
-    normswap swap my-model my-model-pn --norm powernorm --norm_options '{"group_scaling": false}'
-    normswap swap Helsinki-NLP/opus-mt-en-de en-de-rbn --norm rbn --where encoder
-    normswap swap my-model my-model-bn --norm batchnorm --where blocks final --placement pre
+    normswap swap ./my-model ./my-model-pn --norm powernorm --norm_options '{"group_scaling": false}'
+    normswap swap Helsinki-NLP/opus-mt-en-de ./en-de-rbn --norm rbn --where encoder
+    normswap swap ./my-model ./my-model-bn --norm batchnorm --where blocks final --placement pre
 """
 
 import argparse

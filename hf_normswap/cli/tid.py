@@ -6,9 +6,9 @@ tid.json that the trainers of this package leave in their output folder.
 
 Examples:
 
-    normswap tid my-model-rbn --texts reviews.txt
-    normswap tid my-model-bn --dataset_name stanfordnlp/imdb --columns text --batch_size 16 --json
-    normswap tid outputs/sst2-rbn --plot tid.png
+    normswap tid ./my-model-rbn --texts reviews.txt
+    normswap tid ./my-model-bn --dataset_name stanfordnlp/imdb --columns text --batch_size 16 --json
+    normswap tid ./outputs/sst2-rbn --plot tid.png
 """
 
 import argparse

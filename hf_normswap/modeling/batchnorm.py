@@ -40,10 +40,7 @@ class BatchNorm(BatchStatisticNorm):
         return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
 
     def transform(self, x, mask):
-        if not self.training:
-            self.forget_statistics()
-            return super().transform(x, mask)
-        return self.standardize(x, mask)
+        return self.standardize(x, mask) if self.training else super().transform(x, mask)
 
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)

@@ -24,7 +24,11 @@ class LayerNormBlend:
     share: torch.Tensor
 
     def __call__(self, norm: Norm, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-        return self._mix(norm, output, *args, **kwargs)
+        if not (norm.weight.is_meta and hasattr(norm, "_hf_hook")):
+            return self._mix(norm, output, *args, **kwargs)
+        # Offloaded by accelerate, gain and shift are there in norm.forward alone: this brings them once more.
+        args, kwargs = norm._hf_hook.pre_forward(norm, *args, **kwargs)
+        return norm._hf_hook.post_forward(norm, self._mix(norm, output, *args, **kwargs))
 
     def _mix(self, norm, output, x, mask=None):
         x = norm.select_finite(x, norm.token_mask(x, mask))

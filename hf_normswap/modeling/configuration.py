@@ -17,6 +17,12 @@ OPTIONAL_ENTRIES = {
     "placement": str,
     "untied": [str],
 }
+# A stock class would load LayerNorms with a mere warning. It raises at a fusion that it does not know, by its name:
+# "Unknown fusion type: hf_normswap, ...".
+STOCK_CLASS_GUARD = (
+    "hf_normswap, whose norms this folder has: load it with an Auto class after `import hf_normswap`, or with "
+    "trust_remote_code=True"
+)
 PLACEMENTS = ("post", "pre")
 # Where the models of transformers have the norms of their blocks.
 STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
@@ -31,6 +37,11 @@ def placement_of(config) -> str:
     """`"post"` or `"pre"`: where the norms of the blocks stand in a model with this configuration."""
     record = getattr(config, "norm_swap", None) or {}
     return record.get("placement", STOCK_PLACEMENTS[family_of(config.model_type)])
+
+
+def layer_norm_eps(config) -> float:
+    """ε of the LayerNorms that transformers makes from this configuration."""
+    return getattr(config, "layer_norm_eps", getattr(config, "layer_norm_epsilon", 1e-5))
 
 
 def check_layer_norm_shares(shares: Mapping, swapped: Collection[str]) -> None:
@@ -68,7 +79,7 @@ class NormSwapConfigMixin:
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)  # that of a stock config.json would shadow ours and be saved back
         fusions = kwargs.pop("fusion_config", None) or {}
-        if fusions := {name: value for name, value in fusions.items() if name != "hf_normswap"}:
+        if fusions := {name: value for name, value in fusions.items() if not name.startswith("hf_normswap")}:
             kwargs["fusion_config"] = fusions
         super().__post_init__(**kwargs)
         self.validate_norm_swap()
@@ -110,9 +121,8 @@ class NormSwapConfigMixin:
 
     def to_dict(self):
         self.register_models()  # PEFT looks the model type up right after this, and may have been imported just now
-        # An unknown fusion makes the stock classes raise, where they would load LayerNorms with a mere warning.
         output = super().to_dict()
-        return {**output, "fusion_config": {**(output.get("fusion_config") or {}), "hf_normswap": False}}
+        return {**output, "fusion_config": {**(output.get("fusion_config") or {}), STOCK_CLASS_GUARD: False}}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save the configuration, and beside it the code that loads the model where this package is not installed."""

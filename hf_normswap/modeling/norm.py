@@ -1,7 +1,7 @@
 """What all norms share: gain and shift, precision, padding; and running statistics of those that use the batch."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,11 +12,15 @@ from .moments import Moments
 from .options import check_number
 from .paths import passes_for
 from .recompute import may_run_again, replay_or_record, snapshot
+from .saving import guard_saving
 from .standardize import BatchStandardize
-from .token_mask import current_mask
+from .token_mask import find_mask, warn_of_unknown_mask
 
+
+guard_saving()
 
 FOLLOWED = {f"running_{kind}": kind for kind in ("mean", "var", "power")}
+KEPT_RECORDS = 16
 
 
 class Norm(nn.Module):
@@ -36,6 +40,7 @@ class Norm(nn.Module):
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
     options: dict = {}  # those it was made with in a swap
     calibrated_options: dict = {}  # defaults in a swap that is calibrated
+    earlier_defaults: dict = {}  # what a record without these options means; from now on they are always recorded
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()
@@ -73,10 +78,16 @@ class Norm(nn.Module):
     def token_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call.
 
-        In evaluation norms have no use for the latter, and exported models no trace of it.
+        In evaluation norms have no use for the latter, and exported models no trace of it. In training a norm of a
+        swapped model warns once where it is not known.
         """
         if mask is None:
-            return current_mask(x) if self.training else None
+            if not self.training:
+                return None
+            is_known, mask = find_mask(x)
+            if not is_known and isinstance(self, BatchStatisticNorm) and hasattr(self, "replaced_eps"):
+                warn_of_unknown_mask()
+            return mask
         if mask.shape != x.shape[:-1]:
             # One that broadcasts would be counted wrongly.
             raise ValueError(
@@ -135,6 +146,18 @@ class Norm(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
+class BatchRecord(NamedTuple):
+    """The statistics of the batch of one training forward, and the running ones from before it.
+
+    Attributes:
+        moments ([`Moments`]): of the batch, without a graph.
+        running (`dict` of `str` to `torch.Tensor`): running values by the name of their buffer.
+    """
+
+    moments: Moments
+    running: dict[str, torch.Tensor]
+
+
 class BatchStatisticNorm(Norm):
     """Base of the norms that normalise with statistics of the batch and keep running ones for inference.
 
@@ -144,11 +167,19 @@ class BatchStatisticNorm(Norm):
 
     In a bare loop running values update once per training forward. While `deferred` is set they stay as they are:
     what the micro-batches contribute is pooled until [`sync_norm_statistics`](hf_normswap.sync_norm_statistics).
-    While `frozen` is set the norm stays in evaluation mode, whatever its model is in. With a `process_group` the batch
-    is that of all its ranks together (see [`synchronize_norms`](hf_normswap.synchronize_norms)).
+    While `paused` is set training forwards leave all of that alone
+    (see [`pause_norm_statistics`](hf_normswap.pause_norm_statistics)). While `frozen` is set the norm stays in
+    evaluation mode, whatever its model is in. With a `process_group` the batch is that of all its ranks together (see
+    [`synchronize_norms`](hf_normswap.synchronize_norms)).
 
     Args:
         momentum (`float`, *optional*, defaults to 0.1): weight m of the batch in `r ← (1 − m) r + m · batch`.
+
+    Attributes:
+        records (`tuple` of [`BatchRecord`]):
+            of the training forwards since [`BatchStatisticNorm.forget_statistics`], the oldest first: the last 16, or
+            the last one in a compiled graph.
+        penalties (`tuple`): of the training forwards of RBN whose penalty nobody has taken yet; empty elsewhere.
     """
 
     running: dict[str, float]  # buffer name: value at the start
@@ -160,16 +191,20 @@ class BatchStatisticNorm(Norm):
         check_number("momentum", momentum, high=1)
         self.momentum = momentum
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        device = self.weight.device
+        # Not the device of the weight: init_empty_weights of accelerate moves parameters to meta, and no buffers.
+        device = kwargs.get("device")
         for name, value in self.running.items():
             self.register_buffer(name, torch.full((num_features,), value, dtype=dtype, device=device))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
         self._register_pending("pending", dtype, device)
-        self.deferred = self.frozen = False
+        self.deferred = self.frozen = self.paused = False
         self.process_group = None
-        self._observed = None
+        self.records: tuple[BatchRecord, ...] = ()
+        self.penalties: tuple = ()
 
     def _register_pending(self, name, dtype, device):
+        if device is None and torch.get_default_device().type == "meta":
+            device = "cpu"  # no checkpoint has it, and what loads one would leave it on meta
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )
@@ -197,43 +232,61 @@ class BatchStatisticNorm(Norm):
         raise NotImplementedError(f"{type(self).__name__} must implement compare(moments, running).")
 
     def observe(self, moments: Moments, running: dict[str, torch.Tensor], is_first_run: bool) -> None:
-        """Keep the batch's statistics for the penalty and the TID, and track them: once, in the first run."""
+        """Record the batch's statistics for the TID, and track them: once, in the first run."""
         if is_first_run:
-            self._observed = moments, running, None
+            self._record(moments, running)
             self.track(moments)
 
     def standardize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """A training forward in the statistics of the batch, which are observed (see [`BatchStandardize`])."""
+        self.refuse_transforms()
         running, is_first_run = self.frozen_running() if may_run_again() else (None, True)
         y, packed, penalty, before = BatchStandardize.apply(x, self.weight, self.bias, mask, self, running)
         if is_first_run:
-            # In a compiled graph the penalty is made of the moments, when it is asked for.
-            moments = Moments(packed if torch.compiler.is_compiling() else packed.detach())
-            self._observed = moments, before, penalty
+            moments = Moments(packed)
+            self._record(moments, before)
+            if self.regularization is not None:
+                self.keep_penalty(moments, before, penalty)
             if running is not None:
                 self.track(moments)
         return y
+
+    def refuse_transforms(self) -> None:
+        """Raises `RuntimeError` inside a transform of `torch.func`, which cannot see that statistics are updated."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.func cannot transform a {type(self).__name__} in training mode, which updates running "
+                "statistics: use torch.autograd, or keep the statistics with freeze_norm_statistics(model)."
+            )
+
+    def _record(self, moments: Moments, running: dict[str, torch.Tensor]) -> None:
+        if self.paused:
+            return
+        # torch.compile makes a graph for each number of records that it meets: it does not look at them here.
+        older = () if torch.compiler.is_compiling() else self.records[1 - KEPT_RECORDS :]
+        self.records = (*older, BatchRecord(Moments(moments.packed.detach()), running))
 
     @property
     def statistics(self) -> Statistics | None:
         """Those of the last training forward and the running ones from before it, `None` where there was none."""
         if not self.has_observed:
             return None
-        moments, running, _ = self._observed
         with torch.no_grad():
-            return self.compare(moments, running)
+            return self.compare(*self.records[-1])
 
     @property
     def has_observed(self) -> bool:
         """Whether there are statistics of a training forward."""
-        return self._observed is not None
+        return bool(self.records)
 
     def forget_statistics(self) -> None:
         """As if there had been no training forward."""
-        self._observed = None
+        self.records = self.penalties = ()
 
     def track(self, moments: Moments) -> None:
-        """Take the batch into the running values: at once, or pooled while `deferred`."""
+        """Take the batch into the running values: at once, or pooled while `deferred`; not at all while `paused`."""
+        if self.paused:
+            return
         if not self.deferred:
             return self.update_statistics(moments)
         with torch.no_grad():
@@ -255,7 +308,7 @@ class BatchStatisticNorm(Norm):
 
     def __getstate__(self):
         # A part of an autograd graph, and a connection: they can be neither pickled nor copied.
-        return {**self.__dict__, "_observed": None, "process_group": None}
+        return {**self.__dict__, "records": (), "penalties": (), "process_group": None}
 
 
 class PowerStatisticNorm(BatchStatisticNorm):

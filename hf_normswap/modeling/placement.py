@@ -13,8 +13,9 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.functional import dropout
 
-from .configuration import STOCK_PLACEMENTS, family_of
+from .configuration import STOCK_PLACEMENTS, family_of, layer_norm_eps
 from .folded import remove_norms
+from .replace import change_class
 
 
 # Name, in a stack, of the norm behind its last block.
@@ -177,7 +178,7 @@ def place_blocks(model: nn.Module, placement: str) -> None:
             "without device_map."
         )
     for module, stock in changed:
-        module.__class__ = stock if placement == STOCK_PLACEMENTS[family] else _placed(family, stock.__name__)
+        change_class(module, stock if placement == STOCK_PLACEMENTS[family] else _placed(family, stock.__name__))
     name = FINAL_NORMS[family]
     for stack in stacks_of(model):
         if placement == "post" and family == "gpt2":
@@ -186,8 +187,7 @@ def place_blocks(model: nn.Module, placement: str) -> None:
             stack._modules.pop(name, None)
         elif name not in stack._modules:
             *_, like = stack.parameters()  # on the device of the last block
-            eps = getattr(model.config, "layer_norm_eps", getattr(model.config, "layer_norm_epsilon", 1e-5))
-            width = model.config.hidden_size
+            width, eps = model.config.hidden_size, layer_norm_eps(model.config)
             norm = nn.LayerNorm(width, eps=eps, device=like.device, dtype=like.dtype)
             setattr(stack, name, norm.train(stack.training))
 

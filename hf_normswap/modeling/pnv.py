@@ -25,7 +25,4 @@ class PowerNormV(PowerStatisticNorm):
         return x * torch.rsqrt(self.running_power + self.eps)
 
     def transform(self, x, mask):
-        if not self.training:
-            self.forget_statistics()
-            return super().transform(x, mask)
-        return self.standardize(x, mask)
+        return self.standardize(x, mask) if self.training else super().transform(x, mask)

@@ -1,7 +1,6 @@
 """Power normalisation: running quadratic mean in the forward, running gradient statistic in the backward."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .moments import Moments, merge_over_ranks
 from .norm import PowerStatisticNorm
@@ -24,8 +23,10 @@ class PowerNorm(PowerStatisticNorm):
     - `ν ← ν (1 − s Γ) + s Λ`, with `Γ = mean(x̂²)`, `Λ = mean(g x̂)` and `s = min(1 − α, 1 / Γ)`: Algorithm 2 itself
       while `(1 − α) Γ ≤ 1`, and bounded where a spike of a channel's power would make it explode.
 
-    All means are over real tokens. The gradient is an approximation by design. During the first `warmup_steps` updates
-    (an attribute, 0 until a trainer sets it) the layer is PN-V while ψ and ν settle.
+    All means are over real tokens. The gradient is an approximation by design, and has no second derivative.
+
+    While ψ and ν settle, the layer is PN-V: until `num_batches_tracked`, the number of its updates, has come to
+    `warmup_steps` (an attribute, 0 until a trainer sets it).
 
     Args:
         num_features (`int`): number of channels.
@@ -37,7 +38,8 @@ class PowerNorm(PowerStatisticNorm):
         grad_scale (`str`, *optional*, defaults to `"running"`):
             `"running"`: the gradient is divided by ψ, as in the paper; `"batch"`: by this batch's ψ_B, as in the code
             behind the published BLEU.
-        alpha_fwd, alpha_bwd (`float`, *optional*, defaults to 0.9): α of ψ² and of ν.
+        alpha_fwd, alpha_bwd (`float`, *optional*, defaults to 0.9):
+            α of ψ² and of ν. As an attribute, `momentum` is 1 − α of ψ²: with 0, ψ stays as it is.
         eps (`float`, *optional*, defaults to 1e-5): added to ψ².
         bias (`bool`, *optional*, defaults to `True`): whether there is a shift β.
 
@@ -84,7 +86,7 @@ class PowerNorm(PowerStatisticNorm):
         self.num_groups, self.group_scaling, self.grad_scale = num_groups, group_scaling, grad_scale
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps = 0
-        dtype, device = self.running_power.dtype, self.running_power.device
+        dtype, device = self.running_power.dtype, self.pending.device
         self._register_pending("pending_gradient", dtype, device)
         for name, value in (("loss_scale", 1.0), ("largest_gamma", 0.0)):
             self.register_buffer(name, torch.full((), value, dtype=dtype, device=device), persistent=False)
@@ -101,6 +103,15 @@ class PowerNorm(PowerStatisticNorm):
         return None if self.group_scaling else super().affine_map()
 
     @property
+    def momentum(self) -> float:
+        """Weight of a batch in ψ², 1 − `alpha_fwd`."""
+        return 1 - self.alpha_fwd
+
+    @momentum.setter
+    def momentum(self, weight: float) -> None:
+        self.alpha_fwd = 1 - weight
+
+    @property
     def groups(self) -> int:
         """Groups of the group scaling, 0 without one."""
         return self.num_groups if self.group_scaling else 0
@@ -115,9 +126,10 @@ class PowerNorm(PowerStatisticNorm):
 
     def transform(self, x, mask):
         if not self.training:
-            self.forget_statistics()
             return super().transform(x, mask)
+        self.refuse_transforms()
         running, is_first_run = self.frozen_running()
+        tracks, _ = replay_or_record(lambda: not self.paused)
         step, _ = replay_or_record(lambda: snapshot(self.num_batches_tracked)) if self.warmup_steps else (None, None)
         y, moments = _PowerNormalize.apply(
             x,
@@ -127,27 +139,28 @@ class PowerNorm(PowerStatisticNorm):
             running["running_power"],
             running["nu"] * self.loss_scale,
             None if step is None else step < self.warmup_steps,
-            self._weight(self.alpha_bwd, step),
+            self._weight(1 - self.alpha_bwd, step),
             self.groups,
             self.eps,
+            tracks,
             self,
         )
         self.observe(Moments(moments), running, is_first_run)
         return y
 
-    def _weight(self, alpha: float, step: torch.Tensor | None) -> float | torch.Tensor:
-        """1 − α; during warm-up that of a cumulative mean as long as it is larger."""
-        if not self.warmup_steps:
-            return 1 - alpha
-        cumulative = (1 / (step.to(self.nu.dtype) + 1)).clamp(min=1 - alpha)
-        return torch.where(step < self.warmup_steps, cumulative, 1 - alpha)
+    def _weight(self, weight: float, step: torch.Tensor | None) -> float | torch.Tensor:
+        """`weight` of a batch; during warm-up that of a cumulative mean as long as it is larger. 0 stays 0."""
+        if not self.warmup_steps or not weight:
+            return weight
+        cumulative = (1 / (step.to(self.nu.dtype) + 1)).clamp(min=weight)
+        return torch.where(step < self.warmup_steps, cumulative, weight)
 
     def update_weight(self):
-        return self._weight(self.alpha_fwd, self.num_batches_tracked)
+        return self._weight(self.momentum, self.num_batches_tracked)
 
     def update_gradient_statistic(self, sums: torch.Tensor) -> None:
         """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a deferred layer."""
-        weight = self._weight(self.alpha_bwd, self.num_batches_tracked)
+        weight = self._weight(1 - self.alpha_bwd, self.num_batches_tracked)
         with torch.no_grad():
             passes_for(self.nu, sums).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
 
@@ -164,7 +177,7 @@ class _PowerNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, layer):
+    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, tracks, layer):
         passes, moments = passes_for(x, weight, power, norm=layer.norm_name), None
         if is_warming_up is not None:
             moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
@@ -177,35 +190,58 @@ class _PowerNormalize(torch.autograd.Function):
         ctx.mark_non_differentiable(moments.packed)
         ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, moments.packed, of_process.packed)
         ctx.norm_name, ctx.update_weight, ctx.groups, ctx.eps = layer.norm_name, update_weight, groups, eps
-        ctx.grad_scale, ctx.deferred = layer.grad_scale, layer.deferred
+        ctx.grad_scale, ctx.tracks, ctx.deferred = layer.grad_scale, tracks, layer.deferred
         # Not saved for backward: updated there on purpose.
         ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
         ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
         return y, moments.packed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, _):
         if g is None:
-            return (None,) * 11
+            return (None,) * 12
         x, weight, mask, power, nu, is_warming_up, moments, of_process = ctx.saved_tensors
-        passes = passes_for(x, g, weight, power, norm=ctx.norm_name)
-        of_process, g = Moments(of_process), g.to(x.dtype)
-        if is_warming_up is not None:
-            products = passes.sums(g, x, mask, None, ctx.groups, ctx.eps)[1] * weight * torch.rsqrt(power + ctx.eps)
-            nu = torch.where(is_warming_up, _nu_of_batch(of_process.count, products, ctx.group), nu)
-        of_power = Moments(moments).power if ctx.grad_scale == "batch" else None
-        dx, of_weight, of_bias, of_batch = passes.rescale_backward(
-            g, x, weight, mask, power, of_power, nu, of_process, ctx.groups, ctx.eps
-        )
-        if ctx.deferred:
-            ctx.pending.add_(of_batch)
-        else:
-            passes_for(ctx.nu, of_batch).update_nu(
-                ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale
+        with torch.no_grad():
+            passes = passes_for(x, g, weight, power, norm=ctx.norm_name)
+            of_process, wide = Moments(of_process), g.to(x.dtype)
+            if is_warming_up is not None:
+                _, products, *_ = passes.sums(wide, x, mask, None, ctx.groups, ctx.eps)
+                products = products * weight * torch.rsqrt(power + ctx.eps)
+                nu = torch.where(is_warming_up, _nu_of_batch(of_process.count, products, ctx.group), nu)
+            of_power = Moments(moments).power if ctx.grad_scale == "batch" else None
+            dx, of_weight, of_bias, of_batch = passes.rescale_backward(
+                wide, x, weight, mask, power, of_power, nu, of_process, ctx.groups, ctx.eps
             )
-        of_bias = of_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return dx, of_weight.to(weight.dtype), of_bias, *(None,) * 8
+            if ctx.tracks and ctx.deferred:
+                ctx.pending.add_(of_batch)
+            elif ctx.tracks:
+                passes_for(ctx.nu, of_batch).update_nu(
+                    ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale
+                )
+            gradients = dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _NoSecondDerivative.apply(*gradients, g, x, weight)
+        dx, of_weight, of_bias = gradients
+        return dx, of_weight, of_bias if ctx.needs_input_grad[2] else None, *(None,) * 9
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns the gradients as they are, and raises when they are differentiated.
+
+    `once_differentiable` only sees that they depend on the incoming gradient `g`. A second derivative with respect to
+    x or the weight would silently be 0 where `g` is a constant, and in `torch.autograd.functional.hessian`.
+    """
+
+    @staticmethod
+    def forward(ctx, dx, of_weight, of_bias, g, x, weight):
+        return dx, of_weight, of_bias
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "PowerNorm has no second derivative, as its backward is an approximation with a running statistic: use "
+            "pnv or batchnorm where one is needed."
+        )
 
 
 def _nu_of_batch(count, products, group):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration import family_of, placement_of
+from .configuration import NormSwapConfigMixin, family_of, placement_of
 from .norm import Norm
 
 
@@ -46,8 +46,10 @@ _SITES = {
     ),
 }
 
-# What PEFT inserts into the path of a module that an adapter saves.
-_IN_ADAPTER = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+# Where the wrappers of FSDP1, of activation checkpointing and of torch.compile keep the module inside.
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+# What these, and PEFT where an adapter saves a module, insert into the path of a module.
+_INSERTED = re.compile(rf"\.(original_module|modules_to_save\.[^.]+|{'|'.join(WRAPPED)})(?=\.|$)")
 
 STACKS = ("encoder", "decoder")
 BLOCK_SUBLAYERS = ("attention", "cross_attention", "ffn")
@@ -134,7 +136,7 @@ def find_norms(model: nn.Module) -> NormSites:
         `NormSites`: a list of [`NormSite`] in the order of the modules; print it for a table.
 
     Raises:
-        ValueError: when the model is of another family, or wrapped.
+        ValueError: when the model is of another family, wrapped, or loaded with another copy of this code.
 
     Example:
 
@@ -148,15 +150,13 @@ def find_norms(model: nn.Module) -> NormSites:
     ```
     """
     family = _family_in_table(model)
-    prefix = _SITES[family][0]
-    is_base = not hasattr(model, prefix)
     placement = placement_of(model.config)
     one_stack = "decoder" if family == "gpt2" or getattr(model.config, "is_decoder", False) else "encoder"
     sites = NormSites()
     for name, module in active_modules(model):
         if not isinstance(module, nn.LayerNorm | Norm):
             continue
-        path = _IN_ADAPTER.sub("", f"{prefix}.{name}" if is_base else name)
+        path = path_of(model, name)
         for sublayer, pattern in _patterns(family):
             if match := pattern.fullmatch(path):
                 found = match.groupdict()
@@ -166,15 +166,25 @@ def find_norms(model: nn.Module) -> NormSites:
     return sites
 
 
+def path_of(model: nn.Module, name: str) -> str:
+    """The path in a model with a head of the module `name` of `model`, which may have none."""
+    prefix = _SITES[_family_in_table(model)][0]
+    return _INSERTED.sub("", name if hasattr(model, prefix) else f"{prefix}.{name}")
+
+
 def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules as `named_modules()` gives them, without those that an adapter of PEFT has put out of use.
 
     For each module of its `modules_to_save` it keeps the original beside a copy, and calls one of the two.
+
+    Raises:
+        ValueError: when a module is of another copy of this code.
     """
     idle = set()
     for name, module in model.named_modules():
         if module in idle:
             continue
+        _check_copy(module)
         yield name, module
         copies = module._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
@@ -182,6 +192,34 @@ def active_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             used = next((copies[name] for name in names if name in copies), module.original_module)
             for other in (module.original_module, *copies.values()):
                 idle.update(() if other is used else other.modules())
+
+
+def refuse_other_copy(model: nn.Module) -> None:
+    """Raises `ValueError` where a module of `model` is of another copy of this code."""
+    for module in model.modules():
+        _check_copy(module)
+
+
+def _check_copy(module: nn.Module) -> None:
+    """Raises `ValueError` for a norm or a model of another copy of this code, such as that beside its weights.
+
+    No function would know the norms for what they are, and all would take the model for one without them.
+    """
+    is_norm = hasattr(type(module), "norm_name") and not isinstance(module, Norm)
+    config = module.config if isinstance(module, PreTrainedModel) else None
+    is_swapped = (getattr(config, "model_type", None) or "").startswith("normswap_")
+    if is_norm or (is_swapped and not isinstance(config, NormSwapConfigMixin)):
+        source = type(module if is_norm else config).__module__.rpartition(".")[0]
+        raise ValueError(
+            f"The model was made by another copy of this code ({source}): import hf_normswap first, and load the "
+            "model again."
+        )
+
+
+def wrapped_attribute(model: nn.Module) -> str | None:
+    """Name of the one module that a wrapper such as DistributedDataParallel or `torch.compile` is around."""
+    names = ("_orig_mod", "module")
+    return next((name for name in names if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
 def is_site(model: nn.Module, path: str) -> bool:
@@ -194,8 +232,9 @@ def _family_in_table(model: nn.Module) -> str:
     config = model.config if isinstance(model, PreTrainedModel) else None
     family = family_of(getattr(config, "model_type", "") or "")
     if family not in _SITES:
-        kind = f"a {family} model" if family else type(model).__name__
-        raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass a model of these families.")
+        kind, attribute = f"a {family} model" if family else type(model).__name__, wrapped_attribute(model)
+        cure = f"its .{attribute}" if attribute and not family else "a model of these families"
+        raise ValueError(f"Norms are known for {', '.join(_SITES)}, not for {kind}: pass {cure}.")
     return family
 
 

@@ -3,25 +3,24 @@
 They are made on first use, as attributes of this module, where pickle and the Hub's loader look for them.
 """
 
+import functools
 import importlib
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .blend import blend_norm
 from .configuration import CONFIGS, family_of
-from .folded import add_bias, remove_norms, untie_head
 from .norm import BatchStatisticNorm, Norm
 from .placement import place_blocks
 from .rbn import RegularizedBatchNorm
 from .recompute import CHECKPOINTING, tape_checkpoint
-from .replace import new_norm, place_norms
-from .sites import NormSite, find_norms, is_site
-from .swap_config import NormSwapConfig
+from .record import check_record, fold_as_recorded, norms_of_record, read_record
+from .replace import place_norms
+from .sites import find_norms
 from .token_mask import unwatch_masks, watch_masks
 from .travel import auto_heads
 
@@ -35,6 +34,7 @@ _READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
 class NormSwapMixin:
     """What a swapped model has beside what its transformers class has."""
 
+    stock_class = None  # of a user's class: that class
     push = None  # the installed package sets it to `push_model`, which writes a model card
 
     def __init__(self, config, *args, **kwargs):
@@ -43,7 +43,9 @@ class NormSwapMixin:
         record = config.norm_swap or {}
         if "placement" in record:
             place_blocks(self, record["placement"])
-        place_norms(self, norms_of_record(self, record))
+        norms = norms_of_record(self, record)
+        check_chunks(self, norms)
+        place_norms(self, norms)
         fold_as_recorded(self, record)
         shares = record.get("layer_norm_share", {})
         for site in find_norms(self):
@@ -59,6 +61,17 @@ class NormSwapMixin:
             raise OSError(
                 f"The weights in {pretrained_model_name_or_path} are damaged ({error}): fetch or save them again."
             ) from error
+
+    def update_record(self) -> None:
+        """Make `config.norm_swap` say what the modules are now; `save_pretrained` calls this first.
+
+        Raises:
+            ValueError: when no configuration describes them, such as one of fewer blocks. Nothing was changed then.
+        """
+        record = read_record(self)
+        check_record(self, record)
+        if self.config.norm_swap is not None or record["norms"]:
+            self.config.norm_swap = record
 
     def push_to_hub(self, repo_id, **kwargs):
         """Push this model: see `hf_normswap.push_model`; without the package, as any model of transformers."""
@@ -85,16 +98,63 @@ class NormSwapMixin:
 
 
 def swapped_class(stock_class: type) -> type | None:
-    """The swapped class of a class of transformers, `None` where there is none."""
-    for family, prefix in _FAMILIES.items():
-        if stock_class.__module__ == _modeling(family) and stock_class.__name__.startswith(prefix):
-            return _make_class("NormSwap" + stock_class.__name__)
+    """The class that a model of `stock_class` becomes when its norms are swapped.
+
+    Args:
+        stock_class (`type`): a model class of transformers, or one derived from it.
+
+    Returns:
+        `type`: the same for every call; `None` where there is none. The Auto classes know those of transformers'
+        classes. A model of a derived class loads through this one: `swapped_class(MyModel).from_pretrained(folder)`.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertForSequenceClassification
+    >>> from hf_normswap import swapped_class
+    >>> class MyModel(BertForSequenceClassification):
+    ...     pass
+    >>> swapped_class(MyModel).__name__
+    'NormSwapMyModel'
+
+    ```
+    """
+    if issubclass(stock_class, NormSwapMixin):
+        return stock_class
+    for base in stock_class.__mro__:
+        for family, prefix in _FAMILIES.items():
+            if base.__module__ == _modeling(family) and base.__name__.startswith(prefix):
+                if base is stock_class:
+                    return _make_class("NormSwap" + stock_class.__name__)
+                return _derive_class(stock_class, family)
     return None
 
 
-def stock_class(swapped: type) -> type:
-    """The class of transformers that `swapped` was made from."""
-    return swapped.__bases__[1]
+def stock_class(swapped: type) -> type | None:
+    """The class that `swapped` was made from; `None` for a class that a user has derived from a swapped one."""
+    return swapped.__bases__[1] if swapped.__bases__[0] is NormSwapMixin else None
+
+
+@functools.cache
+def _derive_class(stock_class: type, family: str) -> type:
+    """The swapped class of a user's class, which has no place in a module where pickle would find it."""
+    body = {
+        "__module__": stock_class.__module__,
+        "__qualname__": f"NormSwap{stock_class.__name__}",
+        "__doc__": f"`{stock_class.__name__}` with swapped norms.",
+        "__reduce_ex__": lambda self, protocol: (_new_of, (stock_class,), self.__getstate__()),
+        "config_class": _config_class(family),
+        "stock_class": stock_class,
+    }
+    base = next(base for base in stock_class.__mro__ if base.__module__ == _modeling(family))
+    if stock_class.forward is base.forward:
+        body["accepts_loss_kwargs"] = base.__name__ in _READS_ITEM_COUNT
+    return type(f"NormSwap{stock_class.__name__}", (NormSwapMixin, stock_class), body)
+
+
+def _new_of(stock_class: type):
+    cls = swapped_class(stock_class)
+    return cls.__new__(cls)
 
 
 def __getattr__(name: str):
@@ -127,13 +187,17 @@ def _make_class(name: str) -> type | None:
         {
             "__module__": __name__,
             "__doc__": f"`{stock_name}` with swapped norms.",
-            "config_class": next(config for config in CONFIGS if family_of(config.model_type) == family),
+            "config_class": _config_class(family),
             # Most heads take **kwargs, ignore the number of items in the batch and return a plain mean. Trainer takes
             # them at their signature, does not divide by the accumulation steps, and the gradient comes out too large.
             "accepts_loss_kwargs": stock_name in _READS_ITEM_COUNT,
         },
     )
     return globals()[name]
+
+
+def _config_class(family: str) -> type:
+    return next(config for config in CONFIGS if family_of(config.model_type) == family)
 
 
 def _enter_name(family: str, stock_name: str) -> None:
@@ -143,83 +207,48 @@ def _enter_name(family: str, stock_name: str) -> None:
             table.setdefault(f"normswap_{family}", "NormSwap" + stock_name)
 
 
-def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
-    """New norms by module name, for what a configuration's `norm_swap` lists.
-
-    A checkpoint of one head opens in another: parts that this model has not, such as another head, are left out.
-
-    Raises:
-        ValueError: when a listed module is missing from a part that the model has, or no norm of the family at all.
-    """
-    norms = {}
-    for entry in record.get("norms", []):
-        config = NormSwapConfig(entry["norm"], **entry["options"])
-        norms |= {site.name: new_norm(site.module, config) for site in _find_recorded(model, entry["modules"])}
-    return norms
-
-
-def _find_recorded(model: PreTrainedModel, paths: list[str]) -> list[NormSite]:
-    sites = {site.path: site for site in find_norms(model)}
-    parts = {_part(path) for path in sites}
-    for path in paths:
-        if path in sites:
-            continue
-        if not is_site(model, path):
-            raise ValueError(
-                f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
-            )
-        if _part(path) in parts:
-            raise ValueError(
-                f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
-                "load it with the number of layers that it was saved with."
-            )
-    return [sites[path] for path in paths if path in sites]
-
-
-def _part(path: str) -> str:
-    return ".".join(path.split(".")[:2])
-
-
-def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
-    """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
-    gone = [site.name for site in _find_recorded(model, record.get("folded", []))]
-    ends = {site.stack: site.name for site in find_norms(model)}.values()  # the last norm of each stack
-    if model.base_model is model and not set(ends).isdisjoint(gone):
-        logger.warning(
-            "This checkpoint was folded with a head, and the hidden states that it returns without one are in "
-            "coordinates of their own: fold the model without head instead to use them."
-        )
-    remove_norms(model, gone)
-    modules = dict(model.named_modules())
-    for name in modules.keys() & {*record.get("untied", []), *record.get("biases", [])}:
-        if not isinstance(modules[name], nn.Linear):
-            raise ValueError(
-                f"norm_swap in the configuration lists {name!r} as a head, which is no linear layer: remove it."
-            )
-    for name in modules.keys() & set(record.get("untied", [])):
-        untie_head(model, name)
-    for name in modules.keys() & set(record.get("biases", [])):
-        add_bias(modules[name])
-
-
 def prepare_swapped(model: PreTrainedModel) -> None:
     """Hooks and corrections that a model needs once its norms are swapped."""
     if any(isinstance(module, Norm) for module in model.modules()):
         watch_masks(model)
-    for module in model.modules():
-        if getattr(module, "_gradient_checkpointing_func", None) is not None:
-            module._gradient_checkpointing_func = _taped(model, module._gradient_checkpointing_func)
+        model.register_forward_pre_hook(_tape_checkpointing)
+    _tape_checkpointing(model)
     if model.loss_type is None and "AutoModelForCausalLM" in _auto_names(type(model)):
         # Trainer would count one token too many per row, and the loss log in every step of a compiled model.
         model.loss_type = "ForCausalLM"
 
 
+def _tape_checkpointing(model: PreTrainedModel, args: tuple = ()) -> None:
+    """Make checkpointing exact that was switched on, in the whole model or in one around it that knows of no norms."""
+    if torch.compiler.is_compiling():
+        return
+    for module in model.modules():
+        if (function := getattr(module, "_gradient_checkpointing_func", None)) is None:
+            continue
+        if getattr(function, "is_taped", False):
+            return  # it is switched on and off for all modules at once
+        module._gradient_checkpointing_func = _taped(model, function)
+
+
 def release_swapped(model: PreTrainedModel) -> None:
     """Undo [`prepare_swapped`] on a model that is no longer swapped."""
     unwatch_masks(model)
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _tape_checkpointing]:
+        del model._forward_pre_hooks[key]
     for module in model.modules():
         if (function := getattr(module, "_gradient_checkpointing_func", None)) is not None:
             module._gradient_checkpointing_func = _untaped(function)
+
+
+def check_chunks(model: PreTrainedModel, norms: dict[str, Norm]) -> None:
+    """Raises `ValueError` where one of `norms`, by the name that it has or shall have, would see a batch in parts."""
+    for site in find_norms(model):
+        is_chunked = site.sublayer == "ffn" and getattr(model.get_submodule(site.block), "chunk_size_feed_forward", 0)
+        if is_chunked and isinstance(norms.get(site.name), BatchStatisticNorm):
+            raise ValueError(
+                f"chunk_size_feed_forward > 0 calls {site.name} once per chunk, where a {norms[site.name].norm_name} "
+                "needs the whole batch: build or load the model with chunk_size_feed_forward=0."
+            )
 
 
 def check_checkpointing(function, norms) -> None:

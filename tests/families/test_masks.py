@@ -3,14 +3,14 @@
 import functools
 import threading
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hf_normswap import BatchNorm, NormSwapConfig, find_norms, norm_penalty, swap_norm
-from hf_normswap.modeling.token_mask import SCOPE
-from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
+from hf_normswap import BatchNorm, find_norms, norm_penalty
+from hf_normswap.modeling.token_mask import SCOPE, current_mask
+from tests.counting import EXACT, assert_counts, swapped_model
+from tests.models import FAMILIES, all_heads, tiny_batch
 
 
 NORMS = ["batchnorm", "rbn", "powernorm", "pnv"]
@@ -30,10 +30,6 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 def no_mask_is_left_behind():
     yield
     assert SCOPE.masks == []
-
-
-def swapped_model(norm, family, head=None, where="all", **overrides):
-    return swap_norm(tiny_model(family, head, **overrides).double(), norm, where=where)
 
 
 def positions_of(model, mask):
@@ -139,38 +135,6 @@ def test_padding_does_not_matter(family, head, side, filler, norm):
 
 
 # Which tokens each norm counts, by what went into it
-
-
-def counted_tokens(model, batch, call=None):
-    """For each norm by name: its input, and the mean that it took. Momentum must be 1."""
-    inputs = {}
-
-    def remember(name, module, args):
-        inputs[name] = args[0].detach()
-
-    handles = [
-        site.module.register_forward_pre_hook(functools.partial(remember, site.name)) for site in find_norms(model)
-    ]
-    with torch.no_grad():
-        call(model, batch) if call else model(**batch)
-    for handle in handles:
-        handle.remove()
-    return {name: (x, model.get_submodule(name).running_mean) for name, x in inputs.items()}
-
-
-def assert_counts(model, batch, mask_of, call=None, stacks=("encoder", "decoder")):
-    """The norms of `stacks`, and no others, run, and count the tokens that `mask_of(site)` calls real."""
-    counted = counted_tokens(model, batch, call)
-    sites = [site for site in find_norms(model) if site.stack in stacks]
-    assert set(counted) == {site.name for site in sites}
-    for site in sites:
-        x, mean = counted[site.name]
-        mask = mask_of(site)
-        rows = x[mask] if mask is not None else x.flatten(0, -2)
-        np.testing.assert_allclose(mean.numpy(), rows.numpy().mean(0), rtol=1e-9, atol=1e-12, err_msg=site.name)
-
-
-EXACT = NormSwapConfig("batchnorm", momentum=1.0)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
@@ -336,12 +300,159 @@ def test_embeddings_may_be_given_for_ids():
     assert_counts(model, batch, lambda site: batch["attention_mask"].bool())
 
 
+# Masks of who sees whom, (B, heads, queries, keys)
+
+
+def additive(value):
+    return lambda seen: torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, value)
+
+
+def for_each_head(seen):
+    """Each head sees a part of the tokens: together they see all that may be seen."""
+    keys = torch.arange(seen.shape[-1])
+    heads = torch.stack([keys % 4 != head for head in range(4)])
+    return seen & heads[:, None, :]
+
+
+SPELLINGS = {
+    "bool": lambda seen: seen,
+    "lowest": additive(torch.finfo(torch.float64).min),
+    "infinite": additive(-torch.inf),
+    "old": additive(-10000.0),
+}
+
+
+def who_sees_whom(mask, causal):
+    queries = mask.shape[-1]
+    seen = mask.bool()[:, None, None, :].expand(-1, 1, queries, -1)
+    return seen & torch.ones(queries, queries, dtype=torch.bool).tril() if causal else seen
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    ("family", "head", "side"),
+    [
+        ("bert", "BertForTokenClassification", "right"),
+        ("roberta", None, "left"),
+        ("bert", "BertLMHeadModel", "left"),
+        ("gpt2", None, "left"),
+        ("gpt2", None, "right"),
+    ],
+)
+def test_masks_of_who_sees_whom_tell_the_padding(family, head, side, spelling):
+    """They are the 2-dimensional mask in another form: outputs, gradients and statistics are the same."""
+    causal = family == "gpt2" or head == "BertLMHeadModel"
+
+    def call(model, batch):
+        seen = who_sees_whom(batch["attention_mask"], causal)
+        return model(**{**batch, "attention_mask": SPELLINGS[spelling](seen)})
+
+    models = [swapped_model("powernorm", family, head) for _ in range(2)]
+    for seed in range(2):
+        batch = make_batch(models[0], side, extra=3, filler=7, seed=seed)
+        assert_same(train_step(models[0], batch), train_step(models[1], batch, call))
+
+
+def test_a_mask_of_each_head_tells_the_padding_together_with_the_others():
+    model = swapped_model(EXACT, "bert")
+    batch = tiny_batch(model, (5, 3), 8)
+    mask = batch["attention_mask"]
+    batch["attention_mask"] = for_each_head(who_sees_whom(mask, causal=False))
+    assert_counts(model, batch, lambda site: mask.bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32])
+def test_masks_of_who_sees_whom_may_be_numbers(dtype):
+    model = swapped_model(EXACT, "bert", attn_implementation="eager")
+    batch = tiny_batch(model, (5, 3), 8)
+    mask = batch["attention_mask"]
+    batch["attention_mask"] = who_sees_whom(mask, causal=False).to(dtype)
+    assert_counts(model, batch, lambda site: mask.bool())
+
+
+def test_one_mask_of_who_sees_whom_may_be_for_all_rows():
+    model = swapped_model(EXACT, "gpt2")
+    batch = tiny_batch(model, (5, 5), 8, padding_side="left")
+    mask = batch["attention_mask"]
+    batch["attention_mask"] = who_sees_whom(mask[:1], causal=True)
+    assert_counts(model, batch, lambda site: mask.bool())
+
+
+def test_both_stacks_take_masks_of_who_sees_whom():
+    model = swapped_model(EXACT, "marian")
+    batch = tiny_batch(model, (5, 3), 8)
+    masks = {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"].ne(-100)}
+    ids = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+    batch["attention_mask"] = who_sees_whom(masks["encoder"], causal=False)[:, :, -1:]  # the decoder reads it too
+    batch |= {"decoder_input_ids": ids, "decoder_attention_mask": who_sees_whom(masks["decoder"], causal=True)}
+    assert_counts(model, batch, lambda site: masks[site.stack])
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_masks_of_who_sees_whom_count_every_token(family):
+def test_masks_that_hide_no_token_from_all_count_every_token(family):
     model = swapped_model(EXACT, family)
     batch = tiny_batch(model, (5, 3), 8)
     batch["attention_mask"] = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
     assert_counts(model, batch, lambda site: None)
+
+
+def test_with_a_cache_the_last_keys_count():
+    model = swapped_model(EXACT, "gpt2")
+    batch = tiny_batch(model, (5, 3), 8, padding_side="left", labels=False)
+    mask = batch["attention_mask"]
+    seen = who_sees_whom(mask, causal=True)
+    with torch.no_grad():
+        cache = model(batch["input_ids"][:, :4], attention_mask=seen[:, :, :4, :4]).past_key_values
+    assert_counts(
+        model,
+        batch,
+        lambda site: mask[:, 4:].bool(),
+        lambda model, batch: model(batch["input_ids"][:, 4:], attention_mask=seen[:, :, 4:], past_key_values=cache),
+    )
+
+
+def pack(model, lengths, columns):
+    """Sentences one behind the other in one row with padding at its end, and the same as rows of their own."""
+    batch = tiny_batch(model, lengths, labels=False)
+    mask = batch["attention_mask"].bool()
+    tail = columns - int(mask.sum())
+    start = positions_of(model, torch.ones(1, 1)).long()
+    positions = torch.cat([start[0] + torch.arange(length) for length in lengths])
+    number = torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)])
+    seen = (number[:, None] == number) & torch.ones(len(number), len(number), dtype=torch.bool).tril()
+    packed = {
+        "input_ids": nn.functional.pad(batch["input_ids"][mask], (0, tail), value=model.config.pad_token_id)[None],
+        "position_ids": nn.functional.pad(positions, (0, tail), value=int(start))[None],
+        "attention_mask": nn.functional.pad(seen, (0, tail, 0, tail))[None, None],
+    }
+    return batch, packed
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
+@pytest.mark.parametrize(
+    ("family", "head"), [("gpt2", "GPT2Model"), ("bert", "BertLMHeadModel"), ("roberta", "RobertaForCausalLM")]
+)
+def test_packed_rows_count_as_the_sentences_in_them(family, head, norm):
+    models = [swapped_model(norm, family, head) for _ in range(2)]
+    batch, packed = pack(models[0], (5, 3, 4), columns=16)
+    with torch.no_grad():
+        expected, result = models[0](**batch)[0], models[1](**packed)[0]
+    torch.testing.assert_close(result[0, :12], expected[batch["attention_mask"].bool()], **CLOSE)
+    for name, buffer in models[0].named_buffers():
+        torch.testing.assert_close(dict(models[1].named_buffers())[name], buffer, **CLOSE, msg=name)
+
+
+def test_a_mask_is_on_the_device_of_the_tokens():
+    """As in a model whose blocks are on several devices."""
+    model = swapped_model(EXACT, "bert", "BertModel")
+    seen = []
+
+    def look(module, args):
+        seen.append(current_mask(args[0].to("meta")).device.type)
+
+    model.encoder.layer[1].output.LayerNorm.register_forward_pre_hook(look)
+    model(**tiny_batch(model, (5, 3), 8))
+    assert seen == ["meta"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -58,7 +58,7 @@ def test_pushed_and_loaded_by_name(hub, folder):
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     card = ModelCard(files["README.md"].decode())
     assert (card.data.library_name, card.data.license) == ("transformers", "mit")
-    assert 'from_pretrained("user/name")' in card.text
+    assert card.text.count('model_id = "user/name"\n') == 2
     assert "hf_test" not in done.stdout + done.stderr
     assert not any(b"hf_test" in content for content in files.values())
     (folder / "model").rename(folder / "gone")
@@ -155,6 +155,46 @@ def test_the_command_line(hub, folder):
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("error: user/name could not be pushed (401")
     assert not results.exists()
+
+
+def test_a_name_without_a_namespace_gets_that_of_the_account(hub, folder):
+    """A bare name in a card would be another repo, and a new repo must be known for one."""
+    script = PUSH.replace("user/name", "name")
+    hub.fail("POST /api/models/user/name/commit", status=403)
+    refused = run_client(hub, script, folder, check=False)
+    assert refused.stderr.strip().splitlines()[-1].startswith("OSError: user/name could not be pushed (403")
+    assert not hub.repos
+    run_client(hub, script, folder)
+    card = ModelCard(hub.files("user/name")["README.md"].decode())
+    assert card.text.count('model_id = "user/name"\n') == 2
+    assert card.data.model_name == "name"
+
+
+BASE = """
+import os
+import sys
+from transformers import AutoModelForSequenceClassification
+from hf_normswap import swap_norm
+from hf_normswap.card import card_of_model
+def base(**options):
+    model = AutoModelForSequenceClassification.from_pretrained("user/stock", **options)
+    return card_of_model(swap_norm(model, "rbn")).data.base_model
+os.chdir("folder")
+print(base())
+os.chdir("..")
+print(base(revision=sys.argv[1]))  # the cache has no main then
+print(base())
+os.chdir("folder")
+print(base())
+"""
+
+
+def test_a_card_names_a_base_model_from_the_hub_and_no_folder(hub, tmp_path):
+    stock = tmp_path / "folder" / "user" / "stock"
+    save_stock(stock)
+    hub.add("user/stock", {path.name: path.read_bytes() for path in stock.iterdir()})
+    done = run_client(hub, BASE, tmp_path, hub.commits("user/stock")[0].sha)
+    assert done.stdout.split() == ["None", "user/stock", "user/stock", "None"]
 
 
 TRAIN = """

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, swap_norm
 from hf_normswap.modeling.recompute import CHECKPOINTING
@@ -110,21 +110,6 @@ def test_four_copies_of_a_micro_batch_are_one(family, norm, tmp_path):
     if norm == "rbn":
         assert whole.logs[-1]["rbn_penalty"] > 0
         assert copies.logs[-1]["rbn_penalty"] == pytest.approx(whole.logs[-1]["rbn_penalty"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("counts_tokens", "items", "own_loss", "divisor"),
-    [(False, 12, None, 1), (True, None, None, 1), (True, 12, None, 4), (False, None, print, 4)],
-)
-def test_the_penalty_under_a_trainer_that_says_nothing_of_its_loss(
-    counts_tokens, items, own_loss, divisor, monkeypatch
-):
-    """As that of transformers 5.17, whose `training_step` divides a loss that is a plain mean."""
-    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
-    trainer = NormSwapTrainer.__new__(NormSwapTrainer)
-    trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = counts_tokens, own_loss
-    trainer.current_gradient_accumulation_steps = 4
-    assert trainer._accumulation_divisor(items) == divisor
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hf_normswap import defer_norm_statistics, sync_norm_statistics
+from hf_normswap import defer_norm_statistics, pause_norm_statistics, sync_norm_statistics
 from tests.modeling.norms import VARIANTS, make_norm, make_tokens
+from tests.persistence import is_one_sentence
 
 
 MASK = torch.tensor([[True, True, True, True, True], [False, True, True, True, False]])
@@ -138,3 +139,64 @@ def test_evaluation():
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12, msg=variant)
     for name, value in norms.named_buffers():
         assert torch.equal(value, before[name])
+
+
+def penalties_of(norm, forward, forwards, steps):
+    """The penalty of so many training forwards of different batches, for each of so many steps."""
+    results = []
+    for step in range(steps):
+        inputs = [make_tokens(2, 5, seed=10 * step + number).requires_grad_() for number in range(forwards)]
+        for x in inputs:
+            forward(norm, x, MASK)
+        penalty = norm.penalty()
+        results.append([penalty.detach(), *torch.autograd.grad(penalty, inputs)])
+    return results
+
+
+@pytest.mark.parametrize("forwards", [2, 4])
+def test_penalties_of_several_forwards(forwards):
+    compiled = torch.compile(output_alone, fullgraph=True, backend="aot_eager")
+    expected = penalties_of(make_fast_norm("rbn"), output_alone, forwards, steps=3)
+    results = penalties_of(make_fast_norm("rbn"), compiled, forwards, steps=3)
+    assert counters["stats"]["unique_graphs"] == forwards  # one for each number of penalties that are there already
+    for ours, theirs in zip(results, expected, strict=True):
+        for value, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
+
+
+def test_penalties_that_nobody_takes_are_compiled_a_few_times_only(monkeypatch):
+    texts = []
+    monkeypatch.setattr("hf_normswap.modeling.rbn.logger.warning_once", texts.append)
+    norm, compiled = make_fast_norm("rbn"), torch.compile(output_alone, fullgraph=True, backend="aot_eager")
+    for step in range(9):
+        compiled(norm, make_tokens(2, 5, seed=step), MASK)[0].sum().backward()
+    assert counters["stats"]["unique_graphs"] == 5
+    assert len(norm.penalties) == 4
+    with pytest.raises(RuntimeError, match="before its backward"):
+        norm.penalty()
+    assert len(texts) == 1
+    assert "left out of a backward" in texts[0]
+
+
+def test_penalties_that_a_compiled_norm_loses_are_named(monkeypatch):
+    texts = []
+    monkeypatch.setattr("hf_normswap.modeling.rbn.logger.warning_once", texts.append)
+    norm, compiled = make_fast_norm("rbn"), torch.compile(output_alone, fullgraph=True, backend="aot_eager")
+    for forwards, lost in ((4, False), (5, True)):
+        for step in range(forwards):
+            compiled(norm, make_tokens(2, 5, seed=step), MASK)
+        norm.penalty()
+        assert bool(texts) == lost
+    assert is_one_sentence(texts[0])
+
+
+@pytest.mark.parametrize("variant", ["batchnorm", "rbn", "powernorm-plain"])
+def test_a_pause(variant):
+    norm, compiled = make_fast_norm(variant), torch.compile(output_alone, fullgraph=True, backend="aot_eager")
+    compiled(norm, make_tokens(2, 5), MASK)[0].square().sum().backward()
+    before, statistics = {name: value.clone() for name, value in norm.named_buffers()}, norm.statistics
+    with pause_norm_statistics(norm):
+        y = compiled(norm, make_tokens(2, 5, seed=1), MASK)[0]
+    y.square().sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+    torch.testing.assert_close(norm.statistics, statistics)

@@ -14,7 +14,7 @@ from hf_normswap.modeling.discrepancy import (
     relative_distance,
     training_inference_discrepancy,
 )
-from hf_normswap.statistics import last_discrepancy
+from hf_normswap.statistics import sum_discrepancies
 
 
 EPS = 1e-3
@@ -140,7 +140,9 @@ def test_no_real_token_gives_no_discrepancy():
         for name in norm.running:
             getattr(norm, name).uniform_(0.5, 1.5)
         norm(torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool))
-    assert last_discrepancy(norms).eq(0).all()
+    sums, forwards = sum_discrepancies(norms)
+    assert sums.eq(0).all()
+    assert forwards == [1, 1, 1]
 
 
 def test_discrepancy_of_a_model_is_that_of_its_layers():
@@ -149,14 +151,30 @@ def test_discrepancy_of_a_model_is_that_of_its_layers():
     for norm in model:
         norm(1 + 2 * torch.randn(2, 4, norm.num_features))
     expected = [torch.stack(training_inference_discrepancy(norm.statistics, norm.eps)) for norm in norms]
-    torch.testing.assert_close(last_discrepancy(norms), torch.stack(expected, dim=1))
+    sums, forwards = sum_discrepancies(norms)
+    torch.testing.assert_close(sums, torch.stack(expected, dim=1))
+    assert forwards == [1] * 5
 
 
 def test_discrepancy_of_layers_that_did_not_run():
     norms = [BatchNorm(3), PowerNormV(3), BatchNorm(3)]
-    assert last_discrepancy([]) is None
-    assert last_discrepancy(norms) is None
+    assert sum_discrepancies([])[1] == []
+    assert sum_discrepancies(norms)[1] == [0, 0, 0]
     norms[1](torch.randn(2, 4, 3))
-    found = last_discrepancy(norms)
-    assert found[:, [0, 2]].isnan().all()
-    assert found[:, 1].isfinite().all()
+    sums, forwards = sum_discrepancies(norms)
+    assert forwards == [0, 1, 0]
+    assert sums[:, [0, 2]].eq(0).all()
+    assert sums[1, 1] > 0
+
+
+def test_discrepancy_of_several_forwards_is_their_sum():
+    norms = [BatchNorm(3), PowerNormV(4), BatchNorm(3)]
+    expected = torch.zeros(2, 3)
+    for norm_index, number in enumerate((3, 0, 2)):
+        norm = norms[norm_index]
+        for _ in range(number):
+            norm(1 + 2 * torch.randn(2, 4, norm.num_features))
+            expected[:, norm_index] += torch.stack(training_inference_discrepancy(norm.statistics, norm.eps))
+    sums, forwards = sum_discrepancies(norms)
+    torch.testing.assert_close(sums, expected)
+    assert forwards == [3, 0, 2]

@@ -5,9 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from hf_normswap import PowerNorm, PowerNormV, defer_norm_statistics, sync_norm_statistics
+from hf_normswap import (
+    BatchNorm,
+    PowerNorm,
+    PowerNormV,
+    RegularizedBatchNorm,
+    defer_norm_statistics,
+    sync_norm_statistics,
+)
 from tests.modeling import reference
 from tests.modeling.vectors import load_vectors
+from tests.persistence import is_one_sentence
 
 
 CHANNELS = 4
@@ -254,11 +262,81 @@ def test_deferred_statistics_update_once_for_all_micro_batches(warmup_steps):
         assert parts.num_batches_tracked.item() == step + 1
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("power", [1, 3], ids=["of_a_constant_gradient", "of_a_gradient"])
+def test_a_second_derivative_is_refused(power):
+    """Also where the gradient that reaches the norm is a constant: 0 would be wrong, and come without a word."""
     norm, x = make_norm(), make_tokens(2, 4)
-    (dx,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    (dx,) = torch.autograd.grad(norm(x).pow(power).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*use pnv or batchnorm") as error:
+        torch.autograd.grad(dx.square().sum(), x)
+    assert is_one_sentence(error.value)
+
+
+def test_a_hessian_is_refused():
+    norm, x = make_norm(), make_tokens(1, 2).detach()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(lambda x: norm(x).pow(3).sum(), x)
+
+
+def test_a_graph_of_the_gradient_alone_is_no_second_derivative():
+    norm, other = make_norm(), make_norm()
+    for x in make_tokens(2, 4), make_tokens(2, 4):
+        upstream = torch.randn(2, 4, CHANNELS, dtype=torch.float64)
+        y = norm(x)
+        (dx,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+        expected_y, expected = backpropagate(other, x, upstream)
+        assert torch.equal(y, expected_y)
+        assert torch.equal(dx, expected)
+        assert torch.equal(norm.nu, other.nu)
+
+
+@pytest.mark.parametrize("cls", [BatchNorm, RegularizedBatchNorm, PowerNormV, PowerNorm])
+def test_transforms_of_torch_func_are_refused_in_training(cls):
+    norm, x = cls(CHANNELS), torch.randn(2, 3, CHANNELS)
+    transforms = [
+        lambda: torch.func.grad(lambda x: norm(x).sum())(x),
+        lambda: torch.func.vmap(norm)(x),
+        lambda: torch.func.jacrev(norm)(x),
+        lambda: torch.func.jvp(norm, (x,), (x,)),
+    ]
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match=f"torch.func cannot transform a {cls.__name__} in training") as error:
+            transform()
+        assert is_one_sentence(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+    assert norm.records == ()
+    norm.eval()
+    for transform in transforms:
+        transform()
+
+
+def test_momentum_is_the_weight_of_the_batch():
+    by_alpha, by_momentum = make_norm(alpha_fwd=0.5), make_norm()
+    by_momentum.momentum = 0.5
+    assert by_momentum.alpha_fwd == 0.5
+    assert make_norm(alpha_fwd=0.3).alpha_fwd == 0.3
+    assert make_norm(alpha_fwd=0.3).momentum == 0.7
+    for _ in range(3):
+        x = make_tokens(2, 4)
+        by_alpha(x)
+        by_momentum(x)
+        assert torch.equal(by_alpha.running_power, by_momentum.running_power)
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_without_momentum_psi_stays(deferred, warmup_steps):
+    norm = make_norm()
+    backpropagate(norm, make_tokens(2, 4), torch.ones(2, 4, CHANNELS, dtype=torch.float64))
+    norm.momentum, norm.warmup_steps = 0.0, warmup_steps
+    defer_norm_statistics(norm, deferred)
+    power, nu = norm.running_power.clone(), norm.nu.clone()
+    for _ in range(2):
+        backpropagate(norm, make_tokens(2, 4), torch.ones(2, 4, CHANNELS, dtype=torch.float64))
+        sync_norm_statistics(norm)
+    assert torch.equal(norm.running_power, power)
+    assert not torch.equal(norm.nu, nu)  # it has a weight of its own
 
 
 def test_options_that_do_not_fit_are_refused():

@@ -1,5 +1,6 @@
 """RBN: the penalty and its gradient against the published code's numbers, the formulas and finite differences."""
 
+import re
 import weakref
 from functools import partial
 
@@ -14,6 +15,7 @@ from hf_normswap.modeling.discrepancy import DISTANCES, penalize, penalty
 from hf_normswap.modeling.moments import Moments
 from hf_normswap.modeling.recompute import tape_checkpoint
 from tests.modeling.vectors import load_vectors
+from tests.persistence import is_one_sentence
 
 
 CHANNELS = 3
@@ -132,10 +134,126 @@ def test_penalty_is_taken_once_and_after_a_training_forward():
     norm.penalty()
     with pytest.raises(RuntimeError, match="no penalty to take"):
         norm.penalty()
-    norm(x)
     norm.eval()(x)
     with pytest.raises(RuntimeError, match="no penalty to take"):
         norm.penalty()
+
+
+@pytest.fixture
+def warnings_of_rbn(monkeypatch):
+    """What norms warn of, each time, not once in a process."""
+    texts = []
+    monkeypatch.setattr("hf_normswap.modeling.rbn.logger.warning_once", texts.append, raising=False)
+    return texts
+
+
+def distance(norm, x):
+    """The penalty of a training forward of `x`, and its gradient, by finite formulas of autograd on plain tensors."""
+    mean, sigma = norm.running_mean.clone(), (norm.running_var.clone() + norm.eps).sqrt()
+    rows = x.flatten(0, -2)
+    batch_sigma = (rows.var(0, correction=0) + norm.eps).sqrt()
+    of_mean = ((rows.mean(0) - mean) / sigma).square().mean()
+    return norm.lambda_mean * of_mean + norm.lambda_var * (batch_sigma / sigma - 1).square().mean()
+
+
+def test_the_penalty_is_that_of_every_training_forward():
+    norm, inputs = make_norm(), [make_tokens(2, 4), make_tokens(3, 4), make_tokens(1, 2)]
+    expected = 0
+    for x in inputs:
+        expected = expected + distance(norm, x)  # with the running pair from before this forward
+        norm(x)
+    norm.eval()(inputs[0])  # no training forward: neither counts, nor makes the others forgotten
+    found = norm_penalty(norm)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_a_forward_without_gradient_counts_with_its_value():
+    norm, inputs = make_norm(), [make_tokens(2, 4), make_tokens(3, 4)]
+    expected = distance(norm, inputs[0])
+    with torch.no_grad():
+        norm(inputs[0])
+    expected = expected + distance(norm, inputs[1])
+    norm(inputs[1])
+    found = norm.penalty()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradients = torch.autograd.grad(found, inputs, allow_unused=True)
+    assert gradients[0] is None
+    assert gradients[1].abs().max() > 0
+
+
+def test_a_penalty_that_a_backward_left_out_is_named_and_not_returned(warnings_of_rbn):
+    norm, inputs = make_norm(), [make_tokens(2, 4), make_tokens(3, 4)]
+    norm(inputs[0]).sum().backward()
+    assert not warnings_of_rbn
+    expected = distance(norm, inputs[1]).item()
+    y = norm(inputs[1])
+    (warning,) = warnings_of_rbn
+    assert re.fullmatch(r"RBN's penalty was left out of a backward.*add norm_penalty\(model\) to the loss.*", warning)
+    assert is_one_sentence(warning)
+    found = norm.penalty()
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    (y.sum() + found).backward()
+    assert len(warnings_of_rbn) == 1
+
+
+def test_no_penalty_after_the_backward(warnings_of_rbn):
+    norm = make_norm()
+    norm(make_tokens(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="before its backward") as error:
+        norm_penalty(norm)
+    assert is_one_sentence(error.value)
+    assert len(warnings_of_rbn) == 1
+
+
+def test_a_graph_that_is_retained_is_not_lost(warnings_of_rbn):
+    norm, x = make_norm(), make_tokens(2, 4)
+    expected = distance(norm, x)
+    norm(x).sum().backward(retain_graph=True)
+    found = norm.penalty()
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (found, expected)))
+    assert not warnings_of_rbn
+
+
+def test_looking_for_lost_penalties_runs_no_checkpointed_block_again(kernels, warnings_of_rbn):
+    calls = []
+
+    class Block(nn.Sequential):
+        def forward(self, x):
+            calls.append(x.shape)
+            return super().forward(x)
+
+    block = Block(*(RegularizedBatchNorm(CHANNELS) for _ in range(3)))
+    run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
+    outputs = [run(block, torch.randn(rows, CHANNELS, requires_grad=True)) for rows in (9, 5)]
+    penalty = norm_penalty(block)
+    assert len(calls) == 2
+    (sum(y.square().sum() for y in outputs) + penalty).backward()
+    assert len(calls) == 4
+    assert not warnings_of_rbn
+
+
+def test_graphs_that_nobody_asks_for_bring_a_warning(warnings_of_rbn):
+    norm = make_norm()
+    for number in range(1, 21):
+        norm(make_tokens(2, 4))
+        assert bool(warnings_of_rbn) == (number > 16)
+    assert is_one_sentence(warnings_of_rbn[0])
+    assert len(norm.penalties) == 20
+    norm.penalty().backward()
+
+
+def test_values_without_a_graph_do_not_pile_up(warnings_of_rbn):
+    norm = make_norm()
+    norm(make_tokens(2, 4))
+    (pending,) = norm.penalties
+    with torch.no_grad():
+        for _ in range(40):
+            norm(make_tokens(2, 4))
+    assert len(norm.penalties) == 17
+    assert norm.penalties[0] is pending
+    assert not warnings_of_rbn
 
 
 def test_a_second_forward_before_the_penalty_crashes_nothing():
@@ -230,9 +348,9 @@ def test_training_mode_without_any_graph(kernels):
 def test_statistics_hold_no_graph():
     norm = make_norm()
     norm(make_tokens(5), None)
-    moments, _, value = norm._observed
-    assert not moments.packed.requires_grad
-    assert value.requires_grad
+    (record,), (pending,) = norm.records, norm.penalties
+    assert not record.moments.packed.requires_grad
+    assert pending.value.requires_grad
     gone = weakref.ref(norm)
-    del norm, moments, value
+    del norm, record, pending
     assert gone() is None

@@ -25,3 +25,19 @@ def test_its_losses_are_those_of_the_trainer(norm, accumulation, tmp_path, model
     assert len(losses) == 20
     assert loop["metrics"] == trainer["metrics"]
     assert loop["norm_swap"] == trainer["norm_swap"]
+
+
+@pytest.mark.parametrize("option", ["--progressive=0.5", "--early_stopping=2"])
+def test_what_the_loop_does_not_do_is_refused(option, refused, model_folder, sst2, tmp_path):
+    options = ["--task_name=sst2", f"--dataset_name={sst2}", f"--model_name_or_path={model_folder}", option]
+    message = "This loop has neither progressive nor early_stopping"
+    refused(lambda: accelerate_loop.main([*options, f"--output_dir={tmp_path / 'loop'}"]), message)
+
+
+def test_a_test_split_is_scored_too(model_folder, tmp_path):
+    data = write_task(tmp_path / "glue", "sst2", {"train": 24, "validation": 10, "test": 9})
+    options = ["--task_name=sst2", f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--use_cpu"]
+    options += ["--max_length=20", "--max_steps=1", "--test_split=test", "--validation_share=0.25"]
+    accelerate_loop.main([*options, f"--output_dir={tmp_path / 'loop'}"])
+    (result,) = load_results(tmp_path / "loop" / "result.json")
+    assert set(result["metrics"]) == {"accuracy", "test_accuracy"}

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,12 +83,10 @@ def test_a_configuration_file_that_is_none(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_can_be_read(path):
     recipe = importlib.import_module(path.parent.name)
-    model_class = {"lm": "LanguageModelArguments", "translation": "ScratchArguments"}.get(recipe.__name__)
-    model_class = getattr(recipe, model_class) if model_class else common.ModelArguments
-    training_class = NormSwapTrainingArguments
+    model_class, training_class = common.FamilyArguments, NormSwapTrainingArguments
     if recipe.__name__ == "translation":
-        training_class = NormSwapSeq2SeqTrainingArguments
-    more = [] if model_class is not common.ModelArguments else ["--model_name_or_path=m"]
+        model_class, training_class = common.ScratchArguments, NormSwapSeq2SeqTrainingArguments
+    more = ["--model_name_or_path=m"] if recipe.__name__ in ("glue", "ner") else []
     model, data, training, _ = common.parse_arguments(
         [model_class, recipe.DataArguments, training_class], [str(path), "--use_cpu", *more]
     )
@@ -171,3 +170,30 @@ def test_a_result_names_no_folder_of_the_machine(model_folder):
     assert result["model"] == Path(model_folder).name
     assert (result["task"], result["norm"], result["seed"]) == ("rte", "rbn", 7)
     assert model_folder not in json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        (["--model_name_or_path=models/bert"], ["--model_name_or_path=./models/bert"]),
+        (["--model-name-or-path", "models/bert"], ["--model-name-or-path", "./models/bert"]),
+        (["--model_name_or_path", "./models/bert"], ["--model_name_or_path", "./models/bert"]),
+        (["--model_name_or_path", "models/gone"], ["--model_name_or_path", "models/gone"]),
+        (
+            ["--model_name_or_path", "models/bert", "--name", "models"],
+            ["--model_name_or_path", "./models/bert", "--name", "models"],
+        ),
+    ],
+)
+def test_a_folder_is_recorded_as_no_id_of_the_hub(given, recorded, tmp_path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    os.symlink(model_folder, "models/bert")
+    monkeypatch.setattr("sys.argv", ["recipes/glue.py", *given])
+    model_args, _, options = common.parse_arguments([common.ModelArguments, Options])
+    model = swap_norm(AutoModelForSequenceClassification.from_pretrained(model_folder), "rbn")
+    run = common.describe_run(model, model_args.model_name_or_path, 0, 1)
+    assert run["command"] == " ".join(["python recipes/glue.py", *recorded])
+    path = model_args.model_name_or_path
+    assert options["model_name_or_path"] == path == ("models/gone" if "models/gone" in given else "./models/bert")
+    assert run["model"] == ("models/gone" if "models/gone" in given else "bert")

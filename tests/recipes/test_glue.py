@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 
 import glue
 from hf_normswap import find_norms
+from hf_normswap.card import render_card
 from hf_normswap.results import load_results
 from tests.recipes.conftest import RECIPES, write_task
+from tests.test_hub_ids import unknown_ids
 
 
 ROOT = RECIPES.parent
@@ -96,6 +100,22 @@ def test_the_score_is_that_of_the_saved_model(run, sst2, tmp_path):
     assert any("tid_var_max" in entry for entry in result["history"])
 
 
+def test_the_card_of_a_run_on_folders_names_no_id(run, sst2, model_folder, tmp_path, monkeypatch):
+    """Relative paths, with the form of ids of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "outputs/base")
+    shutil.move(sst2, "data/glue")
+    argv = ["recipes/glue.py", "--dataset_name", "data/glue", "--model_name_or_path=outputs/base"]
+    monkeypatch.setattr(sys, "argv", argv)
+    result = run("sst2", "data/glue", model="outputs/base")
+    shutil.rmtree("data")
+    shutil.rmtree("outputs/base")
+    card = render_card([result], norm="batchnorm")
+    assert not unknown_ids(str(card))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "# base with batchnorm" in card.text
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, sst2, assert_resumes):
     assert_resumes(functools.partial(run, "sst2", sst2, norm="rbn"))
 
@@ -125,6 +145,14 @@ def test_gpt2_is_padded_with_its_end_of_text(run, sst2, model_folder, tmp_path):
         (["--max_step=3"], "did you mean 'max_steps'?"),
         (["--resume_from_checkpoint=true"], "no checkpoint to resume from"),
         (["--learning_rate=fast"], "invalid float value: 'fast'"),
+        (["--model_type=bert"], "Say either model_name_or_path, to go on, or model_type"),
+        (["--early_stopping=2"], "pass load_best_model_at_end"),
+        (["--early_stopping=-1"], "early_stopping is a number of evaluations, not -1"),
+        (["--validation_share=1.5"], "validation_share is a share of the training split, not 1.5"),
+        (["--validation_share=0.1", "--validation_split=validation"], "leave out validation_split"),
+        (["--test_split=test"], "has no split 'test', only train"),
+        (["--task_name=mnli", "--validation_share=0.1"], "MNLI is scored on its two validation splits"),
+        (["--task_name=mnli", "--test_split=validation"], "MNLI is scored on its two validation splits"),
     ],
 )
 def test_bad_input_is_refused(run, sst2, refused, options, message):
@@ -225,3 +253,87 @@ def test_the_progressive_swap_ends_as_the_norm(run, tmp_path, model_folder):
     assert "layer_norm_share" not in result["norm_swap"]
     shares = [entry["layer_norm_share"] for entry in result["history"] if "layer_norm_share" in entry]
     assert shares == [1.0, 0.5]
+
+
+SCRATCH = ["--model_type=bert", "--vocab_size=300"]
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.fixture
+def run_scratch(tmp_path):
+    """Two columns of text, so that pairs are encoded; a validation split is made, and the test split is scored."""
+
+    def run_scratch(*options):
+        data = tmp_path / "pairs"
+        if not data.exists():
+            write_task(data, "default", {"train": 40, "test": 10}, columns=PAIRS)
+        fixed = [f"--dataset_name={data}", "--text_columns", *PAIRS, *SCRATCH, "--max_length=24", "--use_cpu"]
+        fixed += [f"--config_overrides={json.dumps(TINY)}", "--validation_share=0.25", "--test_split=test"]
+        fixed += ["--norm=rbn", "--placement=pre", "--learning_rate=0.01", "--disable_tqdm=true"]
+        glue.main([*fixed, f"--output_dir={tmp_path / 'output'}", *options])
+        return load_results(tmp_path / "output" / "result.json")[0]
+
+    return run_scratch
+
+
+def test_from_scratch_with_a_part_of_the_training_split_held_out(run_scratch, tmp_path):
+    result = run_scratch("--max_steps=2")
+    assert set(result["metrics"]) == {"accuracy", "test_accuracy"}
+    assert (result["model"], result["placement"]) == ("bert from scratch", "pre")
+    assert result["arguments"]["train_examples"] == 30
+    assert result["arguments"]["eval_examples"] == 20
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    whole = load_dataset(str(tmp_path / "pairs"), cache_dir=tmp_path / "cache")
+    held_out = whole["train"].train_test_split(0.25, seed=0)["test"]
+    for prefix, rows in {"": held_out, "test_": whole["test"]}.items():
+        with torch.no_grad():
+            right = [
+                model(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits.argmax().item()
+                == row["label"]
+                for row in rows
+            ]
+        assert result["metrics"][f"{prefix}accuracy"] == np.mean(right)
+
+
+def test_the_text_of_a_pair_is_told_from_the_other(run_scratch, tmp_path):
+    run_scratch("--max_steps=1")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    ids = tokenizer("good film", "bad plot")["input_ids"]
+    assert tokenizer.decode(ids).replace(" ", "") == "<s>goodfilm</s>badplot</s>"
+
+
+def give_scores(monkeypatch, *scores):
+    """Evaluations, and then the scores of the end, have these `scores`."""
+    scores = iter(scores)
+    metric = SimpleNamespace(compute=lambda **kwargs: {"accuracy": next(scores)})
+    monkeypatch.setattr(glue, "GlueMetric", lambda task: metric)
+
+
+def test_training_stops_early_and_a_resumed_run_where_it_had_stopped(run_scratch, tmp_path, monkeypatch):
+    """The score of every evaluation but the second is the same or worse: two after it end the training."""
+    give_scores(monkeypatch, 0.4, 0.6, 0.5, 0.6, *[0.3] * 4)
+    epochs = ["--eval_strategy=epoch", "--save_strategy=epoch", "--num_train_epochs=6"]
+    options = [*epochs, "--load_best_model_at_end", "--metric_for_best_model=accuracy", "--early_stopping=2"]
+    result = run_scratch(*options)
+    assert [entry["eval_accuracy"] for entry in result["history"] if "eval_accuracy" in entry] == [0.4, 0.6, 0.5, 0.6]
+    weights = tmp_path / "output" / "model.safetensors"
+    best = weights.read_bytes()
+    assert best == (tmp_path / "output" / "checkpoint-8" / weights.name).read_bytes()
+    weights.unlink()
+    give_scores(monkeypatch, *[0.9] * 9)
+    again = run_scratch(*options, "--resume_from_checkpoint=auto")
+    assert weights.read_bytes() == best
+    assert [entry for entry in again["history"] if "eval_accuracy" in entry] == [
+        entry for entry in result["history"] if "eval_accuracy" in entry
+    ]
+
+
+def test_a_resumed_run_counts_on(run_scratch, tmp_path, monkeypatch):
+    options = ["--eval_strategy=epoch", "--save_strategy=epoch", "--num_train_epochs=6", "--load_best_model_at_end"]
+    options += ["--metric_for_best_model=accuracy", "--early_stopping=3"]
+    give_scores(monkeypatch, 0.6, 0.5, 0.5, 0.5, *[0.3] * 4)
+    run_scratch(*options)
+    give_scores(monkeypatch, 0.5, *[0.3] * 9)
+    result = run_scratch(*options, f"--resume_from_checkpoint={tmp_path}/output/checkpoint-12")  # of three epochs
+    assert [entry["eval_accuracy"] for entry in result["history"] if "eval_accuracy" in entry] == [0.6, 0.5, 0.5, 0.5]

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 import lm
 from hf_normswap.results import load_results
 from tests.recipes.conftest import sentences
+from vocabulary import train_tokenizer
 
 
 SIZES = {
@@ -115,3 +117,25 @@ def test_the_real_data_is_read():
         pytest.skip("NORMSWAP_DATA names no folder with ptb-text-only/ptb_text_only")
     data = lm.load_splits(str(Path(root, "ptb-text-only/ptb_text_only")), None, ["train", "validation"], ["text"])
     assert len(data["train"]) == 42068
+
+
+def test_a_special_token_that_is_a_word_of_the_text():
+    """As <unk> is in Penn Treebank: every token has a number below the size of the vocabulary."""
+    lines = ["the <unk> runs", "a dog <unk> the mask", "the <mask> of <s> dog"] * 4
+    tokenizer = train_tokenizer(iter(lines), "$A </s>", 16, 100, words=True)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+    assert tokenizer("the <unk> zebra")["input_ids"][1:] == [tokenizer.unk_token_id] * 2 + [tokenizer.eos_token_id]
+
+
+def test_seed_0_masks_alike_in_every_run():
+    tokenizer = train_tokenizer(iter(sentences(50)), "<s> $A </s>", 16, 60, words=True)
+    rows = Dataset.from_dict({"input_ids": tokenizer(sentences(20))["input_ids"]}).filter(
+        lambda row: len(row["input_ids"]) > 2
+    )
+    arguments = SimpleNamespace(mlm_probability=0.5)
+    masked = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        masked.append(lm.mask(rows, tokenizer, arguments, seed=0)["labels"][:])
+    assert masked[0] == masked[1]
+    assert masked[0] != lm.mask(rows, tokenizer, arguments, seed=1)["labels"][:]

@@ -1,6 +1,7 @@
 """The recipe of named entities, on tiny data."""
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def test_a_tagger_trains_and_is_scored_over_entities(run, tmp_path):
         wanted = tag(sentence.split())
         right, total = right + int(np.sum(np.equal(tags, wanted))), total + len(wanted)
     assert result["metrics"]["accuracy"] == pytest.approx(right / total)
+
+
+@pytest.mark.parametrize("vocabulary", ["pieces", "words"])
+def test_from_scratch(vocabulary, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    options = [f"--dataset_name={write_data(tmp_path / 'films')}", "--model_type=bert", "--norm=rbn", "--use_cpu"]
+    options += [f"--config_overrides={json.dumps(sizes)}", "--vocab_size=290", f"--vocabulary={vocabulary}"]
+    options += ["--max_length=60", "--max_steps=30", "--learning_rate=0.02", "--disable_tqdm=true"]
+    ner.main([*options, f"--output_dir={tmp_path / 'output'}"])
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    assert result["model"] == "bert from scratch"
+    assert result["metrics"]["accuracy"] > 0.8  # two tags in three are O
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    words = ["good", "film"]
+    ids = tokenizer(words, is_split_into_words=True)
+    first = [index for index, word in enumerate(ids.word_ids()) if word is not None]
+    assert ids.word_ids()[first[0]] == 0
+    assert tokenizer.decode(ids["input_ids"], skip_special_tokens=True).split() == words
 
 
 def test_the_first_piece_of_a_word_has_its_tag(model_folder):

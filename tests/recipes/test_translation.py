@@ -69,6 +69,17 @@ def test_batches_of_so_many_tokens(run):
     assert len([entry for entry in result["history"] if "loss" in entry]) == 6
 
 
+def test_evaluations_on_the_way_may_do_without_translations(run):
+    result = run("--predict_with_generate=false", "--eval_strategy=steps", "--eval_steps=3")
+    (evaluation,) = [entry for entry in result["history"] if "eval_loss" in entry]
+    assert "eval_bleu" not in evaluation
+    assert set(result["metrics"]) == {"bleu", "chrf"}
+    (evaluation,) = [
+        entry for entry in run("--eval_strategy=steps", "--eval_steps=3")["history"] if "eval_loss" in entry
+    ]
+    assert evaluation["eval_bleu"] == result["metrics"]["bleu"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_token_batches(ranks):
     lengths = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,0 +1,203 @@
+"""`norm_swap` in a configuration: read off the modules of a model, and applied to the modules of a new one."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from .blend import layer_norm_shares
+from .configuration import FORMAT_VERSION, layer_norm_eps, placement_of
+from .folded import add_bias, pass_through, remove_norms, untie_head
+from .norm import Norm
+from .registry import get_norm
+from .replace import new_norm
+from .sites import WRAPPED, NormSite, find_norms, is_site, path_of
+from .swap_config import NormSwapConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def recorded_swap(model: PreTrainedModel) -> dict:
+    """What the configuration of a model says of its swap; of none, where it is not swapped."""
+    return getattr(model.config, "norm_swap", None) or {"format_version": FORMAT_VERSION, "norms": []}
+
+
+def read_record(model: PreTrainedModel) -> dict:
+    """The `norm_swap` of `model` as its modules are now.
+
+    Blocks may have been stacked, dropped or exchanged, norms replaced and options changed since the swap. What modules
+    do not show (R² of calibrations, the placement, heads that this model has not) is what the configuration says.
+    """
+    record, norms = recorded_swap(model), []
+    parts = {_part(path_of(model, name)) for name, _ in model.named_modules()}
+    found = [
+        (site.kind, options_of(site.module, layer_norm_eps(model.config)), site.path)
+        for site in find_norms(model)
+        if isinstance(site.module, Norm)
+    ]
+    found += [
+        (entry["norm"], recorded_options(entry), path)
+        for entry in record["norms"]
+        for path in entry["modules"]
+        if _part(path) not in parts
+    ]
+    for norm, options, path in found:
+        entry = next((entry for entry in norms if (entry["norm"], entry["options"]) == (norm, options)), None)
+        if entry is None:
+            entry = {"norm": norm, "options": options, "modules": []}
+            norms.append(entry)
+        entry["modules"].append(path)
+    paths = {path for _, _, path in found}
+    r2 = {path: value for path, value in record.get("calibration", {}).items() if path in paths}
+    folded = [*_find_folded(model), *(path for path in record.get("folded", []) if _part(path) not in parts)]
+    read = {"calibration": r2, "layer_norm_share": layer_norm_shares(model), "folded": folded}
+    kept = {name: value for name, value in record.items() if name not in read}
+    return {**kept, "norms": norms, **{name: value for name, value in read.items() if value}}
+
+
+def recorded_options(entry: dict) -> dict:
+    """Options of an entry of `norm_swap`, with the defaults of the time before these were always recorded."""
+    return {**get_norm(entry["norm"]).earlier_defaults, **entry["options"]}
+
+
+def options_of(norm: Norm, replaced_eps: float) -> dict:
+    """Keyword arguments that make `norm` again in the place of a LayerNorm of `replaced_eps`.
+
+    These are the options that it was made with, those that are not the default now, and those that the norm always
+    records. An option that the norm keeps in another form than a number or a text, such as the first value of a
+    parameter, is taken as it was given.
+    """
+    options = {}
+    for name, default in type(norm).option_defaults().items():
+        given = norm.options.get(name, default)
+        value = norm.bias is not None if name == "bias" else getattr(norm, name, given)
+        value = value if isinstance(value, bool | int | float | str) else given
+        if name == "eps" and norm.keeps_eps:
+            is_told = value != replaced_eps
+        else:
+            is_told = value != default or (name in norm.options and name != "bias") or name in norm.earlier_defaults
+        if is_told:
+            options[name] = value
+    return options
+
+
+def _find_folded(model: PreTrainedModel) -> list[str]:
+    """Paths where a fold has left a function in place of a norm."""
+    paths = [
+        path_of(model, f"{name}.{attribute}".lstrip("."))
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if value is pass_through
+    ]
+    # In the post placement GPT-2 has no final norm, folded or not.
+    return [path for path in paths if path != "transformer.ln_f" or placement_of(model.config) != "post"]
+
+
+def check_record(model: PreTrainedModel, record: dict) -> None:
+    """Raises `ValueError` unless a model that is built from the configuration has a place for every norm of `record`.
+
+    It is built on the meta device, which takes no memory.
+    """
+    names = {site.name for site in find_norms(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, Norm) and name not in names:
+            raise ValueError(
+                f"{name} is a {module.norm_name} where a {type(model).__name__} has no norm, and it would be lost: "
+                "save a model without it."
+            )
+    config = copy.deepcopy(model.config)
+    config.norm_swap = {name: record[name] for name in ("format_version", "placement") if name in record}
+    config.norm_swap["norms"] = []
+    try:
+        with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
+            built = type(model)(config)
+    except TypeError:  # a class of the user that takes further arguments
+        return
+    ours, theirs = _places(model) | dict.fromkeys(record.get("folded", [])), _places(built)
+    for path in {**ours, **theirs}:
+        mine, other = ours.get(path, "missing"), theirs.get(path, "missing")
+        if mine is not None and mine != other:
+            raise ValueError(
+                f"This {type(model).__name__} would not load as it is, since {path} is {mine}, and {other} in a model "
+                "of its configuration: give the configuration the number of blocks that the model has, and all blocks "
+                "the same placement of norms."
+            )
+
+
+def _places(model: PreTrainedModel) -> dict[str, str]:
+    """Every norm by its path, with the class of the block that it is in."""
+    return {
+        site.path: f"in a {_class_name(model.get_submodule(site.block))}" if site.block else "there"
+        for site in find_norms(model)
+    }
+
+
+def _class_name(block: nn.Module) -> str:
+    while wrapped := [block._modules[name] for name in WRAPPED if name in block._modules]:
+        (block,) = wrapped
+    cls = next(cls for cls in type(block).__mro__ if not cls.__name__.startswith("FSDP"))  # fully_shard adds them
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
+    """New norms by module name, for what a configuration's `norm_swap` lists.
+
+    A checkpoint of one head opens in another: parts that this model has not, such as another head, are left out.
+
+    Raises:
+        ValueError: when a listed module is missing from a part that the model has, or no norm of the family at all.
+    """
+    norms = {}
+    for entry in record.get("norms", []):
+        config = NormSwapConfig(entry["norm"], **recorded_options(entry))
+        sites = _find_recorded(model, entry["modules"])
+        norms |= {site.name: new_norm(site.module, config, on_default_device=True) for site in sites}
+    return norms
+
+
+def _find_recorded(model: PreTrainedModel, paths: list[str]) -> list[NormSite]:
+    sites = {site.path: site for site in find_norms(model)}
+    parts = {_part(path) for path in sites}
+    for path in paths:
+        if path in sites:
+            continue
+        if not is_site(model, path):
+            raise ValueError(
+                f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
+            )
+        if _part(path) in parts:
+            raise ValueError(
+                f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
+                "load it with the number of layers that it was saved with."
+            )
+    return [sites[path] for path in paths if path in sites]
+
+
+def _part(path: str) -> str:
+    return ".".join(path.split(".")[:2])
+
+
+def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
+    """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
+    gone = [site.name for site in _find_recorded(model, record.get("folded", []))]
+    ends = {site.stack: site.name for site in find_norms(model)}.values()  # the last norm of each stack
+    if model.base_model is model and not set(ends).isdisjoint(gone):
+        logger.warning(
+            "This checkpoint was folded with a head, and the hidden states that it returns without one are in "
+            "coordinates of their own: fold the model without head instead to use them."
+        )
+    remove_norms(model, gone)
+    modules = dict(model.named_modules())
+    for name in modules.keys() & {*record.get("untied", []), *record.get("biases", [])}:
+        if not isinstance(modules[name], nn.Linear):
+            raise ValueError(
+                f"norm_swap in the configuration lists {name!r} as a head, which is no linear layer: remove it."
+            )
+    for name in modules.keys() & set(record.get("untied", [])):
+        untie_head(model, name)
+    for name in modules.keys() & set(record.get("biases", [])):
+        add_bias(modules[name])

@@ -1,0 +1,157 @@
+"""Data of every kind as batches; of a wrong kind, what it is and what to pass."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertTokenizer
+
+from hf_normswap import calibrate, make_batches, swap_norm
+from hf_normswap.batches import complete_batches
+from tests.models import tiny_model
+from tests.persistence import is_one_sentence
+from tests.test_calibration import WORDS, states
+
+
+IDS = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))
+TEXTS = ["word1 word2", "word3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, model_max_length=24)
+
+
+class Examples(torch.utils.data.Dataset):
+    """A data set of PyTorch: examples, not batches."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index >= 2:
+            raise IndexError
+        return {"input_ids": IDS[index]}
+
+
+def stream():
+    return IterableDataset.from_generator(lambda: iter([{"text": "word1"}]))
+
+
+# Each with a part of what the error says: what the data is, and what to pass.
+REFUSED = {
+    "tuples of tensors": ([(IDS, IDS)], r"yields a tuple of 2 Tensor: .*dictionaries of tensors, such as"),
+    "loader of tensors": (DataLoader(TensorDataset(IDS, IDS), 2), r"yields a list of 2 Tensor: .*dictionaries"),
+    "data set of tensors": (TensorDataset(IDS, IDS), r"yields a tuple of 2 Tensor"),
+    "tensor": (IDS, r"yields a Tensor: .*dictionaries"),
+    "ids": ([[5, 6, 7], [8, 9]], r"yields a list of 3 int: .*dictionaries"),
+    "lists of batches": ([[{"input_ids": IDS}]], r"yields a list of 1 dict"),
+    "bytes": ([b"word1"], r"yields a bytes"),
+    "lists for tensors": ([{"input_ids": [[5, 6, 7]]}], r"input_ids of a batch is a list of 1 list: .*return_tensors"),
+    "arrays for tensors": ([{"input_ids": IDS.numpy()}], r"input_ids of a batch is a ndarray: .*tensor"),
+    "examples": ([{"input_ids": IDS[0]}], r"shape \(6,\), that of one example: pass batches"),
+    "data set of examples": (Examples(), r"shape \(6,\), that of one example: .*DataLoader"),
+    "embeddings for ids": ([{"input_ids": IDS.float()}], r"torch.float32: token ids are whole numbers"),
+    "ids of another tokenizer": ([{"input_ids": IDS + 90}], r"from 9\d to 1\d\d, and the model has 40 tokens"),
+    "ids below 0": ([{"input_ids": IDS - 99}], r"from -9\d to -\d\d, and the model has 40 tokens"),
+    "stream": (stream(), r"a stream: .*Dataset.from_list"),
+    "splits of streams": (IterableDatasetDict({"train": stream()}), r"splits train"),
+    "splits": (DatasetDict({"train": Dataset.from_dict({"text": TEXTS})}), r"splits train"),
+    "rows of text": ([{"text": "word1"}], r"has text and no tensor input_ids: pass the texts themselves"),
+    "table": (pd.DataFrame({"text": TEXTS}), r"a DataFrame: pass its column"),
+    "missing text": (["word1", None], r"a str and None for texts"),
+    "missing text in a data set": (Dataset.from_dict({"text": ["word1", None]}), r"a str and None for texts"),
+    "triples": ([("word1", "word2", "word3")], r"a tuple of 3 str for texts: .*pairs"),
+    "texts and pairs": (["word1", ("word2", "word3")], r"a str and a tuple of 2 str for texts"),
+    "texts and batches": (["word1", {"input_ids": IDS}], r"a str and a dict for texts"),
+    "pairs that lack one": ([("word1", "word2"), ("word3",)], r"a tuple of 2 str and a tuple of 1 str for texts"),
+    "path": (Path("texts.txt"), r"is a PosixPath: pass a list of texts"),
+    "nothing": (None, r"is a NoneType: pass"),
+    "class": (Dataset, r"is a type: pass"),
+    "bytes alone": (b"word1", r"single text"),
+}
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_kinds_say_what_they_are(case, with_tokenizer, tokenizer):
+    data, message = REFUSED[case]
+    model = swap_norm(tiny_model("bert").eval(), "batchnorm", where="all")
+    before = states(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        calibrate(model, data, tokenizer=tokenizer if with_tokenizer else None)
+    assert is_one_sentence(caught.value), caught.value
+    assert all(torch.equal(value, before[name]) for name, value in states(model).items())
+
+
+def test_sources_alone_are_no_pairs(tokenizer):
+    model = tiny_model("marian")
+    with pytest.raises(ValueError, match="a tuple of 1 str for texts"):
+        make_batches(model, [("word1",)], tokenizer)
+    assert "labels" in make_batches(model, [("word1", "word2")], tokenizer)[0]
+    assert "labels" not in make_batches(model, ["word1"], tokenizer)[0]
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tokenizer):
+    without = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, pad_token=None)
+    for data in (TEXTS, Dataset.from_dict({"input_ids": [[5, 6], [7]]})):
+        with pytest.raises(ValueError, match="no padding token"):
+            make_batches(tiny_model("bert"), data, without)
+        assert make_batches(tiny_model("bert"), data, tokenizer)
+
+
+@pytest.mark.parametrize("style", [None, "torch", "numpy"])
+def test_the_format_of_a_data_set_does_not_matter(style, tokenizer):
+    """In another format than lists, labels were left out, and the model's own output stood for them."""
+    rows = {"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 1]], "labels": [[7, 8], [9, 10, 11]]}
+    data = Dataset.from_dict(rows)
+    (batch,) = make_batches(tiny_model("marian"), data.with_format(style), tokenizer)
+    assert batch["labels"].tolist() == [[9, 10, 11], [7, 8, -100]]
+    assert batch["input_ids"].tolist() == [[8, 9, 0], [5, 6, 7]]
+
+
+def test_more_that_is_right(tokenizer):
+    model, expected = tiny_model("bert"), make_batches(tiny_model("bert"), TEXTS, tokenizer)
+    for data in (pd.Series(TEXTS), tuple(TEXTS), np.array(TEXTS), [[text] for text in TEXTS], iter(TEXTS)):
+        batches = make_batches(model, data, tokenizer)
+        assert all(torch.equal(batch["input_ids"], other["input_ids"]) for batch, other in zip(batches, expected))
+    choices = tiny_model("bert", "BertForMultipleChoice")
+    assert make_batches(choices, [{"input_ids": IDS[None]}])[0]["input_ids"].shape == (1, 4, 6)
+
+
+class Around(nn.Module):
+    """A module that calls a swapped model with inputs of other names."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.inside = swap_norm(tiny_model("bert"), "batchnorm")
+
+    def forward(self, query, mask=None):
+        return self.inside(query, attention_mask=mask)
+
+
+class TakesAll(Around):
+    def forward(self, extra=None, **inputs):
+        return self.inside(**inputs["nested"])
+
+
+def test_batches_of_a_module_around_swapped_models():
+    batch = {"query": IDS, "mask": torch.ones_like(IDS), "idx": torch.arange(4)}
+    assert make_batches(Around(), [batch])[0].keys() == {"query", "mask"}
+    nested = {"nested": {"input_ids": IDS}, "note": "kept as it is"}
+    assert make_batches(TakesAll(), [nested]) == [nested]
+    assert complete_batches(Around(), make_batches(Around(), [batch]))
+    with pytest.raises(ValueError, match="data is empty"):
+        complete_batches(Around(), [])
+
+
+@pytest.mark.parametrize("data", [TEXTS, [("word1", "word2")], Dataset.from_dict({"text": TEXTS}), [(IDS,)]])
+def test_a_module_around_swapped_models_takes_batches_alone(data, tokenizer):
+    with pytest.raises(ValueError, match="Around takes neither texts nor a data set: pass batches") as caught:
+        make_batches(Around(), data, tokenizer)
+    assert is_one_sentence(caught.value)
