@@ -18,7 +18,7 @@ from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from hf_normswap import calibrate, distill, fold_norms, make_batches, restore_norm, swap_norm
-from hf_normswap.results import describe_environment
+from hf_normswap.reporting.results import describe_environment
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from hf_normswap import distill, swap_norm
-from hf_normswap.results import describe_environment, write_result
+from hf_normswap.reporting.results import describe_environment, write_result
 
 
 HIGHER_IS_BETTER = {"bleu"}

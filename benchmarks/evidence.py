@@ -36,7 +36,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from hf_normswap.results import describe_environment, write_result
+from hf_normswap.reporting.results import describe_environment, write_result
 
 
 ROOT = Path(__file__).resolve().parents[1]

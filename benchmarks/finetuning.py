@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 import hf_normswap  # noqa: F401 (enters the swapped models in the Auto classes)
-from hf_normswap.results import describe_environment
+from hf_normswap.reporting.results import describe_environment
 
 
 RESAMPLES = 10_000

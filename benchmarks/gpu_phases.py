@@ -44,14 +44,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from hf_normswap import (
     NormSwapTrainer,
     NormSwapTrainingArguments,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
     swap_norm,
-    sync_norm_statistics,
+    update_norm_statistics,
     use_kernels,
 )
-from hf_normswap.modeling.recompute import CHECKPOINTING
-from hf_normswap.probe import relative_error
-from hf_normswap.results import describe_environment
+from hf_normswap.fusion.equivalence import relative_error
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
+from hf_normswap.reporting.results import describe_environment
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ TOKENS = 16384
 WARMERS = 7  # processes
 STEPS_OF_A_TURN = 3  # the host runs ahead of the device, as in a training
 # Path: the choice of `use_kernels`, and whether the norm is compiled. Kernels are in Triton, and on a CPU in C++.
-PATHS = {"kernels": ("all", False), "pytorch": ("none", False), "compile": ("none", True)}
+BACKENDS = {"kernels": ("all", False), "pytorch": ("none", False), "compile": ("none", True)}
 PEERS = {
     "nn.LayerNorm": None,
     "nn.RMSNorm": None,
@@ -207,7 +207,7 @@ def wait_for_tests(process, seconds):
 
 def compare_with_float64(norm, path, dtype, shape, args):
     """Relative errors of outputs and gradients, those of LayerNorm, and whether the former are as small."""
-    kernels, compiled = PATHS[path]
+    kernels, compiled = BACKENDS[path]
     use_kernels(kernels)
     torch.compiler.reset()
     torch.use_deterministic_algorithms(path == "kernels", warn_only=True)  # one tiling: the tests are for the others
@@ -262,7 +262,7 @@ def single_norms(args):
 
 def measure_norm(norm, path, dtype, channels, tokens, peers, bandwidth, args):
     """Figures of the forward, and of forward and backward."""
-    kernels, compiled = PATHS.get(path, ("none", False))
+    kernels, compiled = BACKENDS.get(path, ("none", False))
     use_kernels(kernels)
     torch.compiler.reset()
     clock, figures = make_clock(args.device), {}
@@ -317,7 +317,7 @@ def measure_step(name, config, compiled, baseline, args):
     step, before = make_trainer_step(name, config, compiled, args)
     rows = []
     for path in ["pytorch"] if compiled else ["pytorch", "kernels"]:
-        use_kernels(PATHS[path][0])
+        use_kernels(BACKENDS[path][0])
         first, second = take_turns(step, layer_norm, args.turns or 8, HostClock(args.device), name)
         ratio, low, high = median_with_interval((first / second).numpy())
         row = {"path": path, "ratio": ratio, "interval": [low, high]}
@@ -350,7 +350,7 @@ def make_trainer_step(name, config, compiled, args):
     if is_swapped:
         swap_norm(model, name, where="all")
         trainer = NormSwapTrainer(model, NormSwapTrainingArguments(tempfile.mkdtemp(), **options))
-        defer_norm_statistics(model)
+        accumulate_norm_statistics(model)
     else:
         trainer = Trainer(model, TrainingArguments(tempfile.mkdtemp(), **options))
     trainer.current_gradient_accumulation_steps = 1
@@ -363,7 +363,7 @@ def make_trainer_step(name, config, compiled, args):
             trainer.accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
             optimizer.step()
             if is_swapped:
-                sync_norm_statistics(model)
+                update_norm_statistics(model)
             optimizer.zero_grad()
 
     return step, before

@@ -24,9 +24,9 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.cache_utils import StaticCache
 
 from hf_normswap import convert_to_rmsnorm, fold_norms, swap_norm
-from hf_normswap.probe import relative_error
-from hf_normswap.results import describe_environment
-from hf_normswap.statistics import statistic_norms
+from hf_normswap.core.statistics import statistic_norms
+from hf_normswap.fusion.equivalence import relative_error
+from hf_normswap.reporting.results import describe_environment
 
 
 PAST = 128

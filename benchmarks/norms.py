@@ -21,7 +21,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, use_kernels
-from hf_normswap.results import describe_environment
+from hf_normswap.reporting.results import describe_environment
 
 
 HEAD = 64  # channels of a group of PowerNorm

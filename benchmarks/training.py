@@ -21,10 +21,16 @@ from timing import HostClock, median_with_interval, take_turns
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
-from hf_normswap import defer_norm_statistics, norm_penalty, swap_norm, sync_norm_statistics, synchronize_norms
-from hf_normswap.modeling.recompute import CHECKPOINTING
-from hf_normswap.results import describe_environment
-from hf_normswap.statistics import statistic_norms, sum_discrepancies
+from hf_normswap import (
+    accumulate_norm_statistics,
+    norm_penalty,
+    set_norm_process_group,
+    swap_norm,
+    update_norm_statistics,
+)
+from hf_normswap.core.statistics import statistic_norms, sum_discrepancies
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
+from hf_normswap.reporting.results import describe_environment
 
 
 VOCABULARY = 30522
@@ -75,7 +81,7 @@ def make_step(norm, args):
     if args.checkpointing:
         getattr(model, f"{CHECKPOINTING}_enable")()
     model = model.to(args.device).train()
-    defer_norm_statistics(model)
+    accumulate_norm_statistics(model)
     norms = statistic_norms(model)
     parallel = model
     if torch.distributed.is_initialized():
@@ -85,7 +91,7 @@ def make_step(norm, args):
     totals = [0, 0]
 
     def step(logs=True, synchronized=True):
-        synchronize_norms(model, synchronized=synchronized)
+        set_norm_process_group(model, synchronized=synchronized)
         loss = parallel(**batch).loss
         if logs and norms:
             totals[0] = totals[0] + sum_discrepancies(norms)[0]
@@ -97,7 +103,7 @@ def make_step(norm, args):
         (loss + penalty).backward()
         optimizer.step()
         optimizer.zero_grad()
-        sync_norm_statistics(model)
+        update_norm_statistics(model)
 
     return step
 

@@ -8,7 +8,7 @@ import sys
 
 from transformers import AutoConfig
 
-from .modeling.configuration import CONFIGS, family_of
+from .modeling.configuration_normswap import CONFIGS, family_of
 
 
 def register_configurations() -> None:
@@ -30,7 +30,7 @@ def register_models(config_class: type) -> None:
 
 
 def _push(model, repo_id: str, **options):
-    from .hub import push_model
+    from .reporting.hub import push_model
 
     return push_model(model, repo_id, **options)
 
@@ -41,12 +41,12 @@ def _register_heads(config_class: type) -> None:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-    from .modeling import swapped
-    from .modeling.travel import auto_heads
+    from .modeling import modeling_normswap
+    from .modeling.configuration_normswap import auto_heads
 
     for auto, head in auto_heads(config_class).items():
-        getattr(modeling_auto, auto).register(config_class, getattr(swapped, head), exist_ok=True)
-    swapped.NormSwapMixin.push = _push
+        getattr(modeling_auto, auto).register(config_class, getattr(modeling_normswap, head), exist_ok=True)
+    modeling_normswap.NormSwapMixin.push = _push
     stock_config = config_class.__bases__[-1]
     tokenizer = TOKENIZER_MAPPING.get(stock_config, None)
     if tokenizer is not None:  # that of Marian needs a package that few have

@@ -3,11 +3,11 @@
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .modeling.configuration import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
-from .modeling.placement import place_blocks
+from .core.model_state import check_model, restore_transformers_class, set_recorded_swap
+from .modeling.block_placement import place_blocks
+from .modeling.configuration_normswap import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
+from .modeling.norm_sites import NormSite, find_norms
 from .modeling.record import recorded_swap
-from .modeling.sites import NormSite, find_norms
-from .surgery import become_stock, check_model, set_recorded_swap
 
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ def set_norm_placement(model: PreTrainedModel, placement: str, *, drop_final: bo
     elif record["norms"]:
         set_recorded_swap(model, {name: value for name, value in record.items() if name != "placement"})
     else:
-        become_stock(model)
+        restore_transformers_class(model)
     return model
 
 

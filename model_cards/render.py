@@ -12,9 +12,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from hf_normswap.card import render_card
-from hf_normswap.comparison import compare_results
-from hf_normswap.results import load_results
+from hf_normswap.reporting.card import render_card
+from hf_normswap.reporting.comparison import compare_results
+from hf_normswap.reporting.results import load_results
 
 
 FOLDER = Path(__file__).parent

@@ -29,7 +29,7 @@ from hf_normswap import (
     synchronize_norms,
 )
 from hf_normswap.metrics import GlueMetric
-from hf_normswap.results import write_result
+from hf_normswap.reporting.results import write_result
 from loading import load_swapped
 
 

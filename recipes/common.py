@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
 
 from hf_normswap import ProgressiveSwapCallback, get_norm
-from hf_normswap.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
-from hf_normswap.results import compare_results, describe_environment, write_result
+from hf_normswap.reporting.results import compare_results, describe_environment, write_result
+from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 
 
 PLACEMENTS = ("post", "pre")
@@ -277,7 +277,7 @@ def train_and_record(trainer, task, model_args, data_args, data, given, score, c
 
 
 def make_result(task, model_name, trainer, metrics, arguments):
-    """The record of one run (see `hf_normswap.results`)."""
+    """The record of one run (see `hf_normswap.reporting.results`)."""
     return {
         "task": task,
         **describe_run(trainer.model, model_name, trainer.args.seed, trainer.args.world_size),

@@ -31,8 +31,8 @@ from transformers.utils import logging
 
 from common import make_result, one_sentence_errors, parse_arguments
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, get_norm, swap_norm
-from hf_normswap.plots import plot_curves
-from hf_normswap.results import compare_results, write_result
+from hf_normswap.diagnostics.plots import plot_curves
+from hf_normswap.reporting.results import compare_results, write_result
 from topics import TOPICS, load_data, score_baselines
 
 

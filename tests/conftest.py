@@ -32,10 +32,10 @@ def fixed_seed():
 @pytest.fixture
 def plain_pytorch(monkeypatch):
     """The passes of batch norms as a compiled graph, or a device, computes them."""
-    from hf_normswap.modeling import paths
+    from hf_normswap.modeling import backends
 
-    monkeypatch.setattr(paths, "PATHS", {})
-    monkeypatch.setattr(paths, "COMPILED", {})
+    monkeypatch.setattr(backends, "BACKENDS", {})
+    monkeypatch.setattr(backends, "COMPILED_BACKENDS", {})
 
 
 @pytest.fixture

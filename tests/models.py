@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, MarianConfig, PreTrainedModel, RobertaConfig
 
-from hf_normswap.modeling.recompute import CHECKPOINTING
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
 
 
 if CHECKPOINTING == "gradient_checkpointing":  # for tests that know the newer name alone

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertTokenizer
 
 from hf_normswap import calibrate, make_batches, swap_norm
-from hf_normswap.batches import complete_batches
+from hf_normswap.core.data import complete_batches
 from tests.models import tiny_model
 from tests.persistence import is_one_sentence
 from tests.test_calibration import WORDS, states

@@ -20,11 +20,11 @@ from hf_normswap import (
     restore_norm,
     swap_norm,
 )
-from hf_normswap.conversion import estimate_statistics
-from hf_normswap.modeling.blend import set_layer_norm_share
-from hf_normswap.modeling.norm import BatchStatisticNorm
-from hf_normswap.modeling.token_mask import current_mask, watch_masks
-from hf_normswap.walk import ActivationStore
+from hf_normswap.conversion.fitting import estimate_statistics
+from hf_normswap.conversion.sequential import ActivationStore
+from hf_normswap.modeling.base import BatchStatisticNorm
+from hf_normswap.modeling.padding_mask import current_mask, watch_masks
+from hf_normswap.modeling.replace import set_layer_norm_share
 from tests.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
 
 
@@ -221,7 +221,7 @@ def test_an_interruption_leaves_the_norms_in_evaluation(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, batches(model))
     assert not any(module.training for module in model.modules())
-    assert not any(site.module.deferred for site in find_norms(model) if site.kind == "batchnorm")
+    assert not any(site.module.accumulating for site in find_norms(model) if site.kind == "batchnorm")
 
 
 def test_two_swaps_are_calibrated_one_after_the_other():

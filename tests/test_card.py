@@ -13,16 +13,16 @@ from huggingface_hub import ModelCard
 from transformers import BertForSequenceClassification
 
 from hf_normswap import find_norms, fold_norms, set_norm_placement, swap_norm
-from hf_normswap.card import card_of_model, render_card
+from hf_normswap.reporting.card import card_of_model, render_card
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import ROOT
 
 
-PATHS = [f"bert.encoder.layer.{i}.{part}.LayerNorm" for part in ("attention.output", "output") for i in (0, 1)]
+BACKENDS = [f"bert.encoder.layer.{i}.{part}.LayerNorm" for part in ("attention.output", "output") for i in (0, 1)]
 
 
 def run(norm, seed, accuracy, **entries):
-    swapped = {"norm": norm, "options": {"num_groups": 4} if norm == "powernorm" else {}, "modules": PATHS}
+    swapped = {"norm": norm, "options": {"num_groups": 4} if norm == "powernorm" else {}, "modules": BACKENDS}
     return {
         "task": "rte",
         "model": "google-bert/bert-base-uncased",

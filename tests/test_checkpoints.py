@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, swap_norm
-from hf_normswap.checkpoints import find_last_checkpoint
+from hf_normswap.training.checkpoints import find_last_checkpoint
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_model
 

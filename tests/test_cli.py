@@ -27,7 +27,7 @@ from transformers import (
 import hf_normswap.cli.calibrate as verb
 from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, set_norm_placement, swap_norm
 from hf_normswap.cli import main
-from hf_normswap.results import compare_results, load_results, write_result
+from hf_normswap.reporting.results import compare_results, load_results, write_result
 from tests.models import VOCABULARY, tiny_model
 from tests.persistence import ROOT, outputs, run_fresh, same
 
@@ -341,7 +341,7 @@ import sys
 import hf_normswap
 before = set(sys.modules)
 from hf_normswap.cli import main
-from hf_normswap.results import compare_results, load_results, write_result
+from hf_normswap.reporting.results import compare_results, load_results, write_result
 for arguments in (["--help"], ["calibrate", "--help"]):
     try:
         main(arguments)

@@ -18,8 +18,8 @@ from hf_normswap import (
     reestimate_statistics,
     swap_norm,
 )
-from hf_normswap.modeling.blend import layer_norm_shares, set_layer_norm_share
-from hf_normswap.statistics import statistic_norms
+from hf_normswap.core.statistics import statistic_norms
+from hf_normswap.modeling.replace import layer_norm_shares, set_layer_norm_share
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, train
 from tests.test_calibration import batches, states

@@ -66,13 +66,13 @@ def test_the_map_of_classes_names_every_head(folder):
     content = json.loads((folder / "config.json").read_text())
     family = content["model_type"].removeprefix("normswap_")
     stock = type(tiny_config(family))
-    expected = {"AutoConfig": f"swapped.NormSwap{stock.__name__}"}
+    expected = {"AutoConfig": f"modeling_normswap.NormSwap{stock.__name__}"}
     for name in dir(transformers):
         mapping = (
             getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
         )
         if mapping is not None and stock in mapping:
-            expected[name] = f"swapped.NormSwap{mapping[stock].__name__}"
+            expected[name] = f"modeling_normswap.NormSwap{mapping[stock].__name__}"
     assert expected.items() <= content["auto_map"].items()
     for path in content["auto_map"].values():
         assert (folder / f"{path.partition('.')[0]}.py").is_file()

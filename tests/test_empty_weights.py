@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_normswap import find_norms, fold_norms, reestimate_statistics, set_norm_placement, swap_norm
-from hf_normswap.modeling.blend import set_layer_norm_share
+from hf_normswap.modeling.replace import set_layer_norm_share
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import outputs, same, train
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 
 
 ROOT = Path(__file__).parents[1]

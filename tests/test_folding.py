@@ -23,8 +23,8 @@ from hf_normswap import (
     restore_norm,
     swap_norm,
 )
-from hf_normswap.modeling.blend import set_layer_norm_share
-from hf_normswap.probe import compare_outputs
+from hf_normswap.fusion.equivalence import compare_outputs
+from hf_normswap.modeling.replace import set_layer_norm_share
 from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
 from tests.persistence import edit_config, is_one_sentence, outputs, run_fresh, same, train
 
@@ -283,7 +283,7 @@ def test_adapters_are_refused():
 
 
 def test_a_fold_that_would_change_the_outputs_is_refused(monkeypatch):
-    monkeypatch.setattr("hf_normswap.folding._Plan._scale_outputs", lambda *args: None)  # an error in the algebra
+    monkeypatch.setattr("hf_normswap.fusion.fold._Plan._scale_outputs", lambda *args: None)  # an error in the algebra
     model = swapped("bert", dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="outputs would change"):

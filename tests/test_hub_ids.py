@@ -14,9 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_normswap import push_model, swap_norm
-from hf_normswap.card import card_of_model, render_card
 from hf_normswap.cli import _make_parser
-from hf_normswap.results import write_result
+from hf_normswap.reporting.card import card_of_model, render_card
+from hf_normswap.reporting.results import write_result
 from tests.models import tiny_model
 from tests.persistence import ROOT, is_one_sentence
 from tests.test_card import RESULTS

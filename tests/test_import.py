@@ -60,7 +60,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import hf_normswap
-from hf_normswap.results import describe_environment
+from hf_normswap.reporting.results import describe_environment
 
 for name in hf_normswap.__all__:
     getattr(hf_normswap, name)

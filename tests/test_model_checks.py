@@ -19,10 +19,10 @@ from hf_normswap import (
     NormSwapConfig,
     NormSwapTrainer,
     ProgressiveSwapCallback,
+    accumulate_norm_statistics,
     available_norms,
     calibrate,
     convert_to_rmsnorm,
-    defer_norm_statistics,
     distill,
     export_onnx,
     find_norms,
@@ -35,12 +35,12 @@ from hf_normswap import (
     reestimate_statistics,
     restore_norm,
     set_norm_placement,
+    set_norm_process_group,
     swap_norm,
-    sync_norm_statistics,
-    synchronize_norms,
+    update_norm_statistics,
 )
-from hf_normswap.model_checks import swapped_parts, unwrap
-from hf_normswap.modeling.blend import set_layer_norm_share
+from hf_normswap.core.model_state import swapped_parts, unwrap
+from hf_normswap.modeling.replace import set_layer_norm_share
 from tests.invariant.test_accumulation import rows
 from tests.models import FAMILIES, tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
@@ -62,9 +62,9 @@ def teacher_of(model):
 # What reads or changes the statistics of any module; then what takes a model of transformers.
 OF_STATISTICS = {
     "norm_penalty": norm_penalty,
-    "defer": defer_norm_statistics,
-    "sync": sync_norm_statistics,
-    "synchronize": synchronize_norms,
+    "defer": accumulate_norm_statistics,
+    "sync": update_norm_statistics,
+    "synchronize": set_norm_process_group,
     "freeze": freeze_norm_statistics,
 }
 READING = {
@@ -178,7 +178,7 @@ def test_other_modules_with_a_configuration_are_none_of_a_copy():
             self.config, self.inside = config, swap_norm(tiny_model("bert"), "batchnorm")
 
     for config in ({"model_type": "x"}, None, types.SimpleNamespace(model_type=3)):
-        defer_norm_statistics(Plain(config))
+        accumulate_norm_statistics(Plain(config))
 
 
 def test_remote_code_before_the_package(tmp_path):

@@ -16,8 +16,8 @@ from hf_normswap import (
     measure_tid,
     swap_norm,
 )
-from hf_normswap.modeling import swapped
-from hf_normswap.modeling.recompute import CHECKPOINTING
+from hf_normswap.modeling import modeling_normswap
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
@@ -79,7 +79,7 @@ def test_an_adapter_keeps_its_statistics(family, norm, tmp_path):
     # A product of matrices is added to a matrix, and then multiplied, in place of two products.
     torch.testing.assert_close(outputs(merged, batch)["logits"], trained["logits"], rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
-    loaded = getattr(swapped, type(merged).__name__).from_pretrained(tmp_path / "merged")
+    loaded = getattr(modeling_normswap, type(merged).__name__).from_pretrained(tmp_path / "merged")
     assert same(outputs(loaded, batch), outputs(merged, batch))
     expected = outputs(merged, batch)["logits"]
     fold_norms(merged)

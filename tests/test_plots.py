@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_normswap import DepthSlope, DepthStudy, TidHistory
-from hf_normswap.plots import plot_curves, plot_depth, plot_gap, plot_layer, plot_tid
+from hf_normswap.diagnostics.plots import plot_curves, plot_depth, plot_gap, plot_layer, plot_tid
 
 
 def run(norm, seed, losses, accuracy=(), tid=(), **entries):

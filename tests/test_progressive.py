@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_normswap import NormSwapTrainer, ProgressiveSwapCallback, find_norms, swap_norm
-from hf_normswap.model_checks import swapped_parts
-from hf_normswap.modeling.blend import LayerNormBlend, layer_norm_shares
+from hf_normswap.core.model_state import swapped_parts
+from hf_normswap.modeling.replace import LayerNormBlend, layer_norm_shares
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, outputs, same
@@ -36,7 +36,7 @@ def estimates(monkeypatch):
     def record(model, data):
         calls.append(SimpleNamespace(model=model, data=list(data), blends=blends(model), training=model.training))
 
-    monkeypatch.setattr(importlib.import_module("hf_normswap.calibration"), "reestimate_statistics", record)
+    monkeypatch.setattr(importlib.import_module("hf_normswap.conversion.calibrate"), "reestimate_statistics", record)
     return calls
 
 
@@ -118,7 +118,7 @@ def test_norms_one_after_the_other(order, tmp_path):
 
 
 def test_cross_attention_has_its_turn_between_attention_and_ffn():
-    from hf_normswap.progressive import _swapped_sites
+    from hf_normswap.training.progressive import _swapped_sites
 
     model = swap_norm(tiny_model("gpt2", add_cross_attention=True), "batchnorm", where="all")
     called = []
@@ -131,7 +131,7 @@ def test_cross_attention_has_its_turn_between_attention_and_ffn():
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "marian"])
 def test_order_is_that_of_the_forward(family):
-    from hf_normswap.progressive import _swapped_sites
+    from hf_normswap.training.progressive import _swapped_sites
 
     model = swap_norm(tiny_model(family), "batchnorm", where="all")
     called = []
@@ -196,9 +196,11 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_that_stops_early_leaves_the_mixture(estimates, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "hf_normswap.progressive"):
+    with caplog.at_level(logging.WARNING, "hf_normswap.training.progressive"):
         trainer = train(tmp_path, ratio=1.0, callbacks=[Stop()])
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "hf_normswap.progressive"]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.name == "hf_normswap.training.progressive"
+    ]
     assert "step 2 of 4" in warning
     assert is_one_sentence(warning)
     assert not estimates

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_normswap.results import compare_results, describe_environment, load_results, write_result
+from hf_normswap.reporting.results import compare_results, describe_environment, load_results, write_result
 
 
 def make_run(norm="rbn", seed=0, task="rte", model="bert", **entries):

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 
 from hf_normswap import swap_norm
-from hf_normswap.card import card_of_model
-from hf_normswap.checkpoints import find_last_checkpoint
 from hf_normswap.cli import main
 from hf_normswap.cli.checkpoints import load_checkpoint
 from hf_normswap.modeling import registry
+from hf_normswap.reporting.card import card_of_model
+from hf_normswap.training.checkpoints import find_last_checkpoint
 from tests.models import tiny_model
 from tests.persistence import edit_config, is_one_sentence, outputs, same, train
 from tests.test_checkpoints import make_trainer

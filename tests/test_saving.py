@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.marian.modeling_marian import MarianDecoder, MarianEncoder
 
-import hf_normswap.modeling.swapped as swapped
+import hf_normswap.modeling.modeling_normswap as swapped
 from hf_normswap import (
     BatchNorm,
     NormSwapConfig,
@@ -32,8 +32,8 @@ from hf_normswap import (
     swap_norm,
     swapped_class,
 )
-from hf_normswap.modeling.blend import layer_norm_shares, set_layer_norm_share
-from hf_normswap.modeling.configuration import STOCK_CLASS_GUARD
+from hf_normswap.modeling.configuration_normswap import STOCK_CLASS_GUARD
+from hf_normswap.modeling.replace import layer_norm_shares, set_layer_norm_share
 from tests.models import tiny_batch, tiny_config, tiny_model
 from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_normswap import find_norms, swap_norm
-from hf_normswap.modeling.sites import where_names
+from hf_normswap.modeling.norm_sites import where_names
 from tests.models import FAMILIES, all_heads, tiny_model
 from tests.persistence import is_one_sentence
 

@@ -13,13 +13,13 @@ from hf_normswap import (
     PowerNorm,
     PowerNormV,
     RegularizedBatchNorm,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
+    checkpoint_norms,
     norm_penalty,
     pause_norm_statistics,
-    sync_norm_statistics,
-    tape_checkpoint,
+    update_norm_statistics,
 )
-from hf_normswap.statistics import statistic_norms, sum_discrepancies
+from hf_normswap.core.statistics import statistic_norms, sum_discrepancies
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def test_norms_are_listed_once_and_in_order(model):
 
 
 def test_statistics_stay_until_they_are_synchronised(model):
-    defer_norm_statistics(model)
+    accumulate_norm_statistics(model)
     before = statistics_of(model)
     run(model)
     assert all(torch.equal(value, before[name]) for name, value in statistics_of(model).items())
-    sync_norm_statistics(model)
+    update_norm_statistics(model)
     assert all(
         not torch.equal(value, before[name])
         for name, value in statistics_of(model).items()
@@ -60,27 +60,27 @@ def test_statistics_stay_until_they_are_synchronised(model):
 
 
 def test_synchronising_twice_is_synchronising_once(model):
-    defer_norm_statistics(model)
+    accumulate_norm_statistics(model)
     run(model)
-    sync_norm_statistics(model)
+    update_norm_statistics(model)
     after = statistics_of(model)
-    sync_norm_statistics(model)
+    update_norm_statistics(model)
     assert all(torch.equal(value, after[name]) for name, value in statistics_of(model).items())
 
 
 def test_layers_keep_their_precision(model):
-    defer_norm_statistics(model)
+    accumulate_norm_statistics(model)
     run(model)
-    sync_norm_statistics(model)
+    update_norm_statistics(model)
     assert model[0].running_var.dtype == torch.float32
     assert model[3].running_power.dtype == torch.float64
     assert model[3].nu.dtype == torch.float64
 
 
 def test_deferring_can_end(model):
-    defer_norm_statistics(model)
+    accumulate_norm_statistics(model)
     run(model, seed=1)
-    defer_norm_statistics(model, False)
+    accumulate_norm_statistics(model, False)
     plain = nn.ModuleList([BatchNorm(3)])
     run(nn.ModuleList([model[0]]), seed=2)
     run(plain, seed=2)
@@ -90,8 +90,8 @@ def test_deferring_can_end(model):
 
 def test_a_model_without_batch_statistics_has_nothing_to_synchronise():
     model = nn.LayerNorm(3)
-    defer_norm_statistics(model)
-    sync_norm_statistics(model)
+    accumulate_norm_statistics(model)
+    update_norm_statistics(model)
 
 
 def test_norms_that_did_not_run_add_no_penalty():
@@ -147,13 +147,13 @@ def backpropagate(norm, x):
 
 
 @every_norm
-@pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
+@pytest.mark.parametrize("accumulating", [False, True], ids=["at_once", "accumulating"])
 @pytest.mark.parametrize("warmup_steps", [0, 9])
-def test_what_is_paused_computes_as_in_training_and_leaves_no_trace(cls, deferred, warmup_steps):
+def test_what_is_paused_computes_as_in_training_and_leaves_no_trace(cls, accumulating, warmup_steps):
     first, second = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     norm = cls(4).double()
     norm.warmup_steps = warmup_steps
-    defer_norm_statistics(norm, deferred)
+    accumulate_norm_statistics(norm, accumulating)
     backpropagate(norm, first)
     twin = copy.deepcopy(norm)
     before, statistics = buffers_of(norm), norm.statistics
@@ -166,7 +166,7 @@ def test_what_is_paused_computes_as_in_training_and_leaves_no_trace(cls, deferre
     torch.testing.assert_close(norm.statistics, statistics)
     # Afterwards all is as before.
     backpropagate(norm, second)
-    sync_norm_statistics(norm)
+    update_norm_statistics(norm)
     assert not torch.equal(norm.num_batches_tracked, before["num_batches_tracked"])
 
 
@@ -174,7 +174,7 @@ def test_what_is_paused_computes_as_in_training_and_leaves_no_trace(cls, deferre
 def test_a_backward_after_the_pause_leaves_no_trace_either(cls):
     """Nor does a checkpointed block that runs again in it."""
     x = torch.randn(3, 5, 4, requires_grad=True)
-    for run in (lambda norm, x: norm(x), functools.partial(tape_checkpoint(checkpoint), use_reentrant=False)):
+    for run in (lambda norm, x: norm(x), functools.partial(checkpoint_norms(checkpoint), use_reentrant=False)):
         norm = cls(4)
         norm(x)
         before = buffers_of(norm)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_normswap import TidHistory, find_norms, measure_tid, reestimate_statistics, swap_norm
-from hf_normswap.modeling.token_mask import current_mask
+from hf_normswap.modeling.padding_mask import current_mask
 from tests.models import FAMILIES, tiny_batch, tiny_model
 from tests.persistence import train
 from tests.test_checkpoints import make_trainer
@@ -36,7 +36,7 @@ def by_hand(model, batches):
     with torch.no_grad():
         for batch in batches:
             for site in find_norms(model):
-                site.module.deferred = True
+                site.module.accumulating = True
             model(**batch)
     values = {}
     for site in find_norms(model):

@@ -18,16 +18,16 @@ from hf_normswap import (
     NormSwapTrainingArguments,
     PowerNorm,
     RegularizedBatchNorm,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
     get_norm,
     norm_penalty,
     pause_norm_statistics,
     swap_norm,
-    sync_norm_statistics,
+    update_norm_statistics,
 )
+from hf_normswap.core.statistics import statistic_norms
 from hf_normswap.modeling.discrepancy import training_inference_discrepancy
-from hf_normswap.statistics import statistic_norms
-from hf_normswap.trainer import NormStatisticsCallback, _NormLogs
+from hf_normswap.training.trainer import NormStatisticsCallback, _NormLogs
 from tests.invariant.test_accumulation import HEADS, rows, train
 from tests.models import tiny_model
 from tests.persistence import is_one_sentence
@@ -175,7 +175,7 @@ def test_a_loss_of_the_user_has_the_penalty(make, accumulation, tmp_path):
     examples = rows("bert", 4 * accumulation)
     model = swapped("bert", "rbn", lambda_mean=3.0, lambda_var=2.0)
     by_hand, gradients = copy.deepcopy(model).train(), Gradients()
-    defer_norm_statistics(by_hand)
+    accumulate_norm_statistics(by_hand)
     losses, penalties = [], []
     for number in range(accumulation):
         batch = batch_of(examples[4 * number :][:4])
@@ -296,7 +296,7 @@ def test_every_forward_of_a_step_counts(tmp_path):
     inputs = {}
     for name, module in by_hand.named_modules():
         if isinstance(module, BatchNorm):
-            module.deferred = True
+            module.accumulating = True
             module.register_forward_hook(
                 lambda norm, args, out, name=name: inputs.setdefault(name, []).append((norm, args[0]))
             )
@@ -344,14 +344,14 @@ def test_two_forwards_in_a_loop_are_those_of_the_trainer(options, tmp_path):
     model, by_hand, penalties = Twice(), Twice(), []
     by_hand.norm.register_forward_pre_hook(lambda norm, args: penalties.append(penalty_by_hand(norm, args[0])))
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
-    defer_norm_statistics(by_hand)
+    accumulate_norm_statistics(by_hand)
     for _ in range(2):
         (by_hand(**batch_of(examples))["loss"] + sum(penalties)).backward()
         by_hand.norm.forget_statistics()
         penalties.clear()
         optimizer.step()
         optimizer.zero_grad()
-        sync_norm_statistics(by_hand)
+        update_norm_statistics(by_hand)
     settings = {"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **options}
     args = arguments(tmp_path, train_sampling_strategy="sequential", **settings)
     NormSwapTrainer(model=model, args=args, train_dataset=examples).train()
@@ -385,7 +385,7 @@ def test_sharpness_aware_steps(tmp_path):
     trainer = Sam(model=model, args=args, train_dataset=examples, callbacks=[gradients])
     trainer.train()
     by_hand = copy.deepcopy(twin).train()
-    defer_norm_statistics(by_hand)
+    accumulate_norm_statistics(by_hand)
     for sign in (1, None):
         by_hand.zero_grad()
         (by_hand(**batch_of(examples)).loss + norm_penalty(by_hand)).backward()
@@ -647,7 +647,7 @@ def test_warmup_is_a_share_of_the_run(tmp_path):
     trainer.train()
     assert seen == [{3}] * 3 + [{0}] * 7
     assert [norm.num_batches_tracked.item() for norm in norms] == [10] * len(norms)
-    assert not any(norm.deferred for norm in norms)
+    assert not any(norm.accumulating for norm in norms)
 
 
 @pytest.mark.parametrize("family", list(HEADS))
@@ -680,10 +680,10 @@ def test_a_step_never_waits_for_the_device(norm, tmp_path):
         trainer = NormSwapTrainer(model=model, args=arguments(tmp_path), train_dataset=examples)
         trainer.current_gradient_accumulation_steps = 1
         model.train()
-        defer_norm_statistics(model)
+        accumulate_norm_statistics(model)
         with _HostReads() as mode:
             trainer.training_step(model, batch_of(examples))
-            sync_norm_statistics(model)
+            update_norm_statistics(model)
         reads[kind] = mode.count
     assert reads[norm] == reads["layernorm"]
 

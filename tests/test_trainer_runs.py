@@ -15,7 +15,7 @@ from hf_normswap import (
     TidHistory,
     swap_norm,
 )
-from hf_normswap.statistics import statistic_norms
+from hf_normswap.core.statistics import statistic_norms
 from tests.invariant.test_accumulation import HEADS, rows
 from tests.models import tiny_batch, tiny_model
 
@@ -232,7 +232,7 @@ class WarmUp(TrainerCallback):
             self.steps.append(torch.allclose(rows.square().mean(0), torch.ones(rows.shape[-1]), atol=1e-3))
 
     def _mask(self, x):
-        from hf_normswap.modeling.token_mask import current_mask
+        from hf_normswap.modeling.padding_mask import current_mask
 
         return current_mask(x).flatten()
 

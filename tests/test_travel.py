@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_normswap import NormSwapConfig, find_norms, register_norm, swap_norm
-from hf_normswap.modeling import norms, registry, travel
-from hf_normswap.modeling.norm import Norm
+from hf_normswap.modeling import custom_code, norms, registry
+from hf_normswap.modeling.base import Norm
 from tests.models import FAMILIES, tiny_batch, tiny_model
 from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
 
@@ -68,7 +68,7 @@ class Centre(BatchStatisticNorm):
     def normalize(self, x, mask):
         if not self.training:
             return x - self.running_mean
-        running, is_first_run = self.frozen_running()
+        running, is_first_run = self.running_snapshot()
         if is_first_run:
             self.track(masked_moments(x.detach(), mask))
         return x - running["running_mean"]
@@ -126,7 +126,7 @@ def users_code(folder):
 
 @pytest.fixture
 def warnings_on_saving(caplog):
-    return lambda: [record.getMessage() for record in caplog.records if record.name == travel.__name__]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == custom_code.__name__]
 
 
 def mixed(family):
@@ -170,13 +170,13 @@ returned = {{"double": double}}
 for name, auto in {AUTO_CLASSES}.items():
     model, info = getattr(transformers, auto).from_pretrained(folder / name, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    assert type(model).__module__ == "hf_normswap.modeling.swapped"
+    assert type(model).__module__ == "hf_normswap.modeling.modeling_normswap"
     returned[name] = outputs(model)
 torch.save(returned, folder / "returned.pt")
 """
     run_fresh(LOADING + script, tmp_path, tmp_path)
     returned = torch.load(tmp_path / "returned.pt")
-    assert not list((tmp_path / "empty_modules").rglob("swapped.py"))
+    assert not list((tmp_path / "empty_modules").rglob("modeling_normswap.py"))
     for family in FAMILIES:
         assert same(returned[family], expected[family])
     assert same(returned["double"], pickled_outputs)
@@ -191,7 +191,7 @@ def test_the_installed_classes_win_over_the_code_in_the_folder(models, tmp_path)
 def test_what_lies_beside_the_weights(models, tmp_path):
     models["bert"].save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    assert {"swapped.py", "configuration.py", "norms.py"} <= code
+    assert {"modeling_normswap.py", "configuration_normswap.py", "norms.py"} <= code
     assert {path.name for path in tmp_path.iterdir()} - code == {"config.json", "model.safetensors"}
     for name in code:
         nodes = list(ast.walk(ast.parse((tmp_path / name).read_text())))
@@ -403,7 +403,7 @@ OBSTACLES = {
     "foreign": ("mine.py", "import pytest\n" + ONE_NORM, "pytest"),
     "foreign_from": ("mine.py", "from peft.utils import constants\n" + ONE_NORM, "peft"),
     "foreign_inside": ("mine.py", ONE_NORM + "\n\ndef plot():\n    import matplotlib.pyplot\n", "matplotlib"),
-    "of_the_package": ("mine.py", "from hf_normswap.surgery import swap_norm\n" + ONE_NORM, "hf_normswap"),
+    "of_the_package": ("mine.py", "from hf_normswap.swap import swap_norm\n" + ONE_NORM, "hf_normswap"),
     "the_package": ("mine.py", "import hf_normswap\n" + ONE_NORM, "hf_normswap"),
     "public_but_no_norm": ("mine.py", "from hf_normswap import swap_norm\n" + ONE_NORM, "swap_norm"),
     "relative": ("pack/mine.py", "from . import __doc__\n" + ONE_NORM, "imports ."),

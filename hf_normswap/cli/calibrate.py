@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from hf_normswap.files import new_folder
+from hf_normswap.core.files import atomic_directory
 
-from .checkpoints import load_checkpoint, prepare_reader
+from .checkpoints import load_checkpoint, with_pad_token
 from .data import add_data_arguments, count, read_data
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
@@ -60,7 +60,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate, save, and print the report."""
-    with new_folder(args.output) as folder:
+    with atomic_directory(args.output) as folder:
         model, tokenizer, report = convert(args)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -104,7 +104,7 @@ def convert(args: argparse.Namespace) -> tuple:
     elif args.norm or args.norm_options or args.where:
         norms = " and ".join(sorted(kinds))
         raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
-    options = {"tokenizer": prepare_reader(tokenizer), "batch_size": args.batch_size}
+    options = {"tokenizer": with_pad_token(tokenizer), "batch_size": args.batch_size}
     report = calibrate(model, data, memory_budget=args.memory_budget, **options)
     if args.distillation_steps:
         distill(model, original, data, steps=args.distillation_steps, **options)
@@ -114,7 +114,7 @@ def convert(args: argparse.Namespace) -> tuple:
 @contextmanager
 def _without_warning() -> Iterator[None]:
     """`swap_norm` warns of a swap without calibration, which here follows at once."""
-    logger = logging.getLogger("hf_normswap.surgery")
+    logger = logging.getLogger("hf_normswap.swap")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

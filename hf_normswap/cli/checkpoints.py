@@ -9,12 +9,12 @@ def load_checkpoint(name):
     """Model and tokenizer of a checkpoint, the model of the class that its configuration names."""
     import transformers
 
-    from hf_normswap.modeling import swapped
+    from hf_normswap.modeling import modeling_normswap
 
     with reading(name):
         config = transformers.AutoConfig.from_pretrained(name)
         class_name = (config.architectures or [""])[0]
-        home = swapped if hasattr(config, "norm_swap") else transformers
+        home = modeling_normswap if hasattr(config, "norm_swap") else transformers
         model_class = getattr(home, class_name, None)
         if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
             raise ValueError(
@@ -23,7 +23,7 @@ def load_checkpoint(name):
         return model_class.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
 
 
-def prepare_reader(tokenizer):
+def with_pad_token(tokenizer):
     """A copy of a tokenizer that can pad; what is saved is the tokenizer that came."""
     reader = copy.deepcopy(tokenizer)
     if reader.pad_token is None:  # as in GPT-2, which pads with its end of text

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a row for each norm of a task, model and placement."""
-    from hf_normswap.results import compare_results, load_results
+    from hf_normswap.reporting.results import compare_results, load_results
 
     table = compare_results(load_results(args.results), args.metrics)
     if args.json:

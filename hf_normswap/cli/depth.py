@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     study = study_depth(args.norms, placements=args.placements, depths=args.depths, width=args.width, seeds=args.seeds)
     if args.plot:
-        from hf_normswap.plots import plot_depth
+        from hf_normswap.diagnostics.plots import plot_depth
 
         plot_depth(study).savefig(args.plot)
     if args.json:

@@ -15,7 +15,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from hf_normswap.files import new_folder
+from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_conversion_arguments, convert
 from .checkpoints import load_checkpoint
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
     from hf_normswap import export_onnx, fold_norms
 
-    with new_folder(args.output) as folder:
+    with atomic_directory(args.output) as folder:
         model, tokenizer = convert(args)[:2] if has_texts else load_checkpoint(args.model)
         if getattr(model.config, "norm_swap", None) is None:
             raise ValueError(f"{args.model} has LayerNorms: pass --norm and --texts, to convert them first.")

@@ -11,7 +11,7 @@ Examples:
 
 import argparse
 
-from .checkpoints import load_checkpoint, prepare_reader
+from .checkpoints import load_checkpoint, with_pad_token
 from .data import add_data_arguments, read_data
 from .reports import print_json, print_table
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_checkpoint(args.model)
     tids = {}
     if data is not None:
-        report = measure_tid(model.eval(), data, tokenizer=prepare_reader(tokenizer), batch_size=args.batch_size)
+        report = measure_tid(model.eval(), data, tokenizer=with_pad_token(tokenizer), batch_size=args.batch_size)
         tids = {tid.name: tid for tid in report}
     norms = [_describe(model, site, tids.get(site.name)) for site in find_norms(model)]
     if not norms:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Push, and print where."""
     from hf_normswap import push_model
-    from hf_normswap.results import load_results
+    from hf_normswap.reporting.results import load_results
 
     results = load_results(args.results) if args.results else []
     model, tokenizer = load_checkpoint(args.model)

@@ -11,7 +11,7 @@ Examples:
 
 import argparse
 
-from hf_normswap.files import new_folder
+from hf_normswap.core.files import atomic_directory
 
 from .checkpoints import load_checkpoint
 from .norms import add_norm_arguments
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """Swap, save, and print every norm."""
     from hf_normswap import NormSwapConfig, find_norms, set_norm_placement, swap_norm
 
-    with new_folder(args.output) as folder:
+    with atomic_directory(args.output) as folder:
         norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
         model, tokenizer = load_checkpoint(args.model)
         if args.placement:

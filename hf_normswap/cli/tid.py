@@ -14,7 +14,7 @@ Examples:
 import argparse
 from dataclasses import asdict
 
-from .checkpoints import load_checkpoint, prepare_reader
+from .checkpoints import load_checkpoint, with_pad_token
 from .data import add_data_arguments, read_data
 from .reports import print_json, print_table
 
@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> None:
     if data is None and not args.plot:
         raise ValueError("There is nothing to measure or to draw: give --texts, --dataset_name or --plot.")
     if args.plot:
-        from hf_normswap.plots import plot_tid
+        from hf_normswap.diagnostics.plots import plot_tid
 
         plot_tid(TidHistory.read(args.model)).savefig(args.plot)
     if data is not None:
         model, tokenizer = load_checkpoint(args.model)
-        reader = prepare_reader(tokenizer)
+        reader = with_pad_token(tokenizer)
         report = measure_tid(model.eval(), data, tokenizer=reader, batch_size=args.batch_size)
         if args.json:
             print_json({"model": args.model, "batch_size": args.batch_size, "norms": list(map(asdict, report))})

@@ -1,7 +1,8 @@
-"""Faster paths for the passes of norms (see `hf_normswap/modeling/passes.py`), one for each kind of device.
+"""Native backends of the norms, one for each kind of device (see `hf_normswap/modeling/backends.py`).
 
-On a CPU a C++ file is compiled on first use. The path for CUDA, in Triton, is taken when it is asked for, and by
-default where [`FASTEST`] says so. Where a path does not work (no compiler, no Triton), PyTorch takes its place.
+The backend for CPUs is a C++ file that is compiled on first use. The backend for CUDA, in Triton, is used when it is
+asked for, and by default where [`FASTEST`] says so. Where a backend does not work (no compiler, no Triton), the
+reference in PyTorch takes its place.
 """
 
 import functools
@@ -10,21 +11,19 @@ import importlib
 import torch
 from transformers.utils import logging
 
-from hf_normswap.modeling.paths import COMPILED, PATHS
-from hf_normswap.modeling.slabs import SlabPasses
+from hf_normswap.modeling.backends import BACKENDS, COMPILED_BACKENDS, ReferenceBackend
 
-from .ops import OpPasses
+from .ops import OperatorBackend
 
 
 logger = logging.get_logger(__name__)
 
-# The norms and dtypes for which the kernels of a device are the default there. The rule: in committed figures of
+# The norms and dtypes for which the backend of a device is the default there. The rule: in committed figures of
 # hardware (benchmarks/results/gpu) the kernels are correct, and faster than PyTorch in the forward, and in forward and
 # backward together, at every size. `choose_paths` in benchmarks/render_speed.py derives the table; a test compares.
 FASTEST: dict[tuple[str, torch.dtype], str] = {}
 CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}
-_HOMES = {"cpu": ("cpu", "CpuPasses"), "cuda": ("triton", "TritonPasses")}
-_IN_PYTORCH = {"cpu": SlabPasses}
+_HOMES = {"cpu": ("cpu", "CpuBackend"), "cuda": ("triton", "TritonBackend")}
 
 
 def use_kernels(kernels: str) -> None:
@@ -51,30 +50,39 @@ def use_kernels(kernels: str) -> None:
     """
     if kernels not in CHOICES:
         raise ValueError(f"HF_NORMSWAP_KERNELS is {', '.join(CHOICES)}, and cannot be {kernels!r}.")
-    COMPILED.clear()
-    COMPILED.update(dict.fromkeys(CHOICES[kernels], OpPasses))
-    PATHS.clear()
-    for device in _HOMES:
-        PATHS[device] = functools.partial(_find, device if device in COMPILED else None, _IN_PYTORCH.get(device))
+    COMPILED_BACKENDS.clear()
+    COMPILED_BACKENDS.update(dict.fromkeys(CHOICES[kernels], OperatorBackend))
+    BACKENDS.clear()
+    BACKENDS.update({device: functools.partial(_find, device) for device in CHOICES[kernels]})
     if kernels == "auto":
         for (norm, _), device in FASTEST.items():
             dtypes = [dtype for name, dtype in FASTEST if name == norm]
-            PATHS[device, norm] = functools.partial(_find, device, None, dtypes=dtypes)
+            BACKENDS[device, norm] = functools.partial(_find, device, dtypes=dtypes)
 
 
-def _find(device: str | None, otherwise: type | None, x: torch.Tensor, dtypes: list | None = None) -> type | None:
-    passes = device and _load(device)
-    return passes if passes and x.dtype in (dtypes or passes.dtypes) else otherwise
+def load_backend(device: str) -> type[ReferenceBackend]:
+    """The native backend of a kind of device, compiled now if need be.
+
+    Raises:
+        ImportError, OSError: when it does not work here, with the reason.
+    """
+    module, name = _HOMES[device]
+    backend = getattr(importlib.import_module(f".{module}", __name__), name)
+    backend.load()
+    return backend
+
+
+def _find(device: str, x: torch.Tensor, dtypes: list | None = None) -> type | None:
+    backend = _load(device)
+    return backend if backend and x.dtype in (dtypes or backend.dtypes) else None
 
 
 @functools.cache
 def _load(device: str) -> type | None:
-    module, name = _HOMES[device]
     try:
-        passes = getattr(importlib.import_module(f".{module}", __name__), name)
-        passes.load()
+        backend = load_backend(device)
     except (ImportError, OSError) as error:
-        logger.info(f"Batch norms run in PyTorch on {device}: {error}.")
+        logger.info(f"Norms are computed in PyTorch on {device}: {error}.")
         return None
-    logger.info(f"Batch norms run in {name} on {device}.")
-    return passes
+    logger.info(f"Norms are computed by {backend.__name__} on {device}.")
+    return backend

@@ -129,8 +129,8 @@ inline void forward_grouped(const T* x, T* y, const float* center, const float* 
 }
 
 template <typename T>
-void forward(const T* x, const uint8_t* mask, const float* center, const float* scale, const float* shift, T* y,
-             float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+void affine_fwd(const T* x, const uint8_t* mask, const float* center, const float* scale, const float* shift, T* y,
+                float* squares, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
   ask_for_large_pages(y, n * c * sizeof(T));
   const std::vector<float> zeros(c);
   if (!center) center = zeros.data();
@@ -257,31 +257,33 @@ void moments(const T* x, const uint8_t* mask, float* packed, int64_t n, int64_t 
   all.pack(packed);
 }
 
+// Of the gradient of z: grad_scale g + input_scale (z - center) + offset, each of c channels.
 struct Coefficients {
-  const float *center, *a, *b, *shift;
+  const float *center, *grad_scale, *input_scale, *offset;
 };
 
-// dx = a g + b (x - center) + shift of a row; and g and g (x - center) added to the sums, if wanted.
+// dx of a row, without groups; and g and g (x - center) added to the sums, if wanted.
 template <typename T>
 inline void backward_row(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, int64_t c) {
-  const float *center = k.center, *a = k.a, *b = k.b, *shift = k.shift;
+  const float *center = k.center, *grad_scale = k.grad_scale, *input_scale = k.input_scale, *offset = k.offset;
   if (sum_g) {
 #pragma omp simd
     for (int64_t j = 0; j < c; ++j) {
       const float gj = load(g[j]), zj = load(x[j]) - center[j];
-      store(dx + j, a[j] * gj + (b[j] * zj + shift[j]));
+      store(dx + j, grad_scale[j] * gj + (input_scale[j] * zj + offset[j]));
       sum_g[j] += gj, sum_gz[j] += gj * zj;
     }
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]) + (b[j] * (load(x[j]) - center[j]) + shift[j]));
+    for (int64_t j = 0; j < c; ++j)
+      store(dx + j, grad_scale[j] * load(g[j]) + (input_scale[j] * (load(x[j]) - center[j]) + offset[j]));
   }
 }
 
 template <typename T>
-inline void scale_row(const T* g, const float* a, T* dx, int64_t c) {
+inline void scale_row(const T* g, const float* grad_scale, T* dx, int64_t c) {
 #pragma omp simd
-  for (int64_t j = 0; j < c; ++j) store(dx + j, a[j] * load(g[j]));
+  for (int64_t j = 0; j < c; ++j) store(dx + j, grad_scale[j] * load(g[j]));
 }
 
 // g and g (x - center) of R rows of each, added to the sums.
@@ -301,14 +303,15 @@ inline void add_products(const T* const* gs, const T* const* xs, const float* ce
   }
 }
 
-// The same from z on through the group scaling; `of_z`: space for the gradient of a group.
+// The same from z on through the group scaling; `grad_z`: space for the gradient of a group.
 template <int64_t kWidth, typename T>
-inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, float* of_z,
+inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, float* sum_g, float* sum_gz, float* grad_z,
                              int64_t c, int64_t groups, float eps) {
   const int64_t width = kWidth ? kWidth : c / groups;
   for (int64_t o = 0; o < c; o += width) {
     const T *gi = g + o, *xi = x + o;
-    const float *center = k.center + o, *a = k.a + o, *b = k.b + o, *shift = k.shift + o;
+    const float *center = k.center + o, *grad_scale = k.grad_scale + o, *input_scale = k.input_scale + o,
+                *offset = k.offset + o;
     const float inverse = inverse_rms(xi, width, eps);
     if (sum_g) {
       float *to_g = sum_g + o, *to_gz = sum_gz + o;
@@ -323,30 +326,32 @@ inline void backward_grouped(const T* g, const T* x, T* dx, Coefficients k, floa
     float product = 0;
 #pragma omp simd reduction(+ : product)
     for (int64_t j = 0; j < width; ++j) {
-      const float z = load(xi[j]) * inverse, value = a[j] * load(gi[j]) + (b[j] * (z - center[j]) + shift[j]);
-      of_z[j] = value;
+      const float z = load(xi[j]) * inverse,
+                  value = grad_scale[j] * load(gi[j]) + (input_scale[j] * (z - center[j]) + offset[j]);
+      grad_z[j] = value;
       product += value * z;
     }
     product *= inverse / width;
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) store(to + j, inverse * (of_z[j] - load(xi[j]) * product));
+    for (int64_t j = 0; j < width; ++j) store(to + j, inverse * (grad_z[j] - load(xi[j]) * product));
   }
 }
 
-// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads dx = pad g. dirty: n bytes or null,
-// which pads are so: a pass for sums alone notes it, and one for dx alone then reads no x at the others.
+// sums, 4 x c: of g and of g (z - center) over real tokens, and over pads. At pads the gradient of z is
+// pad_grad_scale g. dirty, n bytes or null: the pads that hold something not finite. A pass for sums alone writes it,
+// and a pass for dx alone then reads no x at the other pads.
 template <typename T>
-void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
-                   const float* shift, const float* pad, T* dx, float* sums, uint8_t* dirty, int64_t n, int64_t c,
-                   int64_t groups, float eps, int threads) {
+void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* center, const float* grad_scale,
+                   const float* input_scale, const float* offset, const float* pad_grad_scale, T* dx, float* sums,
+                   uint8_t* dirty, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
   ask_for_large_pages(dx, n * c * sizeof(T));
   const std::vector<float> zeros(c);
   if (!center) center = zeros.data();
-  const Coefficients of_real{center, a, b, shift ? shift : zeros.data()};
-  const Coefficients of_pad{center, pad, zeros.data(), zeros.data()};
+  const Coefficients at_real{center, grad_scale, input_scale, offset ? offset : zeros.data()};
+  const Coefficients at_pad{center, pad_grad_scale, zeros.data(), zeros.data()};
   std::vector<std::vector<double>> parts(threads);
   for_each_share(threads, n, [&](int t, int64_t begin, int64_t end) {
-    std::vector<float> block(sums ? 4 * c : 0), of_z(groups ? c / groups : 0);
+    std::vector<float> block(sums ? 4 * c : 0), grad_z(groups ? c / groups : 0);
     std::vector<T> cleaned;  // of the dirty pads of a block
     if (sums) parts[t].assign(4 * c, 0);
     std::vector<const T*> gs[2], xs[2];  // pads and real tokens whose sums are yet to be added
@@ -357,7 +362,7 @@ void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* cen
       if (to) ask_for_next(to, c);
       const bool is_real = !mask || mask[row];
       if (!is_real && !sums && dirty && !dirty[row]) {
-        scale_row(gi, pad, to, c);
+        scale_row(gi, pad_grad_scale, to, c);
         continue;
       }
       const bool is_dirty = !is_real && !is_clean(xi, c);
@@ -369,9 +374,9 @@ void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* cen
       }
       float* to_g = sums ? block.data() + (is_real ? 0 : 2 * c) : nullptr;
       float* to_gz = sums ? to_g + c : nullptr;
-      const Coefficients& of_row = is_real ? of_real : of_pad;
-      if (groups) grouped(gi, xi, to, of_row, to_g, to_gz, of_z.data(), c, groups, eps);
-      else if (to) backward_row(gi, xi, to, of_row, to_g, to_gz, c);
+      const Coefficients& coefficients = is_real ? at_real : at_pad;
+      if (groups) grouped(gi, xi, to, coefficients, to_g, to_gz, grad_z.data(), c, groups, eps);
+      else if (to) backward_row(gi, xi, to, coefficients, to_g, to_gz, c);
       else gs[is_real].push_back(gi), xs[is_real].push_back(xi);
       for (int64_t j = 0; is_dirty && to && j < c; ++j)
         if (load(xi[j]) == 0 && load(x[row * c + j]) != 0) store(to + j, 0.0f);
@@ -394,10 +399,11 @@ void backward_rows(const T* g, const T* x, const uint8_t* mask, const float* cen
 }
 
 template <typename T>
-void backward(const T* g, const T* x, const uint8_t* mask, const float* center, const float* a, const float* b,
-              const float* shift, const float* pad, T* dx, float* sums, int64_t n, int64_t c, int64_t groups, float eps,
-              int threads) {
-  backward_rows<T>(g, x, mask, center, a, b, shift, pad, dx, sums, nullptr, n, c, groups, eps, threads);
+void affine_bwd(const T* g, const T* x, const uint8_t* mask, const float* center, const float* grad_scale,
+                const float* input_scale, const float* offset, const float* pad_grad_scale, T* dx, float* sums,
+                int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+  backward_rows<T>(g, x, mask, center, grad_scale, input_scale, offset, pad_grad_scale, dx, sums, nullptr, n, c,
+                   groups, eps, threads);
 }
 
 float count_real(const uint8_t* mask, int64_t n) {
@@ -415,17 +421,17 @@ void scale(const T* x, const uint8_t* mask, const float* mean, const float* vari
     factor[j] = weight[j] / std::sqrt(variance[j] / per + eps);
     if (bias) shift[j] = bias[j];
   }
-  forward(x, mask, mean, factor.data(), shift.data(), y, squares, n, c, groups, eps, threads);
+  affine_fwd(x, mask, mean, factor.data(), shift.data(), y, squares, n, c, groups, eps, threads);
 }
 
 template <typename T>
-void standardize(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
-                 int64_t n, int64_t c, int64_t centered, float eps, int threads) {
+void batch_norm_fwd(const T* x, const uint8_t* mask, const float* weight, const float* bias, T* y, float* packed,
+                    int64_t n, int64_t c, int64_t centered, float eps, int threads) {
   float *mean = packed + 1, *m2 = mean + c;
   if (centered) {
     moments(x, mask, packed, n, c, 0, eps, threads);
   } else {
-    forward<T>(x, mask, nullptr, nullptr, nullptr, nullptr, m2, n, c, 0, eps, threads);
+    affine_fwd<T>(x, mask, nullptr, nullptr, nullptr, nullptr, m2, n, c, 0, eps, threads);
     std::fill(mean, mean + c, 0.0f);
     *packed = count_real(mask, n);
   }
@@ -433,57 +439,58 @@ void standardize(const T* x, const uint8_t* mask, const float* weight, const flo
 }
 
 template <typename T>
-void standardize_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* packed,
-                          const float* of_packed, T* dx, float* of_weight, float* of_bias, int64_t n, int64_t c,
-                          int64_t centered, float eps, int threads) {
+void batch_norm_bwd(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* packed,
+                    const float* grad_packed, T* dx, float* grad_weight, float* grad_bias, int64_t n, int64_t c,
+                    int64_t centered, float eps, int threads) {
   const float *mean = packed + 1, *m2 = mean + c;
-  std::vector<float> sums(4 * c), a(c), b(c), shift(c);
+  std::vector<float> sums(4 * c), grad_scale(c), input_scale(c), offset(c);
   std::vector<uint8_t> dirty(mask ? n : 0);
   backward_rows<T>(g, x, mask, mean, nullptr, nullptr, nullptr, nullptr, nullptr, sums.data(), dirty.data(), n, c, 0,
                    eps, threads);
   const float number = std::max(*packed, 1.0f);
   for (int64_t j = 0; j < c; ++j) {
     const float inverse = 1 / std::sqrt(m2[j] / number + eps), share = -weight[j] * inverse / number;
-    a[j] = weight[j] * inverse;
-    b[j] = share * sums[c + j] * (inverse * inverse) + (of_packed ? 2 * of_packed[1 + c + j] : 0);
-    shift[j] = (centered ? share * sums[j] : 0) + (of_packed ? of_packed[1 + j] / number : 0);
-    of_weight[j] = inverse * (sums[c + j] + sums[3 * c + j]);
-    of_bias[j] = sums[j] + sums[2 * c + j];
+    grad_scale[j] = weight[j] * inverse;
+    input_scale[j] = share * sums[c + j] * (inverse * inverse) + (grad_packed ? 2 * grad_packed[1 + c + j] : 0);
+    offset[j] = (centered ? share * sums[j] : 0) + (grad_packed ? grad_packed[1 + j] / number : 0);
+    grad_weight[j] = inverse * (sums[c + j] + sums[3 * c + j]);
+    grad_bias[j] = sums[j] + sums[2 * c + j];
   }
-  const float* scale = a.data();
-  backward_rows<T>(g, x, mask, mean, scale, b.data(), shift.data(), scale, dx, nullptr, dirty.data(), n, c, 0, eps,
-                   threads);
+  const float* scale = grad_scale.data();
+  backward_rows<T>(g, x, mask, mean, scale, input_scale.data(), offset.data(), scale, dx, nullptr, dirty.data(), n, c,
+                   0, eps, threads);
 }
 
 template <typename T>
-void rescale(const T* x, const uint8_t* mask, const float* power, const float* weight, const float* bias, T* y,
-             float* packed, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
+void power_norm_fwd(const T* x, const uint8_t* mask, const float* power, const float* weight, const float* bias, T* y,
+                    float* packed, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
   scale<T>(x, mask, nullptr, power, 1, weight, bias, y, packed + 1 + c, n, c, groups, eps, threads);
   std::fill(packed + 1, packed + 1 + c, 0.0f);
   *packed = count_real(mask, n);
 }
 
 template <typename T>
-void rescale_backward(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* power,
-                      const float* of_power, const float* nu, const float* packed, T* dx, float* of_weight,
-                      float* of_bias, float* of_batch, int64_t n, int64_t c, int64_t groups, float eps, int threads) {
-  std::vector<float> sums(4 * c), inverse(c), a(c), b(c), pad(c);
+void power_norm_bwd(const T* g, const T* x, const uint8_t* mask, const float* weight, const float* power,
+                    const float* grad_power, const float* nu, const float* packed, T* dx, float* grad_weight,
+                    float* grad_bias, float* batch_sums, int64_t n, int64_t c, int64_t groups, float eps,
+                    int threads) {
+  std::vector<float> sums(4 * c), inverse(c), grad_scale(c), input_scale(c), pad_grad_scale(c);
   for (int64_t j = 0; j < c; ++j) {
     inverse[j] = 1 / std::sqrt(power[j] + eps);
-    const float of_inverse = of_power ? 1 / std::sqrt(of_power[j] + eps) : inverse[j];
-    a[j] = weight[j] * of_inverse;
-    b[j] = -nu[j] * inverse[j] * of_inverse;
-    pad[j] = weight[j] * inverse[j];
+    const float grad_inverse = grad_power ? 1 / std::sqrt(grad_power[j] + eps) : inverse[j];
+    grad_scale[j] = weight[j] * grad_inverse;
+    input_scale[j] = -nu[j] * inverse[j] * grad_inverse;
+    pad_grad_scale[j] = weight[j] * inverse[j];
   }
-  backward<T>(g, x, mask, nullptr, a.data(), b.data(), nullptr, pad.data(), dx, sums.data(), n, c, groups, eps,
-              threads);
+  affine_bwd<T>(g, x, mask, nullptr, grad_scale.data(), input_scale.data(), nullptr, pad_grad_scale.data(), dx,
+                sums.data(), n, c, groups, eps, threads);
   const float* squares = packed + 1 + c;
-  of_batch[0] = *packed;
+  batch_sums[0] = *packed;
   for (int64_t j = 0; j < c; ++j) {
-    of_weight[j] = inverse[j] * (sums[c + j] + sums[3 * c + j]);
-    of_bias[j] = sums[j] + sums[2 * c + j];
-    of_batch[1 + j] = inverse[j] * inverse[j] * squares[j];
-    of_batch[1 + c + j] = pad[j] * sums[c + j];
+    grad_weight[j] = inverse[j] * (sums[c + j] + sums[3 * c + j]);
+    grad_bias[j] = sums[j] + sums[2 * c + j];
+    batch_sums[1 + j] = inverse[j] * inverse[j] * squares[j];
+    batch_sums[1 + c + j] = pad_grad_scale[j] * sums[c + j];
   }
 }
 
@@ -506,14 +513,14 @@ void get_power(const float* packed, float* power, int64_t c) {
 }  // namespace
 
 // A null running value is not kept.
-extern "C" void update(float* mean, float* var, float* power, int64_t* updates, const float* packed, int64_t c,
-                       float weight) {
-  const float number = std::max(*packed, 1.0f), *of_mean = packed + 1, *m2 = of_mean + c;
-  std::vector<float> of_var(c), of_power(c);
-  for (int64_t j = 0; j < c; ++j) of_var[j] = m2[j] / number;
-  get_power(packed, of_power.data(), c);
+extern "C" void update_running(float* mean, float* var, float* power, int64_t* updates, const float* packed, int64_t c,
+                               float weight) {
+  const float number = std::max(*packed, 1.0f), *batch_mean = packed + 1, *m2 = batch_mean + c;
+  std::vector<float> batch_var(c), batch_power(c);
+  for (int64_t j = 0; j < c; ++j) batch_var[j] = m2[j] / number;
+  get_power(packed, batch_power.data(), c);
   float* const running[] = {mean, var, power};
-  const float* const values[] = {of_mean, of_var.data(), of_power.data()};
+  const float* const values[] = {batch_mean, batch_var.data(), batch_power.data()};
   bool valid = *packed > 0;
   for (int i = 0; i < 3; ++i) valid = valid && (!running[i] || all_finite(values[i], c));
   for (int i = 0; valid && i < 3; ++i)
@@ -522,57 +529,58 @@ extern "C" void update(float* mean, float* var, float* power, int64_t* updates, 
   *updates += valid;
 }
 
-extern "C" void update_nu(float* nu, float* largest_gamma, const float* of_batch, const float* loss_scale, int64_t c,
+extern "C" void update_nu(float* nu, float* largest_gamma, const float* batch_sums, const float* loss_scale, int64_t c,
                           float weight) {
-  const float number = std::max(of_batch[0], 1.0f), of_loss = number * *loss_scale;
-  const float *gamma = of_batch + 1, *lambda = gamma + c;
-  bool valid = of_batch[0] > 0 && all_finite(gamma, c);
-  for (int64_t j = 0; j < c; ++j) valid = valid && std::isfinite(lambda[j] / of_loss);
+  const float number = std::max(batch_sums[0], 1.0f), scale_of_loss = number * *loss_scale;
+  const float *gamma = batch_sums + 1, *lambda = gamma + c;
+  bool valid = batch_sums[0] > 0 && all_finite(gamma, c);
+  for (int64_t j = 0; j < c; ++j) valid = valid && std::isfinite(lambda[j] / scale_of_loss);
   if (!valid) return;
   for (int64_t j = 0; j < c; ++j) {
     const float power = gamma[j] / number, step = std::min(weight, 1 / power);
-    nu[j] += step * (lambda[j] / of_loss - nu[j] * power);
+    nu[j] += step * (lambda[j] / scale_of_loss - nu[j] * power);
     *largest_gamma = std::max(*largest_gamma, power);
   }
 }
 
-extern "C" void merge(float* pooled, const float* packed, int64_t c) {
+extern "C" void merge_pending(float* pooled, const float* packed, int64_t c) {
   Moments all = unpack(pooled, c);
   all.merge(unpack(packed, c));
   all.pack(pooled);
 }
 
-// Weighted distances of a batch's moments from running ones (modeling/discrepancy.py), and the gradient of the moments.
-extern "C" void penalize(const float* packed, const float* mean, const float* var, float* value, float* of_packed,
-                         int64_t c, int64_t relative, int64_t of_variances, float weight_mean, float weight_var,
-                         float eps) {
-  const float number = *packed, *of_mean = packed + 1, *m2 = of_mean + c;
-  std::fill(of_packed, of_packed + 2 * c + 1, 0.0f);
+// Weighted distances of a batch's moments from running ones (modeling/discrepancy.py), and the gradient of the
+// moments.
+extern "C" void penalty_with_grad(const float* packed, const float* mean, const float* var, float* value,
+                                  float* grad_packed, int64_t c, int64_t relative, int64_t by_variances,
+                                  float weight_mean, float weight_var, float eps) {
+  const float number = *packed, *batch_mean = packed + 1, *m2 = batch_mean + c;
+  std::fill(grad_packed, grad_packed + 2 * c + 1, 0.0f);
   double total = 0;
   for (int64_t j = 0; number > 0 && j < c; ++j) {
-    const float sigma = std::sqrt(var[j] + eps), of_sigma = std::sqrt(m2[j] / number + eps);
-    const float unit = relative ? 1 / (sigma * sigma * c) : 1.0f, gap = of_mean[j] - mean[j];
-    const float spread = of_variances ? m2[j] / number - var[j] : of_sigma - sigma;
+    const float sigma = std::sqrt(var[j] + eps), batch_sigma = std::sqrt(m2[j] / number + eps);
+    const float unit = relative ? 1 / (sigma * sigma * c) : 1.0f, gap = batch_mean[j] - mean[j];
+    const float spread = by_variances ? m2[j] / number - var[j] : batch_sigma - sigma;
     total += double(weight_mean) * unit * gap * gap;
-    total += double(weight_var) * (of_variances ? std::fabs(spread) : unit * spread * spread);
-    of_packed[1 + j] = 2 * weight_mean * unit * gap;
-    of_packed[1 + c + j] =
-        weight_var / number * (of_variances ? float((spread > 0) - (spread < 0)) : unit * spread / of_sigma);
+    total += double(weight_var) * (by_variances ? std::fabs(spread) : unit * spread * spread);
+    grad_packed[1 + j] = 2 * weight_mean * unit * gap;
+    grad_packed[1 + c + j] =
+        weight_var / number * (by_variances ? float((spread > 0) - (spread < 0)) : unit * spread / batch_sigma);
   }
   *value = float(total);
 }
 
 // Each function for each dtype of tokens.
-#define EXPORT(name)                                                        \
-  extern "C" {                                                              \
-  void* name##_float32 = reinterpret_cast<void*>(&name<float>);             \
-  void* name##_bfloat16 = reinterpret_cast<void*>(&name<bfloat16>);         \
+#define EXPORT(name)                                                \
+  extern "C" {                                                      \
+  void* name##_float32 = reinterpret_cast<void*>(&name<float>);     \
+  void* name##_bfloat16 = reinterpret_cast<void*>(&name<bfloat16>); \
   }
 
 EXPORT(moments)
-EXPORT(forward)
-EXPORT(backward)
-EXPORT(standardize)
-EXPORT(standardize_backward)
-EXPORT(rescale)
-EXPORT(rescale_backward)
+EXPORT(affine_fwd)
+EXPORT(affine_bwd)
+EXPORT(batch_norm_fwd)
+EXPORT(batch_norm_bwd)
+EXPORT(power_norm_fwd)
+EXPORT(power_norm_bwd)

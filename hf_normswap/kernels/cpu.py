@@ -14,8 +14,8 @@ import torch
 from torch.autograd.graph import increment_version
 from transformers.utils import logging
 
+from hf_normswap.modeling.backends import ReferenceBackend
 from hf_normswap.modeling.moments import Moments
-from hf_normswap.modeling.passes import TorchPasses
 
 
 logger = logging.get_logger(__name__)
@@ -28,15 +28,20 @@ if platform.machine() in ("x86_64", "AMD64"):
 TIMEOUT = 300  # seconds
 
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
-_POINTERS = {"moments": 3, "forward": 7, "backward": 10}
-_POINTERS |= {"standardize": 6, "standardize_backward": 9, "rescale": 7, "rescale_backward": 12}
+_POINTERS = {"moments": 3, "affine_fwd": 7, "affine_bwd": 10}
+_POINTERS |= {"batch_norm_fwd": 6, "batch_norm_bwd": 9, "power_norm_fwd": 7, "power_norm_bwd": 12}
 _FORMS = {"relative": (True, False), "paper": (False, False), "reference": (False, True)}
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
 _OF_CHANNELS = {
-    "update": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
+    "update_running": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
-    "merge": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
-    "penalize": (*(5 * (ctypes.c_void_p,)), *(2 * (ctypes.c_int64,)), ctypes.c_int64, *(3 * (ctypes.c_float,))),
+    "merge_pending": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
+    "penalty_with_grad": (
+        *(5 * (ctypes.c_void_p,)),
+        *(2 * (ctypes.c_int64,)),
+        ctypes.c_int64,
+        *(3 * (ctypes.c_float,)),
+    ),
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -99,8 +104,8 @@ def _cache() -> Path:
     return folder
 
 
-class CpuPasses(TorchPasses):
-    """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same, each pass one trip through memory.
+class CpuBackend(ReferenceBackend):
+    """The [`ReferenceBackend`](hf_normswap.modeling.backends.ReferenceBackend) in C++: a pass reads its tokens once.
 
     Tokens are float32 or bfloat16, statistics and coefficients float32. Deterministic for a number of threads.
     """
@@ -115,91 +120,93 @@ class CpuPasses(TorchPasses):
         return Moments(packed)
 
     @staticmethod
-    def squares(x, mask, groups, eps):
+    def sum_squares(x, mask, groups, eps):
         squares = _new(x, x.shape[-1])
-        _call("forward", (x,), mask, (None,) * 3, (None, squares), groups, eps)
+        _call("affine_fwd", (x,), mask, (None,) * 3, (None, squares), groups, eps)
         return squares
 
     @staticmethod
-    def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
+    def affine_fwd(x, mask, center, scale, shift, groups, eps, wants_squares):
         y, squares = _new_tokens(x), _new(x, x.shape[-1]) if wants_squares else None
-        _call("forward", (x,), mask, (center, scale, shift), (y, squares), groups, eps)
+        _call("affine_fwd", (x,), mask, (center, scale, shift), (y, squares), groups, eps)
         return y, squares
 
     @staticmethod
-    def sums(g, x, mask, center, groups, eps):
+    def grad_sums(g, x, mask, center, groups, eps):
         sums = _new(x, 4, x.shape[-1])
-        _call("backward", (g, x), mask, (center, *(None,) * 4), (None, sums), groups, eps)
+        _call("affine_bwd", (g, x), mask, (center, *(None,) * 4), (None, sums), groups, eps)
         return sums
 
     @staticmethod
-    def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
+    def affine_bwd(g, x, mask, center, coefficients, groups, eps, wants_sums):
         dx, sums = _new_tokens(x), _new(x, 4, x.shape[-1]) if wants_sums else None
-        _call("backward", (g, x), mask, (center, a, b, shift, pad), (dx, sums), groups, eps)
+        _call("affine_bwd", (g, x), mask, (center, *coefficients), (dx, sums), groups, eps)
         return dx, sums
 
     @classmethod
-    def standardize(cls, x, weight, bias, mask, eps, centered, group):
+    def batch_norm_fwd(cls, x, weight, bias, mask, eps, centered, group):
         if group is not None:
-            return super().standardize(x, weight, bias, mask, eps, centered, group)
+            return super().batch_norm_fwd(x, weight, bias, mask, eps, centered, group)
         y, packed = _new_tokens(x), _new_packed(x)
-        _call("standardize", (x,), mask, (weight, bias), (y, packed), centered, eps)
+        _call("batch_norm_fwd", (x,), mask, (weight, bias), (y, packed), centered, eps)
         return y, Moments(packed)
 
     @classmethod
-    def standardize_backward(cls, g, x, weight, mask, moments, of_moments, eps, centered, group):
+    def batch_norm_bwd(cls, g, x, weight, mask, moments, grad_moments, eps, centered, group):
         if group is not None:
-            return super().standardize_backward(g, x, weight, mask, moments, of_moments, eps, centered, group)
+            return super().batch_norm_bwd(g, x, weight, mask, moments, grad_moments, eps, centered, group)
         gradients = _new_gradients(x)
-        _call("standardize_backward", (g, x), mask, (weight, moments.packed, of_moments), gradients, centered, eps)
+        _call("batch_norm_bwd", (g, x), mask, (weight, moments.packed, grad_moments), gradients, centered, eps)
         return gradients
 
     @classmethod
-    def rescale(cls, x, weight, bias, mask, power, groups, eps):
+    def power_norm_fwd(cls, x, weight, bias, mask, power, groups, eps):
         y, packed = _new_tokens(x), _new_packed(x)
-        _call("rescale", (x,), mask, (power, weight, bias), (y, packed), groups, eps)
+        _call("power_norm_fwd", (x,), mask, (power, weight, bias), (y, packed), groups, eps)
         return y, Moments(packed)
 
     @classmethod
-    def rescale_backward(cls, g, x, weight, mask, power, of_power, nu, moments, groups, eps):
+    def power_norm_bwd(cls, g, x, weight, mask, power, grad_power, nu, moments, groups, eps):
         results = *_new_gradients(x), _new_packed(x)
-        _call("rescale_backward", (g, x), mask, (weight, power, of_power, nu, moments.packed), results, groups, eps)
+        _call("power_norm_bwd", (g, x), mask, (weight, power, grad_power, nu, moments.packed), results, groups, eps)
         return results
 
     @staticmethod
-    def update(running, moments, updates, weight):
+    def update_running(running, moments, updates, weight):
         packed, buffers = moments.packed, [running.get(name) for name in ("mean", "var", "power")]
         c, kept = len(packed) // 2, [buffer for buffer in buffers if buffer is not None]
         is_known = len(kept) == len(running) and updates.dtype == torch.int64 and updates.device == packed.device
         if not (is_known and _are_floats(c, *kept) and _are_floats(2 * c + 1, packed)):
-            return TorchPasses.update(running, moments, updates, weight)
-        load_library()["update"](*_addresses((*buffers, updates, packed)), c, float(weight))
+            return ReferenceBackend.update_running(running, moments, updates, weight)
+        load_library()["update_running"](*_addresses((*buffers, updates, packed)), c, float(weight))
         increment_version([*kept, updates])
 
     @staticmethod
-    def update_nu(nu, largest_gamma, of_batch, weight, loss_scale):
-        tensors, c = (nu, largest_gamma, of_batch, loss_scale), len(nu)
-        if not (_are_floats(c, nu) and _are_floats(1, largest_gamma, loss_scale) and _are_floats(2 * c + 1, of_batch)):
-            return TorchPasses.update_nu(nu, largest_gamma, of_batch, weight, loss_scale)
+    def update_nu(nu, largest_gamma, batch_sums, weight, loss_scale):
+        tensors, c = (nu, largest_gamma, batch_sums, loss_scale), len(nu)
+        if not (
+            _are_floats(c, nu) and _are_floats(1, largest_gamma, loss_scale) and _are_floats(2 * c + 1, batch_sums)
+        ):
+            return ReferenceBackend.update_nu(nu, largest_gamma, batch_sums, weight, loss_scale)
         load_library()["update_nu"](*_addresses(tensors), c, float(weight))
         increment_version([nu, largest_gamma])
 
     @staticmethod
-    def merge(pooled, moments):
+    def merge_pending(pooled, moments):
         if not _are_floats(len(pooled), pooled, moments.packed):
-            return TorchPasses.merge(pooled, moments)
-        load_library()["merge"](*_addresses((pooled, moments.packed)), len(pooled) // 2)
+            return ReferenceBackend.merge_pending(pooled, moments)
+        load_library()["merge_pending"](*_addresses((pooled, moments.packed)), len(pooled) // 2)
         increment_version([pooled])
 
     @staticmethod
-    def penalize(moments, mean, var, eps, distance, weights):
+    def penalty_with_grad(moments, mean, var, eps, distance, weights):
         packed, c = moments.packed, len(mean)
         if distance not in _FORMS or not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
-            return TorchPasses.penalize(moments, mean, var, eps, distance, weights)
-        value, of_packed = _new(packed), torch.empty_like(packed)
-        addresses = _addresses((packed, mean, var, value, of_packed))
-        load_library()["penalize"](*addresses, c, *_FORMS[distance], *weights, eps)
-        return value, of_packed
+            return ReferenceBackend.penalty_with_grad(moments, mean, var, eps, distance, weights)
+        value, grad_packed = _new(packed), torch.empty_like(packed)
+        addresses = _addresses((packed, mean, var, value, grad_packed))
+        load_library()["penalty_with_grad"](*addresses, c, *_FORMS[distance], *weights, eps)
+        return value, grad_packed
 
 
 def _call(name, tokens, mask, inputs, outputs, groups=0, eps=0.0):

@@ -5,8 +5,8 @@ import functools
 import torch
 import triton
 
+from hf_normswap.modeling.backends import ReferenceBackend
 from hf_normswap.modeling.moments import Moments
-from hf_normswap.modeling.passes import TorchPasses
 
 from .triton_kernels import ELEMENTS, STAGES, WARPS, backward_kernel, forward_kernel, merge_kernel, moments_kernel
 
@@ -16,8 +16,8 @@ PROGRAMS = 4  # of each multiprocessor: enough to keep the memory busy, so few t
 LEAST_ROWS = 16  # of a program
 
 
-class TritonPasses(TorchPasses):
-    """See [`TorchPasses`](hf_normswap.modeling.passes.TorchPasses): the same passes, each one trip through memory.
+class TritonBackend(ReferenceBackend):
+    """The [`ReferenceBackend`](hf_normswap.modeling.backends.ReferenceBackend) in Triton: a pass reads tokens once.
 
     Tokens are float32, bfloat16 or float16, statistics and coefficients float32. Two calls give the same bits; two
     processes only with `torch.use_deterministic_algorithms(True)`: else each takes the tiling that it finds fastest.
@@ -44,20 +44,20 @@ class TritonPasses(TorchPasses):
         return Moments(packed)
 
     @staticmethod
-    def squares(x, mask, groups, eps):
+    def sum_squares(x, mask, groups, eps):
         return _forward(x, mask, None, None, None, False, groups, eps, True)[1]
 
     @staticmethod
-    def forward(x, mask, center, scale, shift, groups, eps, wants_squares):
+    def affine_fwd(x, mask, center, scale, shift, groups, eps, wants_squares):
         return _forward(x, mask, center, scale, shift, True, groups, eps, wants_squares)
 
     @staticmethod
-    def sums(g, x, mask, center, groups, eps):
+    def grad_sums(g, x, mask, center, groups, eps):
         return _backward(g, x, mask, center, (None,) * 4, False, groups, eps, True)[1]
 
     @staticmethod
-    def backward(g, x, mask, center, a, b, shift, pad, groups, eps, wants_sums):
-        return _backward(g, x, mask, center, (a, b, shift, pad), True, groups, eps, wants_sums)
+    def affine_bwd(g, x, mask, center, coefficients, groups, eps, wants_sums):
+        return _backward(g, x, mask, center, coefficients, True, groups, eps, wants_sums)
 
 
 def _forward(x, mask, center, scale, shift, wants_y, groups, eps, wants_squares):

@@ -199,15 +199,15 @@ def backward_kernel(
                 pad_total += tl.where(real, 0, of_y)
                 pad_products += tl.where(real | ~exist, 0, product)
         if dx is not None:
-            of_z = a * of_y + b * (z - center) + shift
+            grad_z = a * of_y + b * (z - center) + shift
             if mask is not None:
-                of_z = tl.where(real, of_z, pad * of_y)
+                grad_z = tl.where(real, grad_z, pad * of_y)
             if GROUPED:
-                along = tl.sum(of_z * z, 1, keep_dims=True) / WIDTH
-                of_z = (of_z - z * along) * inverse
+                along = tl.sum(grad_z * z, 1, keep_dims=True) / WIDTH
+                grad_z = (grad_z - z * along) * inverse
             if mask is not None:
-                of_z = tl.where(counts, of_z, 0)
-            tl.store(dx + places, of_z.to(dx.dtype.element_ty), mask=read)
+                grad_z = tl.where(counts, grad_z, 0)
+            tl.store(dx + places, grad_z.to(dx.dtype.element_ty), mask=read)
     if parts is not None:
         parts += program * (2 if mask is None else 4) * C + columns
         tl.store(parts, tl.sum(total, 0), mask=valid)

@@ -1,6 +1,6 @@
 """Gain and shift alone."""
 
-from .norm import Norm
+from .base import Norm
 from .registry import register_norm
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from .base import BatchStatisticNorm
 from .discrepancy import compare_moments
-from .norm import BatchStatisticNorm
 from .registry import register_norm
 
 
@@ -39,8 +39,8 @@ class BatchNorm(BatchStatisticNorm):
     def normalize(self, x, mask):
         return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
 
-    def transform(self, x, mask):
-        return self.standardize(x, mask) if self.training else super().transform(x, mask)
+    def forward_train(self, x, mask):
+        return self.normalize_batch(x, mask)
 
     def affine_map(self):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)

@@ -59,7 +59,9 @@ def penalty(moments: Moments, mean, var, eps: float, distance: str, weights: tup
     return weights[0] * of_mean + weights[1] * of_var
 
 
-def penalize(moments: Moments, mean, var, eps: float, distance: str, weights) -> tuple[torch.Tensor, torch.Tensor]:
+def penalty_with_grad(
+    moments: Moments, mean, var, eps: float, distance: str, weights
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The [`penalty`], and its gradient with respect to `moments.packed` (the count is a constant), in closed form."""
     of_mean, of_var = 2 * weights[0] * (moments.mean - mean), moments.var
     if distance == "reference":
@@ -73,7 +75,7 @@ def penalize(moments: Moments, mean, var, eps: float, distance: str, weights) ->
 
 
 def differentiate_penalty(moments: Moments, *options) -> torch.Tensor:
-    """The gradient that [`penalize`] returns, in operations that can be differentiated again."""
+    """The gradient that [`penalty_with_grad`] returns, in operations that can be differentiated again."""
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(penalty(moments, *options), moments.packed, create_graph=True)
     return gradient

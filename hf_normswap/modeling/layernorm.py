@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from .norm import Norm
+from .base import Norm
 from .registry import register_norm
 
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from .ranks import gather_over_ranks
-
 
 class Moments(NamedTuple):
     """First two moments of a set of tokens, in one tensor: for one buffer, one collective, one output of a graph.
@@ -67,7 +65,7 @@ def count_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torc
 
 
 def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
-    """Two-pass moments of the real tokens; never `E[x²] − E[x]²`, which cancels.
+    """Two-pass moments of the real tokens, with a corrected mean; never `E[x²] − E[x]²`, which cancels.
 
     Args:
         values (`torch.Tensor` of shape `(..., C)`):
@@ -91,8 +89,13 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Mo
     ```
     """
     count = count_tokens(values, mask)
-    mean = sum_tokens(values, mask) / count.clamp(min=1)
-    return Moments.of(count, mean, sum_tokens((values - mean).square(), mask))
+    number = count.clamp(min=1)
+    mean = sum_tokens(values, mask) / number
+    centered = values - mean
+    # A mean far from zero is rounded, as 100 is by 4e-6 in float32. What is left of it belongs to the mean.
+    rest = sum_tokens(centered, mask) / number
+    m2 = sum_tokens(centered.square(), mask) - number * rest.square()
+    return Moments.of(count, mean + rest, m2.clamp(min=0))
 
 
 def merge_moments(parts: Moments) -> Moments:
@@ -115,3 +118,25 @@ def merge_moments(parts: Moments) -> Moments:
 def merge_over_ranks(moments: Moments, group=None) -> Moments:
     """Moments of the tokens of all ranks of a process `group`, by default of all, in one collective."""
     return merge_moments(Moments(gather_over_ranks(moments.packed, group)))
+
+
+def has_ranks() -> bool:
+    """Whether there is another process to talk to."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def gather_over_ranks(values: torch.Tensor, group=None) -> torch.Tensor:
+    """`values` of all ranks of a process group, by default of all, of shape `(ranks, *values.shape)`."""
+    if not has_ranks():
+        return values.unsqueeze(0)
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, values.contiguous(), group=group)
+    return torch.stack(gathered)
+
+
+def sum_over_ranks(values: torch.Tensor, group=None) -> torch.Tensor:
+    """The sum of `values` over all ranks of a process group, by default of all, in place."""
+    if has_ranks():
+        torch.distributed.all_reduce(values, group=group)
+    return values

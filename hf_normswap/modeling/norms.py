@@ -1,13 +1,14 @@
 """The norms of this package, and what a norm of one's own is made of. Importing this file registers them."""
 
+import difflib
+
 from .affine import Affine
+from .base import BatchStatisticNorm, Norm
 from .batchnorm import BatchNorm
 from .discrepancy import Statistics
 from .layernorm import LayerNorm
 from .moments import Moments, masked_moments
-from .norm import BatchStatisticNorm, Norm
-from .pnv import PowerNormV
-from .powernorm import PowerNorm
+from .powernorm import PowerNorm, PowerNormV
 from .rbn import RegularizedBatchNorm
 from .registry import available_norms, get_norm, register_norm
 from .rmsnorm import RMSNorm
@@ -30,3 +31,46 @@ __all__ = [
     "masked_moments",
     "register_norm",
 ]
+
+
+class NormSwapConfig:
+    """A norm and its options, checked when made.
+
+    Args:
+        norm (`str`): a registered name, in any spelling.
+        options: keyword arguments of the norm's class, for example `group_scaling=False`.
+
+    Raises:
+        ValueError: when there is no such norm or no such option.
+
+    Example:
+
+    ```python
+    >>> from hf_normswap import NormSwapConfig
+    >>> NormSwapConfig("PN", num_groups=4)
+    NormSwapConfig('powernorm', num_groups=4)
+
+    ```
+    """
+
+    def __init__(self, norm: str, /, **options):
+        cls = get_norm(norm)
+        known = cls.option_defaults()
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {sorted(known)}."
+                raise ValueError(f"The norm {cls.norm_name!r} has no option {name!r}: {hint}")
+        self.norm, self.options = cls.norm_name, options
+
+    @classmethod
+    def of(cls, norm: "str | NormSwapConfig") -> "NormSwapConfig":
+        """`norm` itself, or the configuration of that name without options."""
+        return norm if isinstance(norm, NormSwapConfig) else cls(norm)
+
+    def __eq__(self, other):
+        return isinstance(other, NormSwapConfig) and (self.norm, self.options) == (other.norm, other.options)
+
+    def __repr__(self):
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"NormSwapConfig({self.norm!r}{options})"

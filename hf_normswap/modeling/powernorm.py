@@ -2,14 +2,12 @@
 
 import torch
 
-from .moments import Moments, merge_over_ranks
-from .norm import PowerStatisticNorm
-from .options import check_number
-from .passes import power_moments, scale_groups
-from .paths import passes_for
-from .ranks import sum_over_ranks
-from .recompute import replay_or_record, snapshot
-from .registry import register_norm
+from .activation_checkpointing import replay_or_record, snapshot
+from .autograd import PowerNormalize
+from .backends import get_backend, scale_groups
+from .base import PowerStatisticNorm
+from .moments import Moments
+from .registry import check_number, register_norm
 
 
 @register_norm("powernorm", "pn")
@@ -124,14 +122,12 @@ class PowerNorm(PowerStatisticNorm):
         x, _ = scale_groups(x, self.groups, self.eps)
         return x * torch.rsqrt(self.running_power + self.eps)
 
-    def transform(self, x, mask):
-        if not self.training:
-            return super().transform(x, mask)
+    def forward_train(self, x, mask):
         self.refuse_transforms()
-        running, is_first_run = self.frozen_running()
+        running, is_first_run = self.running_snapshot()
         tracks, _ = replay_or_record(lambda: not self.paused)
         step, _ = replay_or_record(lambda: snapshot(self.num_batches_tracked)) if self.warmup_steps else (None, None)
-        y, moments = _PowerNormalize.apply(
+        y, moments = PowerNormalize.apply(
             x,
             self.weight,
             self.bias,
@@ -145,7 +141,7 @@ class PowerNorm(PowerStatisticNorm):
             tracks,
             self,
         )
-        self.observe(Moments(moments), running, is_first_run)
+        self.record_batch(Moments(moments), running, is_first_run)
         return y
 
     def _weight(self, weight: float, step: torch.Tensor | None) -> float | torch.Tensor:
@@ -159,94 +155,33 @@ class PowerNorm(PowerStatisticNorm):
         return self._weight(self.momentum, self.num_batches_tracked)
 
     def update_gradient_statistic(self, sums: torch.Tensor) -> None:
-        """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a deferred layer."""
+        """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a layer that accumulates."""
         weight = self._weight(1 - self.alpha_bwd, self.num_batches_tracked)
         with torch.no_grad():
-            passes_for(self.nu, sums).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
+            get_backend(self.nu, sums).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)
 
     def extra_repr(self):
         groups = f", num_groups={self.num_groups}" if self.group_scaling else ", group_scaling=False"
         return super().extra_repr() + groups
 
 
-class _PowerNormalize(torch.autograd.Function):
-    """`y = γ x̂ + β`, x̂ = z / √(ψ² + ε), with PowerNorm's backward; there Γ and Λ go to buffers of the layer.
+@register_norm("pnv", "pn-v", "powernorm-v")
+class PowerNormV(PowerStatisticNorm):
+    """PN-V (Shen et al., ICML 2020, arXiv 2003.07845, section 4.1): `y = γ x / √(ψ_B² + ε) + β`, ψ_B² = mean(x²).
 
-    The packed moments of the batch about zero are an output, too. In the warm-up ψ and ν are those of the batch, and a
-    forward and a backward take two passes each, not one.
+    PowerNorm with the statistic of the batch itself and its exact gradient.
+
+    Args:
+        num_features (`int`): number of channels.
+        eps (`float`, *optional*, defaults to 1e-5): added to ψ².
+        momentum (`float`, *optional*, defaults to 0.1): weight of a batch in the running value.
+        bias (`bool`, *optional*, defaults to `True`): whether there is a shift β.
     """
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, mask, power, nu, is_warming_up, update_weight, groups, eps, tracks, layer):
-        passes, moments = passes_for(x, weight, power, norm=layer.norm_name), None
-        if is_warming_up is not None:
-            moments = power_moments(x, mask, passes.squares(x, mask, groups, eps))
-            if layer.process_group is not None:
-                moments = merge_over_ranks(moments, layer.process_group)
-            power = torch.where(is_warming_up, moments.power, power)
-        y, of_process = passes.rescale(x, weight, bias, mask, power, groups, eps)
-        moments = of_process if moments is None else moments
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(moments.packed)
-        ctx.save_for_backward(x, weight, mask, power, nu, is_warming_up, moments.packed, of_process.packed)
-        ctx.norm_name, ctx.update_weight, ctx.groups, ctx.eps = layer.norm_name, update_weight, groups, eps
-        ctx.grad_scale, ctx.tracks, ctx.deferred = layer.grad_scale, tracks, layer.deferred
-        # Not saved for backward: updated there on purpose.
-        ctx.nu, ctx.largest_gamma, ctx.loss_scale = layer.nu, layer.largest_gamma, layer.loss_scale
-        ctx.pending, ctx.group = layer.pending_gradient, layer.process_group
-        return y, moments.packed
+    centered = False
 
-    @staticmethod
-    def backward(ctx, g, _):
-        if g is None:
-            return (None,) * 12
-        x, weight, mask, power, nu, is_warming_up, moments, of_process = ctx.saved_tensors
-        with torch.no_grad():
-            passes = passes_for(x, g, weight, power, norm=ctx.norm_name)
-            of_process, wide = Moments(of_process), g.to(x.dtype)
-            if is_warming_up is not None:
-                _, products, *_ = passes.sums(wide, x, mask, None, ctx.groups, ctx.eps)
-                products = products * weight * torch.rsqrt(power + ctx.eps)
-                nu = torch.where(is_warming_up, _nu_of_batch(of_process.count, products, ctx.group), nu)
-            of_power = Moments(moments).power if ctx.grad_scale == "batch" else None
-            dx, of_weight, of_bias, of_batch = passes.rescale_backward(
-                wide, x, weight, mask, power, of_power, nu, of_process, ctx.groups, ctx.eps
-            )
-            if ctx.tracks and ctx.deferred:
-                ctx.pending.add_(of_batch)
-            elif ctx.tracks:
-                passes_for(ctx.nu, of_batch).update_nu(
-                    ctx.nu, ctx.largest_gamma, of_batch, ctx.update_weight, ctx.loss_scale
-                )
-            gradients = dx, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _NoSecondDerivative.apply(*gradients, g, x, weight)
-        dx, of_weight, of_bias = gradients
-        return dx, of_weight, of_bias if ctx.needs_input_grad[2] else None, *(None,) * 9
+    def normalize(self, x, mask):
+        return x * torch.rsqrt(self.running_power + self.eps)
 
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Returns the gradients as they are, and raises when they are differentiated.
-
-    `once_differentiable` only sees that they depend on the incoming gradient `g`. A second derivative with respect to
-    x or the weight would silently be 0 where `g` is a constant, and in `torch.autograd.functional.hessian`.
-    """
-
-    @staticmethod
-    def forward(ctx, dx, of_weight, of_bias, g, x, weight):
-        return dx, of_weight, of_bias
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "PowerNorm has no second derivative, as its backward is an approximation with a running statistic: use "
-            "pnv or batchnorm where one is needed."
-        )
-
-
-def _nu_of_batch(count, products, group):
-    """The ν with which the backward is PN-V's: Λ of the batch."""
-    if group is not None:
-        pooled = sum_over_ranks(torch.cat([count.unsqueeze(0), products]), group)
-        count, products = pooled[0], pooled[1:]
-    return products / count.clamp(min=1)
+    def forward_train(self, x, mask):
+        return self.normalize_batch(x, mask)

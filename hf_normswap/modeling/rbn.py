@@ -8,8 +8,7 @@ from transformers.utils import logging
 from .batchnorm import BatchNorm
 from .discrepancy import DISTANCES, penalty
 from .moments import Moments
-from .options import check_number
-from .registry import register_norm
+from .registry import check_number, register_norm
 
 
 logger = logging.get_logger(__name__)

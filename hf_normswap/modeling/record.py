@@ -8,14 +8,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .blend import layer_norm_shares
-from .configuration import FORMAT_VERSION, layer_norm_eps, placement_of
-from .folded import add_bias, pass_through, remove_norms, untie_head
-from .norm import Norm
+from .base import Norm
+from .configuration_normswap import FORMAT_VERSION, layer_norm_eps, placement_of
+from .norm_sites import WRAPPED, NormSite, find_norms, is_site, path_of
+from .norms import NormSwapConfig
 from .registry import get_norm
-from .replace import new_norm
-from .sites import WRAPPED, NormSite, find_norms, is_site, path_of
-from .swap_config import NormSwapConfig
+from .replace import add_bias, layer_norm_shares, new_norm, pass_through, remove_norms, untie_head
 
 
 logger = logging.get_logger(__name__)

@@ -1,6 +1,8 @@
 """Norms by name."""
 
 import difflib
+import math
+import numbers
 import re
 
 
@@ -77,3 +79,10 @@ def get_norm(name: str) -> type:
 def available_norms() -> list[str]:
     """Registered names, sorted."""
     return sorted(_NORMS)
+
+
+def check_number(name: str, value, high: float = math.inf) -> None:
+    """Raises `ValueError` unless the option `name` is a finite number of at least 0 and at most `high`."""
+    if not isinstance(value, numbers.Real) or not 0 <= value <= high or math.isinf(value):
+        bound = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{name} is a number of at least 0{bound}, and cannot be {value!r}.")

@@ -5,7 +5,7 @@ import sys
 import torch
 from accelerate import PartialState
 
-from hf_normswap import synchronize_norms
+from hf_normswap import set_norm_process_group
 from tests.distributed.test_norms import CASES, make, share, step
 
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         setattr(torch.distributed, name, count)
     for case in CASES:
         norm, (x, upstream, mask) = make(case[0]), share(case[1], rank)
-        synchronize_norms(norm)
+        set_norm_process_group(norm)
         before = len(calls)
         results[case] = {**step(norm, x, upstream, mask), "collectives": calls[before:]}
     torch.save(results, f"{folder}/rank{rank}.pt")

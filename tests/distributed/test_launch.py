@@ -10,7 +10,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 from tests.distributed.launch import ROOT, TORCHRUN, run, start
 from tests.recipes.conftest import model_folder, write_task  # noqa: F401
 

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_normswap import (
     PowerNorm,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
     norm_penalty,
+    set_norm_process_group,
     swap_norm,
-    sync_norm_statistics,
-    synchronize_norms,
+    update_norm_statistics,
 )
-from hf_normswap.statistics import statistic_norms
+from hf_normswap.core.statistics import statistic_norms
 from tests.distributed.launch import TORCHRUN, run
 from tests.models import tiny_batch, tiny_model
 
@@ -72,10 +72,10 @@ def train(family, norm, division, mode, rank=None):
         if isinstance(module, PowerNorm):
             module.warmup_steps = STEPS if norm.endswith("_warm") else 0
             module.loss_scale.fill_(world)  # DDP averages, the loss is a sum over ranks
-    synchronize_norms(model)
+    set_norm_process_group(model)
     if norm == "powernorm":  # has statistics from before the batch: no need
-        synchronize_norms(model, synchronized=False)
-    defer_norm_statistics(model)
+        set_norm_process_group(model, synchronized=False)
+    accumulate_norm_statistics(model)
     if rank is not None and mode == "compiled":
         torch._dynamo.reset()
         model.compile(fullgraph=True, backend="aot_eager_decomp_partition")
@@ -107,7 +107,7 @@ def train(family, norm, division, mode, rank=None):
             gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
-            sync_norm_statistics(model)
+            update_norm_statistics(model)
             saved = model.state_dict()
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
             recorded.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hf_normswap.checkpoints import find_last_checkpoint
+from hf_normswap.training.checkpoints import find_last_checkpoint
 from tests.distributed.launch import TORCHRUN, run, start
 from tests.recipes.conftest import model_folder, write_task  # noqa: F401
 

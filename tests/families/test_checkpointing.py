@@ -12,16 +12,16 @@ from hf_normswap import (
     BatchNorm,
     NormSwapConfig,
     PowerNorm,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
+    checkpoint_norms,
     norm_penalty,
     restore_norm,
     swap_norm,
-    sync_norm_statistics,
-    tape_checkpoint,
+    update_norm_statistics,
 )
-from hf_normswap.modeling import recompute
-from hf_normswap.modeling.recompute import CHECKPOINTING
-from hf_normswap.modeling.token_mask import SCOPE
+from hf_normswap.modeling import activation_checkpointing
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
+from hf_normswap.modeling.padding_mask import SCOPE
 from tests.models import FAMILIES, tiny_batch, tiny_model
 
 
@@ -39,21 +39,21 @@ def swapped_model(norm, family):
     return swap_norm(tiny_model(family).double(), norm, where="all")
 
 
-def train(model, steps=3, deferred=False, backward=torch.Tensor.backward):
+def train(model, steps=3, accumulating=False, backward=torch.Tensor.backward):
     """Gradients and buffers of every step of a short training on padded batches."""
-    if deferred:
-        defer_norm_statistics(model)
+    if accumulating:
+        accumulate_norm_statistics(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     results = []
     for step in range(steps):
         optimizer.zero_grad()
-        for micro_batch in range(2 if deferred else 1):
+        for micro_batch in range(2 if accumulating else 1):
             output = model(**tiny_batch(model, (6, 3), 8, seed=10 * step + micro_batch))
             backward(output.loss + norm_penalty(model))
         results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
-        if deferred:
-            sync_norm_statistics(model)
+        if accumulating:
+            update_norm_statistics(model)
         results[-1] |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     return results
 
@@ -68,22 +68,22 @@ def assert_same(expected, results):
 
 
 @functools.cache
-def without_checkpointing(norm, family, deferred=False):
-    return train(swapped_model(norm, family), deferred=deferred)
+def without_checkpointing(norm, family, accumulating=False):
+    return train(swapped_model(norm, family), accumulating=accumulating)
 
 
 @pytest.fixture(autouse=True)
 def blocks_run_twice(monkeypatch):
     """A test that checkpoints nothing would prove nothing: count what runs again."""
     replays = []
-    original = recompute.replay_or_record
+    original = activation_checkpointing.replay_or_record
 
     def counting(make):
-        if SCOPE.tape is not None and SCOPE.tape[0] == "replay":
+        if SCOPE.recompute is not None and SCOPE.recompute[0] == "replay":
             replays.append(1)
         return original(make)
 
-    monkeypatch.setattr("hf_normswap.modeling.norm.replay_or_record", counting)
+    monkeypatch.setattr("hf_normswap.modeling.base.replay_or_record", counting)
     return replays
 
 
@@ -113,14 +113,14 @@ def test_the_penalty_has_its_gradient(family, blocks_run_twice):
 @pytest.mark.parametrize("norm", ["batchnorm", "powernorm"])
 @pytest.mark.parametrize("family", ["bert", "marian"])
 def test_deferred_statistics(family, norm, use_reentrant, blocks_run_twice):
-    results = train(checkpointing(swapped_model(norm, family), use_reentrant), deferred=True)
-    assert_same(without_checkpointing(norm, family, deferred=True), results)
+    results = train(checkpointing(swapped_model(norm, family), use_reentrant), accumulating=True)
+    assert_same(without_checkpointing(norm, family, accumulating=True), results)
     assert blocks_run_twice
 
 
 def test_deferred_statistics_with_the_penalty():
-    results = train(checkpointing(swapped_model("rbn", "bert"), False), deferred=True)
-    assert_same(without_checkpointing("rbn", "bert", deferred=True), results)
+    results = train(checkpointing(swapped_model("rbn", "bert"), False), accumulating=True)
+    assert_same(without_checkpointing("rbn", "bert", accumulating=True), results)
 
 
 @MODES
@@ -244,7 +244,7 @@ def test_checkpointing_of_ones_own(own, cls, use_reentrant):
             | {name: b.clone() for name, b in block.named_buffers()}
         ]
 
-    taped = functools.partial(tape_checkpoint(own), run, use_reentrant=use_reentrant)
+    taped = functools.partial(checkpoint_norms(own), run, use_reentrant=use_reentrant)
     assert_same(step(run), step(taped))
 
 
@@ -253,7 +253,7 @@ def test_checkpointing_in_one_compiled_graph_is_refused():
 
     @torch.compile(backend="eager", fullgraph=True)
     def call(x):
-        return tape_checkpoint(checkpoint)(norm, x, use_reentrant=False)
+        return checkpoint_norms(checkpoint)(norm, x, use_reentrant=False)
 
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="turn one of the two off"):
         call(torch.randn(2, 3, 4, requires_grad=True))
@@ -273,6 +273,6 @@ def test_an_error_in_a_block_leaves_no_tape_behind():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        tape_checkpoint(checkpoint)(fail, torch.randn(3), use_reentrant=False)
-    assert SCOPE.tape is None
+        checkpoint_norms(checkpoint)(fail, torch.randn(3), use_reentrant=False)
+    assert SCOPE.recompute is None
     assert SCOPE.masks == []

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_normswap import padding_mask, swap_norm
-from hf_normswap.modeling.token_mask import SCOPE, current_mask, watch_masks
+from hf_normswap.modeling.padding_mask import SCOPE, current_mask, watch_masks
 from tests.counting import EXACT, assert_counts, swapped_model
 from tests.models import tiny_batch, tiny_config
 

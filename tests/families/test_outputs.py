@@ -97,11 +97,11 @@ for head in heads(FAMILY):
 
 # No class of transformers with a head is constructed here: the swapped ones are, and restored.
 _LOADED = """
-from hf_normswap.modeling import swapped
+from hf_normswap.modeling import modeling_normswap
 for head in heads(FAMILY):
     for name in ("swapped", "moved"):
         folder = Path(name, head)
-        model = getattr(swapped, "NormSwap" + head).from_pretrained(folder, attn_implementation="eager")
+        model = getattr(modeling_normswap, "NormSwap" + head).from_pretrained(folder, attn_implementation="eager")
         expected = torch.load(folder / "outputs.pt")
         same(outputs(model), expected)
         if name == "swapped":

@@ -17,9 +17,9 @@ from tests.test_cli import save_stock
 
 PUSH = """
 import sys
-import hf_normswap.hub
+import hf_normswap.reporting.hub
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-hf_normswap.hub.WAIT, hf_normswap.hub.STALL = 0.01, float(sys.argv[1]) if sys.argv[1:] else 60.0
+hf_normswap.reporting.hub.WAIT, hf_normswap.reporting.hub.STALL = 0.01, float(sys.argv[1]) if sys.argv[1:] else 60.0
 model = AutoModelForSequenceClassification.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 print(model.push_to_hub("user/name", tokenizer=tokenizer, license="mit"))
@@ -51,9 +51,14 @@ def folder(tmp_path):
 def test_pushed_and_loaded_by_name(hub, folder):
     done = run_client(hub, PUSH, folder)
     files = hub.files("user/name")
-    assert {"README.md", "config.json", "model.safetensors", "swapped.py", "batchnorm.py", "tokenizer.json"} <= set(
-        files
-    )
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_normswap.py",
+        "batchnorm.py",
+        "tokenizer.json",
+    } <= set(files)
     assert len(hub.commits("user/name")) == 1
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     card = ModelCard(files["README.md"].decode())
@@ -175,7 +180,7 @@ import os
 import sys
 from transformers import AutoModelForSequenceClassification
 from hf_normswap import swap_norm
-from hf_normswap.card import card_of_model
+from hf_normswap.reporting.card import card_of_model
 def base(**options):
     model = AutoModelForSequenceClassification.from_pretrained("user/stock", **options)
     return card_of_model(swap_norm(model, "rbn")).data.base_model

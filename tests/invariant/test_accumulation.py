@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, swap_norm
-from hf_normswap.modeling.recompute import CHECKPOINTING
+from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
 from tests.models import tiny_model
 
 

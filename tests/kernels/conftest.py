@@ -1,7 +1,7 @@
 import pytest
 
 from hf_normswap.kernels import cpu
-from hf_normswap.modeling.paths import PATHS
+from hf_normswap.modeling.backends import BACKENDS
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def compiled():
 
 @pytest.fixture
 def paths_as_before():
-    before = dict(PATHS)
+    before = dict(BACKENDS)
     yield
-    PATHS.clear()
-    PATHS.update(before)
+    BACKENDS.clear()
+    BACKENDS.update(before)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from hf_normswap.modeling.passes import TorchPasses
+from hf_normswap.modeling.backends import GradCoefficients, ReferenceBackend
 
 
 EPS = 1e-5
@@ -28,23 +28,23 @@ class Inputs:
             self.center = None
         vars(self).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
-    def run(self, passes, shift=True) -> dict[str, torch.Tensor]:
+    def run(self, backend, shift=True) -> dict[str, torch.Tensor]:
         """Every result of every pass."""
         tokens, scaling = (self.x, self.mask), (self.groups, EPS)
         both = self.g, *tokens, self.center
-        of_dx = self.a, self.b, self.shift if shift else None, self.pad
-        moments = passes.moments(*tokens)
+        coefficients = GradCoefficients(self.a, self.b, self.shift if shift else None, self.pad)
+        moments = backend.moments(*tokens)
         results = {"count": moments.count, "mean": moments.mean, "m2": moments.m2}
-        results["squares"] = passes.squares(*tokens, *scaling)
-        results["y alone"], none = passes.forward(*tokens, self.center, self.scale, self.shift, *scaling, False)
+        results["squares"] = backend.sum_squares(*tokens, *scaling)
+        results["y alone"], none = backend.affine_fwd(*tokens, self.center, self.scale, self.shift, *scaling, False)
         assert none is None
-        results["y"], results["squares of y"] = passes.forward(
+        results["y"], results["squares of y"] = backend.affine_fwd(
             *tokens, self.center, self.scale, self.shift, *scaling, True
         )
-        results["sums"] = passes.sums(*both, *scaling)
-        results["dx alone"], none = passes.backward(*both, *of_dx, *scaling, False)
+        results["sums"] = backend.grad_sums(*both, *scaling)
+        results["dx alone"], none = backend.affine_bwd(*both, coefficients, *scaling, False)
         assert none is None
-        results["dx"], results["sums of dx"] = passes.backward(*both, *of_dx, *scaling, True)
+        results["dx"], results["sums of dx"] = backend.affine_bwd(*both, coefficients, *scaling, True)
         return results
 
     def exact(self, **options) -> dict[str, torch.Tensor]:
@@ -55,15 +55,19 @@ class Inputs:
             dirty = ~self.mask.unsqueeze(-1) & ~(self.x.abs() < bound)
         vars(clean).update({k: v.double() if _is_float(v) else v for k, v in vars(self).items()})
         clean.x = torch.where(dirty, 0, clean.x)
-        results = clean.run(TorchPasses, **options)
+        results = clean.run(ReferenceBackend, **options)
         for name in ("dx", "dx alone"):
             results[name] = torch.where(dirty, 0, results[name])
         return results
 
 
-def assert_as_good_as_torch(inputs: Inputs, passes: type, **options) -> None:
+def assert_as_good_as_torch(inputs: Inputs, backend: type, **options) -> None:
     """Dtypes and shapes of PyTorch's path, and at most twice its error to float64, plus a few units of rounding."""
-    exact, ours, theirs = inputs.exact(**options), inputs.run(passes, **options), inputs.run(TorchPasses, **options)
+    exact, ours, theirs = (
+        inputs.exact(**options),
+        inputs.run(backend, **options),
+        inputs.run(ReferenceBackend, **options),
+    )
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype, name

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, kernels, use_kernels
-from hf_normswap.kernels.cpu import CpuPasses
-from hf_normswap.modeling.paths import PATHS, path_of
-from hf_normswap.modeling.slabs import SlabPasses
+from hf_normswap.kernels.cpu import CpuBackend
+from hf_normswap.modeling.backends import BACKENDS, ReferenceBackend, get_backend
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -65,33 +64,41 @@ def test_a_path_for_a_norm_and_a_dtype(compiled, paths_as_before, monkeypatch):
     monkeypatch.setattr(kernels, "FASTEST", {("batchnorm", torch.float32): "cpu", ("rbn", torch.bfloat16): "cpu"})
     use_kernels("auto")
     x = torch.ones(2, 4)
-    assert path_of(x, norm="batchnorm") is CpuPasses
-    assert path_of(x.bfloat16(), norm="batchnorm") is not CpuPasses
-    assert path_of(x.bfloat16(), norm="rbn") is CpuPasses
-    assert path_of(x, norm="rbn") is not CpuPasses
-    assert path_of(x, norm="pnv") is SlabPasses
-    assert path_of(x) is SlabPasses
+    assert get_backend(x, norm="batchnorm") is CpuBackend
+    assert get_backend(x.bfloat16(), norm="batchnorm") is not CpuBackend
+    assert get_backend(x.bfloat16(), norm="rbn") is CpuBackend
+    assert get_backend(x, norm="rbn") is not CpuBackend
+    assert get_backend(x, norm="pnv") is ReferenceBackend
+    assert get_backend(x) is ReferenceBackend
     use_kernels("none")
-    assert path_of(x, norm="batchnorm") is SlabPasses
+    assert get_backend(x, norm="batchnorm") is ReferenceBackend
 
 
 @pytest.mark.parametrize("chosen", CLASSES)
 def test_forward_and_backward_of_that_norm_alone(chosen, paths_as_before, no_kernels, monkeypatch):
     seen = []
 
-    class Recording(SlabPasses):
+    class Recording(ReferenceBackend):
         pass
 
-    for name in ("standardize", "standardize_backward", "rescale", "rescale_backward", "forward", "backward"):
+    for name in (
+        "batch_norm_fwd",
+        "batch_norm_bwd",
+        "power_norm_fwd",
+        "power_norm_bwd",
+        "rms_norm_fwd",
+        "rms_norm_bwd",
+    ):
 
         def record(*args, name=name, **kwargs):
-            seen.append(name.removesuffix("_backward").replace("backward", "forward"))
-            return getattr(SlabPasses, name)(*args, **kwargs)
+            seen.append(name)
+            return getattr(ReferenceBackend, name)(*args, **kwargs)
 
-        monkeypatch.setattr(Recording, name, staticmethod(record), raising=False)
-    monkeypatch.setitem(PATHS, ("cpu", chosen.norm_name), lambda x: Recording)
+        monkeypatch.setattr(Recording, name, staticmethod(record))
+    monkeypatch.setitem(BACKENDS, ("cpu", chosen.norm_name), lambda x: Recording)
     for norm in CLASSES:
         seen.clear()
         norm(4)(torch.randn(5, 4, requires_grad=True)).sum().backward()
-        assert len(seen) == 2 * (norm is chosen), norm
-        assert len(set(seen)) <= 1  # the two halves of one pass
+        of_one_norm = [f"{name.removesuffix('_fwd')}_{half}" for name in seen[:1] for half in ("fwd", "bwd")]
+        assert seen == of_one_norm
+        assert bool(seen) == (norm is chosen), norm

@@ -9,9 +9,9 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from hf_normswap.kernels import ops
-from hf_normswap.kernels.ops import OpPasses
-from hf_normswap.modeling import paths
-from hf_normswap.modeling.passes import TorchPasses
+from hf_normswap.kernels.ops import OperatorBackend
+from hf_normswap.modeling import backends
+from hf_normswap.modeling.backends import ReferenceBackend
 from tests.kernels.passes import EPS, Inputs
 from tests.modeling.norms import CHANNELS, assert_same, make_norm, make_tokens, train_step
 
@@ -19,10 +19,10 @@ from tests.modeling.norms import CHANNELS, assert_same, make_norm, make_tokens, 
 MASK = torch.tensor([[True, True, True, True, True], [False, True, True, True, False]])
 # Forward and backward of a training step, pass by pass.
 STEPS = {
-    "batchnorm": (["moments", "forward"], ["sums", "backward"]),
-    "pnv": (["squares", "forward"], ["sums", "backward"]),
-    "powernorm-groups": (["forward"], ["backward"]),
-    "powernorm-warm-up": (["squares", "forward"], ["sums", "backward"]),
+    "batchnorm": (["moments", "affine_fwd"], ["grad_sums", "affine_bwd"]),
+    "pnv": (["sum_squares", "affine_fwd"], ["grad_sums", "affine_bwd"]),
+    "powernorm-groups": (["affine_fwd"], ["affine_bwd"]),
+    "powernorm-warm-up": (["sum_squares", "affine_fwd"], ["grad_sums", "affine_bwd"]),
 }
 
 
@@ -39,8 +39,8 @@ def fresh_compiler():
 def test_gives_what_the_passes_give(masked, groups, dtype):
     inputs = Inputs(7, 12, groups=groups, masked=masked, dtype=dtype)
     with torch.no_grad():
-        passes = paths.passes_for(inputs.x)
-    assert_same(inputs.run(passes), inputs.run(OpPasses))
+        backend = backends.get_backend(inputs.x)
+    assert_same(inputs.run(backend), inputs.run(OperatorBackend))
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -55,28 +55,28 @@ def test_keeps_the_rules_of_operators(masked, wanted, strided):
     shift = i.shift if wanted else None
     library, tokens, scaling = torch.ops.hf_normswap, (i.x, i.mask), (i.groups, EPS)
     for op, arguments in {
-        library.passes_moments: tokens,
-        library.passes_squares: (*tokens, *scaling),
-        library.passes_forward: (*tokens, i.center, i.scale, i.shift, *scaling, wanted),
-        library.passes_sums: (i.g, *tokens, i.center, *scaling),
-        library.passes_backward: (i.g, *tokens, i.center, i.a, i.b, shift, i.pad, *scaling, wanted),
+        library.moments: tokens,
+        library.sum_squares: (*tokens, *scaling),
+        library.affine_fwd: (*tokens, i.center, i.scale, i.shift, *scaling, wanted),
+        library.grad_sums: (i.g, *tokens, i.center, *scaling),
+        library.affine_bwd: (i.g, *tokens, i.center, i.a, i.b, shift, i.pad, *scaling, wanted),
     }.items():
         torch.library.opcheck(op, arguments)
 
 
 def test_runs_the_path_of_the_device(monkeypatch):
-    class OfFloats(TorchPasses):
+    class OfFloats(ReferenceBackend):
         dtypes = (torch.float32,)
         seen = []
 
         @staticmethod
-        def squares(x, mask, groups, eps):
+        def sum_squares(x, mask, groups, eps):
             OfFloats.seen.append(x.dtype)
-            return TorchPasses.squares(x, mask, groups, eps)
+            return ReferenceBackend.sum_squares(x, mask, groups, eps)
 
-    monkeypatch.setitem(paths.PATHS, "cpu", lambda x: OfFloats if x.dtype in OfFloats.dtypes else None)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda x: OfFloats if x.dtype in OfFloats.dtypes else None)
     for x in (torch.ones(2, 4), torch.ones(2, 4).double(), torch.ones(0, 4)):
-        OpPasses.squares(x, None, 0, EPS)
+        OperatorBackend.sum_squares(x, None, 0, EPS)
     assert OfFloats.seen == [torch.float32]
 
 
@@ -110,18 +110,21 @@ def step(compiled, norm, x, upstream):
 def name_of_pass(node):
     """The name of the pass that a node of a graph calls, if it calls one."""
     name = str(node.target) if node.op == "call_function" and node.target is not operator.getitem else ""
-    return name.removeprefix("hf_normswap.passes_").removesuffix(".default") if "hf_normswap.passes_" in name else None
+    is_pass = name.startswith("hf_normswap.") and not name.startswith("hf_normswap.snapshot")
+    return name.removeprefix("hf_normswap.").removesuffix(".default") if is_pass else None
 
 
 def test_an_exported_program_has_a_node_for_each_pass():
     class Scaled(nn.Module):
         def forward(self, x, mask, scale, shift):
-            squares = OpPasses.squares(x, mask, 0, EPS)
-            return OpPasses.forward(x, mask, None, scale * torch.rsqrt(squares + EPS), shift, 0, EPS, False)[0]
+            squares = OperatorBackend.sum_squares(x, mask, 0, EPS)
+            return OperatorBackend.affine_fwd(x, mask, None, scale * torch.rsqrt(squares + EPS), shift, 0, EPS, False)[
+                0
+            ]
 
     arguments = torch.randn(3, 4), torch.tensor([True, True, False]), torch.rand(4), torch.rand(4)
     program = torch.export.export(Scaled(), arguments)
-    assert [name for node in program.graph.nodes if (name := name_of_pass(node))] == ["squares", "forward"]
+    assert [name for node in program.graph.nodes if (name := name_of_pass(node))] == ["sum_squares", "affine_fwd"]
     torch.testing.assert_close(program.module()(*arguments), Scaled()(*arguments))
 
 
@@ -130,4 +133,4 @@ def test_may_be_imported_twice():
     with open(source, encoding="utf-8") as file:
         exec(compile(file.read(), source, "exec"), again)
     x = torch.randn(3, 4)
-    assert torch.equal(again["OpPasses"].squares(x, None, 0, EPS), OpPasses.squares(x, None, 0, EPS))
+    assert torch.equal(again["OperatorBackend"].sum_squares(x, None, 0, EPS), OperatorBackend.sum_squares(x, None, 0, EPS))

@@ -15,8 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_normswap.modeling.passes import TorchPasses
-from hf_normswap.modeling.paths import PATHS
+from hf_normswap.modeling.backends import BACKENDS, ReferenceBackend
 from tests.kernels.passes import Inputs, assert_as_good_as_torch
 from tests.modeling.norms import BATCH_VARIANTS, CHANNELS, assert_same, make_norm, make_tokens, train_step
 
@@ -25,7 +24,7 @@ triton = pytest.importorskip("triton", reason="the path for CUDA is written in T
 
 from hf_normswap.kernels import triton as path  # noqa: E402
 from hf_normswap.kernels import triton_kernels as kernels  # noqa: E402
-from hf_normswap.kernels.triton import TritonPasses  # noqa: E402
+from hf_normswap.kernels.triton import TritonBackend  # noqa: E402
 
 
 IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,21 +39,21 @@ class TestInInterpreter:
     @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
     @pytest.mark.parametrize(("channels", "groups"), DESIGNS)
     def test_is_as_good_as_torch(self, channels, groups, masked, dtype):
-        assert_as_good_as_torch(Inputs(3, 17, channels, groups=groups, masked=masked, dtype=dtype), TritonPasses)
+        assert_as_good_as_torch(Inputs(3, 17, channels, groups=groups, masked=masked, dtype=dtype), TritonBackend)
 
     @pytest.mark.parametrize("groups", [0, 3])
     def test_without_center_and_shift(self, groups):
-        assert_as_good_as_torch(Inputs(40, 12, groups=groups, optional=False), TritonPasses, shift=False)
+        assert_as_good_as_torch(Inputs(40, 12, groups=groups, optional=False), TritonBackend, shift=False)
 
     @pytest.mark.parametrize("tokens", [0, 1])
     @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
     @pytest.mark.parametrize("groups", [0, 3])
     def test_next_to_nothing(self, tokens, masked, groups):
         inputs = Inputs(tokens, 12, groups=groups, masked=masked)
-        assert_as_good_as_torch(inputs, TritonPasses)
+        assert_as_good_as_torch(inputs, TritonBackend)
         if masked:
             inputs.mask = torch.zeros_like(inputs.mask)
-            results = inputs.run(TritonPasses)
+            results = inputs.run(TritonBackend)
             for name in ("count", "mean", "m2", "squares"):
                 assert not results[name].any(), name
 
@@ -70,13 +69,13 @@ class TestInInterpreter:
         inputs = Inputs(*leading, max(groups, 1) * width, groups=groups, masked=masked, dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(path, "ELEMENTS", elements)
-            assert_as_good_as_torch(inputs, TritonPasses)
+            assert_as_good_as_torch(inputs, TritonBackend)
 
     @pytest.mark.parametrize("offset", [1e4, -1e4])
     @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
     def test_moments_bear_an_offset(self, offset, masked):
         inputs = Inputs(3000, 8, offset=offset, masked=masked)
-        moments = TritonPasses.moments(inputs.x, inputs.mask)
+        moments = TritonBackend.moments(inputs.x, inputs.mask)
         x = inputs.x[inputs.mask] if masked else inputs.x
         mean, variance = x.double().mean(0), x.double().var(0, correction=0)
         # A unit in the last place, and a few: E[x²] − E[x]² would lose a variance of 1 altogether.
@@ -85,9 +84,9 @@ class TestInInterpreter:
 
     def test_gradients_at_pads_stay_there(self):
         inputs = Inputs(40, 12, groups=3)
-        clean = inputs.run(TritonPasses)
+        clean = inputs.run(TritonBackend)
         inputs.g[~inputs.mask] = torch.nan
-        dirty = inputs.run(TritonPasses)
+        dirty = inputs.run(TritonBackend)
         for name in ("sums", "sums of dx"):
             assert torch.equal(dirty[name][:2], clean[name][:2])
         assert torch.equal(dirty["dx"][inputs.mask], clean["dx"][inputs.mask])
@@ -95,7 +94,7 @@ class TestInInterpreter:
     @pytest.mark.parametrize("groups", [0, 3])
     def test_nothing_varies(self, groups):
         inputs = Inputs(300, 12, groups=groups)
-        assert_same(inputs.run(TritonPasses), inputs.run(TritonPasses))
+        assert_same(inputs.run(TritonBackend), inputs.run(TritonBackend))
 
     def test_any_strides(self):
         dense, strided = Inputs(8, 6, 12), Inputs(8, 6, 12)
@@ -103,7 +102,7 @@ class TestInInterpreter:
         strided.g = torch.ones(()).expand(8, 6, 12)
         strided.x, strided.mask = strided.x.mT.contiguous().mT, strided.mask.T.contiguous().T
         strided.center = strided.center.repeat_interleave(2)[::2]
-        assert_same(dense.run(TritonPasses), strided.run(TritonPasses))
+        assert_same(dense.run(TritonBackend), strided.run(TritonBackend))
 
     @pytest.mark.parametrize("padded", [False, True])
     @pytest.mark.parametrize("variant", BATCH_VARIANTS)
@@ -111,9 +110,9 @@ class TestInInterpreter:
         mask = (torch.arange(20) % 3 > 0).view(4, 5) if padded else None
         x, upstream = make_tokens(4, 5, dtype=torch.float32), torch.randn(4, 5, CHANNELS)
         results = []
-        for found in (TorchPasses, TritonPasses):
+        for found in (ReferenceBackend, TritonBackend):
             seen = []
-            monkeypatch.setitem(PATHS, "cpu", lambda x, found=found, seen=seen: seen.append(x) or found)
+            monkeypatch.setitem(BACKENDS, "cpu", lambda x, found=found, seen=seen: seen.append(x) or found)
             norm = make_norm(variant, torch.float32)
             train_step(norm, x.flip(0), upstream, mask)
             results.append(train_step(norm, x, upstream, mask))
@@ -160,7 +159,7 @@ class TestInProcesses:
         if torch.cuda.is_available():
             pytest.skip("there is a device")
         with pytest.raises(OSError, match="Triton does not work"):
-            TritonPasses.load()
+            TritonBackend.load()
 
 
 def spilled_bytes(kernel, types, sizes, warps):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hf_normswap import defer_norm_statistics, pause_norm_statistics, sync_norm_statistics
+from hf_normswap import accumulate_norm_statistics, pause_norm_statistics, update_norm_statistics
 from tests.modeling.norms import VARIANTS, make_norm, make_tokens
 from tests.persistence import is_one_sentence
 
@@ -38,10 +38,10 @@ def no_graph_of_another_test(plain_pytorch):
     torch._dynamo.reset()
 
 
-def train(model, forward, deferred=False, steps=5):
+def train(model, forward, accumulating=False, steps=5):
     """What each of some training steps gives: outputs, gradients, and the state after it."""
     results = []
-    defer_norm_statistics(model, deferred)
+    accumulate_norm_statistics(model, accumulating)
     for step in range(steps):
         x = make_tokens(2, 5, seed=step).requires_grad_()
         outputs = forward(model, x, MASK)
@@ -50,7 +50,7 @@ def train(model, forward, deferred=False, steps=5):
         )
         model.zero_grad()
         loss.backward()
-        sync_norm_statistics(model)
+        update_norm_statistics(model)
         values = {"dx": x.grad} | {f"output {n}": output for n, output in enumerate(outputs)}
         values |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
         values |= dict(model.named_buffers())
@@ -127,7 +127,7 @@ def test_training_with_deferred_statistics():
     def make_model():
         return nn.ModuleList(map(make_fast_norm, ("batchnorm", "powernorm-plain")))
 
-    assert_compiled_equals_eager(make_model, outputs_of_all, deferred=True)
+    assert_compiled_equals_eager(make_model, outputs_of_all, accumulating=True)
 
 
 def test_evaluation():

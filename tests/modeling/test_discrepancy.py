@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV
+from hf_normswap.core.statistics import sum_discrepancies
 from hf_normswap.modeling.discrepancy import (
     DISTANCES,
     Statistics,
     relative_distance,
     training_inference_discrepancy,
 )
-from hf_normswap.statistics import sum_discrepancies
 
 
 EPS = 1e-3

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_normswap import BatchStatisticNorm, defer_norm_statistics, sync_norm_statistics
+from hf_normswap import BatchStatisticNorm, accumulate_norm_statistics, update_norm_statistics
 from tests.modeling.norms import (
     BATCH_VARIANTS,
     CHANNELS,
@@ -97,9 +97,9 @@ def test_an_empty_mask_leaves_the_statistics_as_they_were(variant):
     assert_same(before, dict(norm.named_buffers()))
     assert all(value.isfinite().all() for value in results.values())
 
-    defer_norm_statistics(norm)
+    accumulate_norm_statistics(norm)
     train_step(norm, make_tokens(2, 4), make_upstream(2, 4), nowhere)
-    sync_norm_statistics(norm)
+    update_norm_statistics(norm)
     assert_same(before, dict(norm.named_buffers()))
 
 
@@ -191,7 +191,7 @@ def test_deferred_statistics_of_parts_are_those_of_the_whole(variant, sizes, see
     x, mask = make_tokens(tokens, seed=seed), make_tokens(tokens, seed=seed + 1)[:, 0] < 1.5
     whole, parts = make_norm(variant), make_norm(variant)
     for norm in (whole, parts):
-        defer_norm_statistics(norm)
+        accumulate_norm_statistics(norm)
     before = {name: getattr(parts, name).clone() for name in parts.running}
     whole(x, mask)
     start = 0
@@ -201,20 +201,20 @@ def test_deferred_statistics_of_parts_are_those_of_the_whole(variant, sizes, see
     parts(x[start:], mask[start:])
     assert_same(before, {name: getattr(parts, name) for name in parts.running})
     for norm in (whole, parts):
-        sync_norm_statistics(norm)
+        update_norm_statistics(norm)
     assert_same(dict(whole.named_buffers()), dict(parts.named_buffers()), **CLOSE)
 
 
 @every_batch_norm
 def test_a_deferred_update_of_one_batch_is_the_immediate_one(variant):
     x, upstream = make_tokens(2, 4), make_upstream(2, 4)
-    at_once, deferred = make_norm(variant), make_norm(variant)
-    defer_norm_statistics(deferred)
+    at_once, accumulating = make_norm(variant), make_norm(variant)
+    accumulate_norm_statistics(accumulating)
     for _ in range(3):
         expected = train_step(at_once, x, upstream, MASK)
-        results = train_step(deferred, x, upstream, MASK)
-        sync_norm_statistics(deferred)
-        results |= {name: value.clone() for name, value in deferred.named_buffers()}
+        results = train_step(accumulating, x, upstream, MASK)
+        update_norm_statistics(accumulating)
+        results |= {name: value.clone() for name, value in accumulating.named_buffers()}
         assert_same(expected, results, **CLOSE)
 
 
@@ -222,10 +222,10 @@ def test_a_deferred_update_of_one_batch_is_the_immediate_one(variant):
 def test_what_was_pooled_is_forgotten_when_deferring_ends(variant):
     norm = make_norm(variant)
     before = {name: value.clone() for name, value in norm.named_buffers()}
-    defer_norm_statistics(norm)
+    accumulate_norm_statistics(norm)
     train_step(norm, make_tokens(2, 4), make_upstream(2, 4))
-    defer_norm_statistics(norm, False)
-    sync_norm_statistics(norm)
+    accumulate_norm_statistics(norm, False)
+    update_norm_statistics(norm)
     assert_same(before, dict(norm.named_buffers()))
 
 
@@ -484,14 +484,14 @@ class NoHostSynchronisation(TorchDispatchMode):
 
 @pytest.mark.usefixtures("plain_pytorch")
 @every_norm
-@pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
-def test_training_never_waits_for_the_device(variant, deferred):
+@pytest.mark.parametrize("accumulating", [False, True], ids=["at_once", "accumulating"])
+def test_training_never_waits_for_the_device(variant, accumulating):
     norm, x, upstream = make_norm(variant), make_tokens(2, 4), make_upstream(2, 4)
-    defer_norm_statistics(norm, deferred)
+    accumulate_norm_statistics(norm, accumulating)
     with NoHostSynchronisation():
         for _ in range(2):
             train_step(norm, x, upstream, MASK)
-            sync_norm_statistics(norm)
+            update_norm_statistics(norm)
         with pytest.raises(AssertionError, match="_local_scalar_dense waits"):
             x.sum().item()
 

@@ -10,8 +10,8 @@ from hf_normswap import (
     PowerNorm,
     PowerNormV,
     RegularizedBatchNorm,
-    defer_norm_statistics,
-    sync_norm_statistics,
+    accumulate_norm_statistics,
+    update_norm_statistics,
 )
 from tests.modeling import reference
 from tests.modeling.vectors import load_vectors
@@ -193,20 +193,20 @@ def test_warm_up_is_pnv_and_ends_in_settled_statistics(grad_scale):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
-def test_a_gradient_that_is_not_finite_leaves_nu_as_it_was(bad, deferred):
+@pytest.mark.parametrize("accumulating", [False, True], ids=["at_once", "accumulating"])
+def test_a_gradient_that_is_not_finite_leaves_nu_as_it_was(bad, accumulating):
     norm = make_norm()
     x, upstream = make_tokens(2, 4), torch.randn(2, 4, CHANNELS, dtype=torch.float64)
     backpropagate(norm, x, upstream)
     before = norm.nu.clone()
-    defer_norm_statistics(norm, deferred)
+    accumulate_norm_statistics(norm, accumulating)
     broken = upstream.clone()
     broken[0, 1, 2] = bad
     backpropagate(norm, x, broken)
-    sync_norm_statistics(norm)
+    update_norm_statistics(norm)
     assert torch.equal(norm.nu, before)
     backpropagate(norm, x, upstream)
-    sync_norm_statistics(norm)
+    update_norm_statistics(norm)
     assert norm.nu.isfinite().all()
     assert not torch.equal(norm.nu, before)
 
@@ -239,7 +239,7 @@ def test_deferred_statistics_update_once_for_all_micro_batches(warmup_steps):
     whole, parts = make_norm(), make_norm()
     for norm in (whole, parts):
         norm.warmup_steps = warmup_steps
-        defer_norm_statistics(norm)
+        accumulate_norm_statistics(norm)
     for step in range(6):
         x = make_tokens(8, 3)
         upstream, mask = torch.randn(8, 3, CHANNELS, dtype=torch.float64), torch.rand(8, 3) < 0.7
@@ -252,7 +252,7 @@ def test_deferred_statistics_update_once_for_all_micro_batches(warmup_steps):
             for x_part, *rest in zip(x.split(2), upstream.split(2), mask.split(2), strict=True)
         ]
         for norm in (whole, parts):
-            sync_norm_statistics(norm)
+            update_norm_statistics(norm)
         if step >= warmup_steps:
             torch.testing.assert_close(torch.cat([part for part, _ in pairs]), y, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(torch.cat([part for _, part in pairs]), dx, rtol=1e-12, atol=1e-14)
@@ -324,17 +324,17 @@ def test_momentum_is_the_weight_of_the_batch():
         assert torch.equal(by_alpha.running_power, by_momentum.running_power)
 
 
-@pytest.mark.parametrize("deferred", [False, True], ids=["at_once", "deferred"])
+@pytest.mark.parametrize("accumulating", [False, True], ids=["at_once", "accumulating"])
 @pytest.mark.parametrize("warmup_steps", [0, 5])
-def test_without_momentum_psi_stays(deferred, warmup_steps):
+def test_without_momentum_psi_stays(accumulating, warmup_steps):
     norm = make_norm()
     backpropagate(norm, make_tokens(2, 4), torch.ones(2, 4, CHANNELS, dtype=torch.float64))
     norm.momentum, norm.warmup_steps = 0.0, warmup_steps
-    defer_norm_statistics(norm, deferred)
+    accumulate_norm_statistics(norm, accumulating)
     power, nu = norm.running_power.clone(), norm.nu.clone()
     for _ in range(2):
         backpropagate(norm, make_tokens(2, 4), torch.ones(2, 4, CHANNELS, dtype=torch.float64))
-        sync_norm_statistics(norm)
+        update_norm_statistics(norm)
     assert torch.equal(norm.running_power, power)
     assert not torch.equal(norm.nu, nu)  # it has a weight of its own
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
-from hf_normswap.modeling.discrepancy import DISTANCES, penalize, penalty
+from hf_normswap.modeling.activation_checkpointing import checkpoint_norms
+from hf_normswap.modeling.discrepancy import DISTANCES, penalty, penalty_with_grad
 from hf_normswap.modeling.moments import Moments
-from hf_normswap.modeling.recompute import tape_checkpoint
 from tests.modeling.vectors import load_vectors
 from tests.persistence import is_one_sentence
 
@@ -225,7 +225,7 @@ def test_looking_for_lost_penalties_runs_no_checkpointed_block_again(kernels, wa
             return super().forward(x)
 
     block = Block(*(RegularizedBatchNorm(CHANNELS) for _ in range(3)))
-    run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
+    run = checkpoint_norms(partial(checkpoint, use_reentrant=False))
     outputs = [run(block, torch.randn(rows, CHANNELS, requires_grad=True)) for rows in (9, 5)]
     penalty = norm_penalty(block)
     assert len(calls) == 2
@@ -315,7 +315,7 @@ def test_the_gradient_in_closed_form(distance, count):
     running = torch.randn(4).double(), torch.rand(4).double()
     options = *running, 1e-3, distance, (0.3, 0.7)
     expected = penalty(Moments(packed), *options)
-    value, gradient = penalize(Moments(packed.detach()), *options)
+    value, gradient = penalty_with_grad(Moments(packed.detach()), *options)
     assert value.item() == expected.item()
     (exact,) = torch.autograd.grad(expected, packed)
     torch.testing.assert_close(gradient[1:], exact[1:], rtol=1e-12, atol=1e-12)
@@ -331,7 +331,7 @@ def test_a_checkpointed_block_runs_twice_in_all(kernels):
             return super().forward(x)
 
     block = Block(*(RegularizedBatchNorm(CHANNELS) for _ in range(3)))
-    run = tape_checkpoint(partial(checkpoint, use_reentrant=False))
+    run = checkpoint_norms(partial(checkpoint, use_reentrant=False))
     y = run(block, torch.randn(9, CHANNELS, requires_grad=True))
     assert calls == 1
     (y.square().sum() + norm_penalty(block)).backward()

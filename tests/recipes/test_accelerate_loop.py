@@ -4,7 +4,7 @@ import pytest
 
 import accelerate_loop
 import glue
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 from tests.recipes.conftest import write_task
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import first_run
 import topics
 from hf_normswap import find_norms
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 
 
 @pytest.fixture(scope="module")

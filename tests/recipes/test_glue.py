@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 
 import glue
 from hf_normswap import find_norms
-from hf_normswap.card import render_card
-from hf_normswap.results import load_results
+from hf_normswap.reporting.card import render_card
+from hf_normswap.reporting.results import load_results
 from tests.recipes.conftest import RECIPES, write_task
 from tests.test_hub_ids import unknown_ids
 

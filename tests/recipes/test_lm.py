@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 import lm
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 from tests.recipes.conftest import sentences
 from vocabulary import train_tokenizer
 

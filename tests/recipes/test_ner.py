@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 import ner
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 from tests.recipes.conftest import sentences
 
 

@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translation
-from hf_normswap.results import load_results
+from hf_normswap.reporting.results import load_results
 from tests.recipes.conftest import sentences
 from token_batches import TokenBatches
 

@@ -1,0 +1,194 @@
+"""One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_normswap.core.model_state import check_whole, refuse_training
+from hf_normswap.core.residual_stream import sublayer_of
+from hf_normswap.core.statistics import observing
+from hf_normswap.modeling.backends import promote
+from hf_normswap.modeling.base import BatchStatisticNorm
+from hf_normswap.modeling.layernorm import LayerNorm
+from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ranks
+from hf_normswap.modeling.norm_sites import NormSite, find_norms, format_table
+
+from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .sequential import SequentialRunner
+
+
+# A token whose root mean square is so many times the (geometric) mean over all tokens is an attention sink, such as
+# the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
+# out, it leaves the norm so much too large that what attends to it suffers more.
+SINK_RATIO = 10.0
+
+
+@dataclass(frozen=True)
+class NormFit:
+    """How well a calibrated norm reproduces the LayerNorm that it replaced.
+
+    Attributes:
+        name (`str`): path of the norm in the model.
+        r2 (`float`): share of the variance of the LayerNorm's output that is explained.
+        error (`float`): `‖y − LN‖₂ / ‖LN‖₂` over all tokens and channels of the fit.
+        tokens (`int`): real tokens in the fit.
+        sinks (`int`): attention sinks among them, tokens of ten times the usual size.
+    """
+
+    name: str
+    r2: float
+    error: float
+    tokens: int
+    sinks: int
+
+
+class CalibrationReport(list):
+    """A list of [`NormFit`], in the order of the forward, that prints as a table."""
+
+    def rows(self) -> list[tuple]:
+        """The cells of the table, the heading first."""
+        fits = [(f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, fit.name) for fit in self]
+        return [("R²", "error", "tokens", "sinks", "name"), *fits]
+
+    def __str__(self):
+        return format_table(self.rows())
+
+
+class Conversion:
+    """Converts the model of `student` step by step, beside the original one of `teacher`.
+
+    Args:
+        student ([`SequentialRunner`]): through the model that is converted.
+        teacher ([`SequentialRunner`]): through the model with its LayerNorms, at the same step.
+    """
+
+    def __init__(self, student: SequentialRunner, teacher: SequentialRunner):
+        self.student, self.teacher = student, teacher
+        self.device = student.model.device
+
+    def fit_norm(self, site: NormSite, feeding: str | None = None) -> NormFit:
+        """Statistics, gain and shift of a norm; `feeding` is the linear layer whose output it reads."""
+        sinks = self._count_sinks(site.name)
+        fit = self._fit(site)
+        if feeding is not None:
+            self._correct_feeding(site, feeding)
+            fit = self._fit(site)
+        residual, target = fit.residual.sum(), fit.target
+        return NormFit(
+            site.name,
+            r2=(1 - residual / target.var.sum()).item(),
+            error=(residual / target.power.sum()).sqrt().item(),
+            tokens=int(target.count),
+            sinks=sinks,
+        )
+
+    def correct(self, name: str) -> None:
+        """Bring the outputs of a linear layer nearer to the original ones, for the inputs that it now gets."""
+        linear, original = (walk.model.get_submodule(name) for walk in (self.student, self.teacher))
+        self._change(name, ((x, original(t) - linear(x), mask) for x, t, mask in self._pairs(name)))
+
+    def _correct_feeding(self, site: NormSite, name: str) -> None:
+        layer_norm = self.teacher.model.get_submodule(site.name)
+        # Behind the norm, where nothing else reads the stream: so the scale of the token is made up for, too.
+        is_end = site.placement == "post" or site.sublayer == "final"
+        affine = site.module.affine_map() if is_end else None
+
+        def wanted(t):
+            if affine is None:
+                return t
+            gain, shift = affine
+            usable = gain.abs() > 1e-3 * gain.abs().mean()
+            return torch.where(usable, (layer_norm(t) - shift) / torch.where(usable, gain, 1), t)
+
+        pairs = zip(self.student.inputs(name), self._pairs(site.name))
+        change = self._change(name, ((inputs, wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs))
+        self.student.add(site.name, (change(inputs) for inputs, _ in self.student.inputs(name)))
+
+    def _change(self, name: str, tokens: Iterable) -> Callable:
+        """Change a linear layer by a fit of `(x, residual, mask)`; returns what that adds to its outputs."""
+        linear = self.student.model.get_submodule(name)
+        selected = ((_select(x, mask), _select(residual, mask)) for x, residual, mask in tokens)
+        weight, bias = (values.to(linear.weight.dtype) for values in fit_correction(linear, selected))
+        linear.weight.add_(weight if isinstance(linear, Conv1D) else weight.T)
+        if linear.bias is None:
+            return lambda x: x @ weight
+        linear.bias.add_(bias)
+        return lambda x: x @ weight + bias
+
+    def _fit(self, site: NormSite) -> AffineFit:
+        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
+        estimate_statistics(site.name, norm, self.student.inputs(site.name))
+        normalized = ((norm.normalize(promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
+        fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
+        _check_finite(site.name, fit.gain, fit.shift)
+        norm.weight.copy_(fit.gain)
+        if norm.bias is not None:
+            norm.bias.copy_(fit.shift)
+        return fit
+
+    def _count_sinks(self, name: str) -> int:
+        sizes = [(promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
+        logarithms = pooled_moments(((size.clamp(min=1e-30).log(), mask) for size, mask in sizes), 1, self.device)
+        limit = SINK_RATIO * logarithms.mean.exp().item()
+        count = sum((_select(size, mask) > limit).sum() for size, mask in sizes)
+        return int(sum_over_ranks(torch.as_tensor(count, device=self.device)))
+
+    def _pairs(self, name: str) -> Iterator[tuple]:
+        for (x, mask), (t, _) in zip(self.student.inputs(name), self.teacher.inputs(name)):
+            yield x, t, mask
+
+
+def check_teacher(teacher, names: Iterable[str]) -> None:
+    """Raises `ValueError` where `teacher` has no LayerNorm at one of `names`, or cannot be run in evaluation."""
+    check_whole(teacher, role="teacher")
+    refuse_training(teacher, "teacher")
+    originals = {site.name: site.module for site in find_norms(teacher)}
+    for name in names:
+        if not isinstance(originals.get(name), nn.LayerNorm | LayerNorm):
+            raise ValueError(f"The teacher has no LayerNorm {name}: pass a copy of the model from before the swap.")
+
+
+def linears_of_blocks(model) -> dict[str, nn.Module]:
+    """The linear layers of the transformer blocks by name."""
+    blocks = dict.fromkeys(site.block for site in find_norms(model) if site.block)
+    return {
+        f"{block}.{name}": module
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def places_of_linears(model) -> dict[str, nn.Module]:
+    """What stands where the blocks have their linear layers, by name: these, or what an adapter has put there."""
+    sublayers = [sublayer_of(model, site) for site in find_norms(model) if site.block]
+    names = [name for each in sublayers for name in (*each.readers, *each.source_readers, each.writer)]
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in names if name in modules}
+
+
+def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:
+    """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
+    if not isinstance(norm, BatchStatisticNorm):
+        return
+    with observing([norm]):  # ranks may have other numbers of batches
+        for x, mask in inputs:
+            norm.forward(x, mask)
+        pending = norm.pending.clone()
+    moments = merge_over_ranks(Moments(pending))
+    _check_finite(name, moments.packed)
+    if not moments.count:
+        raise ValueError(f"No real token reaches {name}: check the attention masks of the data.")
+    norm.update_statistics(moments, weight=1)
+
+
+def _check_finite(name: str, *values: torch.Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError(f"The activations that reach {name} are not finite: check the data, and the model's dtype.")
+
+
+def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values.flatten(0, -2) if mask is None else values[mask]

@@ -1,0 +1,373 @@
+"""Norm-free inference: norms that are affine in evaluation go into the linear layers around them."""
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, share_config
+from hf_normswap.core.residual_stream import (
+    embeddings_of,
+    find_tied_head,
+    reader_of_head_norm,
+    readers_of_stack,
+    sublayer_of,
+)
+from hf_normswap.core.statistics import statistic_norms
+from hf_normswap.modeling.affine import Affine
+from hf_normswap.modeling.base import Norm
+from hf_normswap.modeling.modeling_normswap import prepare_swapped, release_swapped
+from hf_normswap.modeling.norm_sites import BLOCK_SUBLAYERS, NormSite, find_norms, format_table
+from hf_normswap.modeling.replace import add_bias, has_hooks, place_norms, remove_norms, untie_head
+
+from .equivalence import apply_if_equivalent
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class FoldReport:
+    """What became of each norm.
+
+    Attributes:
+        folded (list of `str`): paths, in the model, of the norms that are gone.
+        kept (`dict[str, str]`): path of each norm that stays, and why.
+        error (`float`): `‖Δ‖₂ / ‖logits‖₂`, before against after, on a batch of random tokens.
+    """
+
+    folded: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    error: float = math.nan
+
+    def rows(self) -> list[tuple]:
+        """The cells of the table, the heading first."""
+        folded = [("yes", name, None) for name in self.folded]
+        kept = [("no", name, reason) for name, reason in self.kept.items()]
+        return [("folded", "norm", "kept because"), *folded, *kept]
+
+    def __str__(self):
+        return format_table(self.rows())
+
+
+@torch.no_grad()
+def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
+    """Remove the swapped norms of `model`, in place, without changing what it computes.
+
+    In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`. A norm in front of
+    linear layers goes into their weights. One behind a residual sum (BERT, RoBERTa, Marian) changes the scale of the
+    residual stream's channels, `x = A ⊙ s`: what reads the stream takes up A, what adds to it divides by A, and adds
+    the shift. All is computed in float64.
+
+    The folded model saves, loads and generates like any other. Hidden states between its layers have other
+    scales than before. An [`Affine`] stays where a norm cannot go: where hidden states leave the model, before a
+    LayerNorm that was not swapped, in front of a head that shares its weights with the embeddings, at a gain of 0,
+    where A would leave the range of the weights' dtype, and behind a cross-attention that is left out without an
+    encoder. Fold in the dtype that the model will run in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
+        untie (`bool`, *optional*, defaults to `False`):
+            whether a head that shares its weights with the embeddings gets weights of its own, so that the norm in
+            front of it can go too.
+
+    Returns:
+        [`FoldReport`]: what was folded, what was kept and why; print it for a table.
+
+    Raises:
+        ValueError: when a swapped norm is not affine in evaluation, has hooks or adapters on it or around it, nothing
+            can be folded, the model is in training mode, or its outputs for random tokens would change by more than
+            rounding does (1e-5 in float32, or four times what rounding costs the model itself). The model is untouched
+            then.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_normswap import find_norms, fold_norms, swap_norm
+    >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = swap_norm(BertForSequenceClassification(config).eval(), "batchnorm", where="all")
+    >>> len(fold_norms(model).folded), len(find_norms(model))
+    (3, 0)
+
+    ```
+    """
+    check_swapped(model)
+    _check_norms(model)
+    plan = _Plan(model, untie)
+    if not plan.report.folded:
+        reasons = Counter(plan.report.kept.values())
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+        raise ValueError(f"No norm can be folded ({reasons or 'none is of this package'}): swap more of them first.")
+    if unseen := [norm for norm in statistic_norms(model) if norm.num_batches_tracked == 0]:
+        logger.warning(
+            f"The running statistics of {len(unseen)} norms are those of a new norm, and are folded as they are: "
+            "calibrate the model, or train it, before."
+        )
+    plan.report.error = apply_if_equivalent(model, plan.apply)
+    return plan.report
+
+
+class _Plan:
+    """What folding changes in `model`, computed without changing it; weights and maps are float64."""
+
+    def __init__(self, model: PreTrainedModel, untie: bool):
+        self.model, self.report = model, FoldReport()
+        self.weights: dict[str, torch.Tensor] = {}  # (out, in) of linear layers, and whole embedding tables
+        self.biases: dict[str, torch.Tensor] = {}
+        self.affines: dict[str, tuple] = {}
+        self.sites = find_norms(model)
+        tied = [name] if (name := find_tied_head(model)) else []
+        untie = untie and any(isinstance(site.module, Norm) for site in self.sites[-1:])  # the one before the head
+        self.untied, self.tied = (tied, []) if untie else ([], tied)
+        for stack in dict.fromkeys(site.stack for site in self.sites):
+            sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
+            sites.sort(key=_forward_order)
+            is_post = any(site.placement == "post" for site in sites)
+            (self._fold_post if is_post else self._fold_pre)(sites, readers_of_stack(model, stack))
+        for site in self.sites:
+            if site.sublayer == "head":
+                self._fold_into(site, (reader_of_head_norm(model),))
+        self._check_range()
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Do it to `model`, the one that the plan was made for or a copy."""
+        biased = [name for name in self.biases if model.get_submodule(name).bias is None]
+        for name in self.untied:
+            untie_head(model, name)
+        for name in biased:
+            add_bias(model.get_submodule(name))
+        for name, weight in self.weights.items():
+            module = model.get_submodule(name)
+            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+        for name, bias in self.biases.items():
+            model.get_submodule(name).bias.copy_(bias)
+        place_norms(model, {name: self._affine(model, name) for name in self.affines})
+        remove_norms(model, self.report.folded)
+
+        paths = {site.name: site.path for site in self.sites}
+        gone, kept = ([paths[name] for name in names] for names in (self.report.folded, self.affines))
+        norms = [{"norm": "affine", "options": {}, "modules": kept}] if kept else []
+        lists = {"folded": gone, "biases": biased, "untied": self.untied}
+        config = copy.deepcopy(model.config)
+        config.norm_swap |= {"norms": norms, **{name: values for name, values in lists.items() if values}}
+        config.norm_swap.pop("calibration", None)  # R² of norms that are gone
+        share_config(model, config)
+        release_swapped(model)
+        prepare_swapped(model)
+
+    def _fold_pre(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
+        for site in sites:
+            if site.sublayer == "embedding":
+                self._fold_into_tables(site)
+            else:
+                self._fold_into(site, sublayer_of(self.model, site).readers if site.block else readers)
+
+    def _fold_into_tables(self, site: NormSite) -> None:
+        """Fold the norm of the embeddings, whose output is the residual stream."""
+        affine, tables = self._map(site), self._tables(site)
+        if affine is None:
+            return
+        if not tables:
+            self._keep(site, *affine, "the embeddings in front of it are needed as they are")
+            return
+        self._scale_tables(tables, affine[0])
+        self._shift_stream(site, affine[1])
+        self.report.folded.append(site.name)
+
+    def _fold_into(self, site: NormSite, readers: tuple[str, ...]) -> None:
+        """Fold a norm that nothing reads but linear layers."""
+        affine = self._map(site)
+        if affine is None:
+            return
+        if reason := self._obstacle(readers):
+            self._keep(site, *affine, reason)
+        else:
+            self._scale_inputs(readers, *affine)
+            self.report.folded.append(site.name)
+
+    def _fold_post(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
+        """Fold the norms of the residual stream `x = scale ⊙ s`, where s is what the folded model computes."""
+        maps = [self._map(site) for site in sites]
+        scale = torch.ones(sites[0].module.weight.shape[0], dtype=torch.float64)
+        for index, site in enumerate(sites):
+            if site.block:
+                sublayer = sublayer_of(self.model, site)
+                self._scale_inputs(sublayer.readers, scale)
+                self._scale_outputs(sublayer.writer, scale)
+            if maps[index] is None:
+                continue
+            gain, shift = maps[index]
+            if self._is_optional(site):
+                self._keep(site, gain, shift / scale, "without an encoder it is left out")  # the scale stays
+                continue
+            rest = zip(sites[index + 1 :], maps[index + 1 :], strict=True)
+            following = [affine for other, affine in rest if affine is None or not self._is_optional(other)]
+            scale = gain * scale
+            as_it_is = self._reason_for_x(following, readers)
+            reason, tables = as_it_is or self._misfit(scale), self._tables(site)
+            if reason or tables:
+                new = torch.ones_like(scale) if as_it_is else self._centre(following)
+                if tables:
+                    self._scale_tables(tables, scale / new)
+                else:
+                    self._keep(site, scale / new, shift / new, reason)
+                scale = new
+            if tables or not reason:
+                self._shift_stream(site, shift / scale)
+                self.report.folded.append(site.name)
+        if not self._obstacle(readers):
+            self._scale_inputs(readers, scale)
+
+    def _reason_for_x(self, following: list[tuple | None], readers: tuple[str, ...]) -> str | None:
+        """Why x itself is needed behind a norm of the stream that has these `following` it."""
+        if not following:
+            return self._obstacle(readers)
+        return "the LayerNorm after the next sublayer stays" if following[0] is None else None
+
+    def _is_optional(self, site: NormSite) -> bool:
+        """Whether the sublayer runs only where the decoder is given the output of an encoder."""
+        return site.sublayer == "cross_attention" and not self.model.config.is_encoder_decoder
+
+    def _map(self, site: NormSite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not isinstance(site.module, Norm):
+            self.report.kept[site.name] = "it was not swapped"
+            return None
+        gain, shift = (value.to("cpu", torch.float64) for value in site.module.affine_map())
+        if not (gain.isfinite().all() and shift.isfinite().all()):
+            raise ValueError(f"{site.name} has statistics or gains that are not finite: calibrate or train it first.")
+        return gain, shift
+
+    def _keep(self, site: NormSite, gain: torch.Tensor, shift: torch.Tensor, reason: str) -> None:
+        self.affines[site.name] = gain, shift
+        self.report.kept[site.name] = reason
+
+    def _obstacle(self, readers: tuple[str, ...]) -> str | None:
+        """Why what `readers` read has to stay as it is."""
+        if not readers:
+            return "hidden states leave the model here"
+        tied = [name for name in readers if name in self.tied]
+        return f"{tied[0]} shares its weights with the embeddings" if tied else None
+
+    def _misfit(self, scale: torch.Tensor) -> str | None:
+        """Why `scale` cannot be that of the stream."""
+        if zeros := (scale == 0).sum().item():
+            return f"{zeros} of its gains are 0"
+        low, high = _range_of(self.model.dtype)
+        if ((scale.abs() < low) | (scale.abs() > high)).any():
+            return f"the stream would leave the range of {_name(self.model.dtype)} without it"
+        return None
+
+    def _centre(self, following: list[tuple | None]) -> torch.Tensor:
+        """A scale, free to choose, from which the gains that follow lead as far up as down."""
+        low, high = _range_of(self.model.dtype)
+        product = smallest = largest = torch.ones_like(following[0][0]) if following else torch.ones(())
+        for affine in following:
+            if affine is None or (affine[0] == 0).any():
+                break
+            product = product * affine[0].abs()
+            bounds = torch.minimum(smallest, product), torch.maximum(largest, product)
+            if (bounds[1] / bounds[0] > high / low).any():
+                break
+            smallest, largest = bounds
+        return torch.rsqrt(smallest * largest)
+
+    def _tables(self, site: NormSite) -> list[str]:
+        """The embedding tables in front of a norm, if there are some and nothing else needs them as they are."""
+        names = embeddings_of(self.model, site) if site.sublayer == "embedding" and not self.tied else []
+        tables = [self.model.get_submodule(name) for name in names]
+        return names if all(type(table) is nn.Embedding and not has_hooks(table) for table in tables) else []
+
+    def _scale_tables(self, names: list[str], gain: torch.Tensor) -> None:
+        for name in names:
+            self.weights[name] = self.model.get_submodule(name).weight.to("cpu", torch.float64) * gain
+
+    def _shift_stream(self, site: NormSite, shift: torch.Tensor) -> None:
+        """Add `shift` to every token where the norm was: with the sublayer's output, or with the token's position."""
+        if site.block:
+            writer = sublayer_of(self.model, site).writer
+            _, bias = self._linear(writer)
+            self.biases[writer] = shift if bias is None else bias + shift
+        else:
+            name = next(name for name in embeddings_of(self.model, site) if name.endswith("position_embeddings"))
+            table = self.model.get_submodule(name).weight.to("cpu", torch.float64)
+            self.weights[name] = self.weights.get(name, table) + shift
+
+    def _scale_inputs(self, names: tuple[str, ...], gain: torch.Tensor, shift: torch.Tensor | None = None) -> None:
+        for name in names:
+            weight, bias = self._linear(name)
+            if shift is not None and (bias is not None or (shift != 0).any()):
+                self.biases[name] = (0 if bias is None else bias) + weight @ shift
+            self.weights[name] = weight * gain
+
+    def _scale_outputs(self, name: str, scale: torch.Tensor) -> None:
+        weight, bias = self._linear(name)
+        self.weights[name] = weight / scale[:, None]
+        if bias is not None:
+            self.biases[name] = bias / scale
+
+    def _linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module = self.model.get_submodule(name)
+        if reason := obstacle_of_linear(module):
+            raise ValueError(f"{name} {reason}, which folding would not see: {PLAIN} first.")
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        bias = None if module.bias is None else module.bias.to("cpu", torch.float64)
+        return self.weights.get(name, weight.to("cpu", torch.float64)), self.biases.get(name, bias)
+
+    def _affine(self, model: PreTrainedModel, name: str) -> Affine:
+        old = model.get_submodule(name)
+        new = Affine(old.num_features, device=old.weight.device, dtype=old.weight.dtype)
+        new.replaced_eps = old.replaced_eps
+        for parameter, value in zip((new.weight, new.bias), self.affines[name], strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(old.weight.requires_grad)
+        return new.train(old.training)
+
+    def _check_range(self) -> None:
+        values = [(name, value) for table in (self.weights, self.biases) for name, value in table.items()]
+        values += [(name, value) for name, pair in self.affines.items() for value in pair]
+        for name, value in values:
+            dtype = self.model.get_submodule(name).weight.dtype
+            if not value.to(dtype).isfinite().all():
+                raise ValueError(
+                    f"Folded, {name} would leave the range of {_name(dtype)}: use a wider dtype, as in model.float()."
+                )
+
+
+def _forward_order(site: NormSite) -> tuple:
+    """Place in the forward; modules of GPT-2 stand in another order."""
+    if site.layer is None:
+        return (-1,) if site.sublayer == "embedding" else (math.inf,)
+    return site.layer, BLOCK_SUBLAYERS.index(site.sublayer)
+
+
+def _check_norms(model: PreTrainedModel) -> None:
+    sites = {site.name: site.module for site in find_norms(model)}
+    for name, norm in model.named_modules():
+        if not isinstance(norm, Norm):
+            continue
+        if name not in sites:
+            raise ValueError(f"The norm {name} is inside of an adapter: merge it into the model, or remove it, first.")
+        if norm.affine_map() is None:
+            raise ValueError(
+                f"{name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: fold "
+                "a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
+            )
+        if has_hooks(norm):
+            raise ValueError(f"{name} has hooks, which would go with it: remove them first.")
+
+
+def _range_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Scales by which weights of a usual size can be multiplied and divided without loss."""
+    info = torch.finfo(dtype)
+    return info.tiny**0.5, info.max**0.5
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
