@@ -41,10 +41,7 @@ print(type(config).__name__, "transformers.models.gpt2.modeling_gpt2" in sys.mod
         "hf_normswap.kernels",
         "hf_normswap.kernels.ops",
         "hf_normswap.modeling",
-        *(
-            f"hf_normswap.modeling.{name}"
-            for name in ("configuration", "discrepancy", "moments", "passes", "paths", "ranks", "slabs")
-        ),
+        *(f"hf_normswap.modeling.{name}" for name in ("backends", "configuration_normswap", "discrepancy", "moments")),
     }
     assert not others
     assert config == "NormSwapBertConfig False"

@@ -148,7 +148,7 @@ class NormSwapConfigMixin:
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Save the configuration, and beside it the code that loads the model where this package is not installed."""
-        from .custom_code import save_custom_code
+        from .saving import save_custom_code
 
         self.auto_map = auto_map(type(self))
         self._auto_class = None  # else transformers writes code and map once more, its own way

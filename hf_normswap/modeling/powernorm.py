@@ -10,6 +10,9 @@ from .moments import Moments
 from .registry import check_number, register_norm
 
 
+WARMUP_RATIO = 0.1  # share of the steps of a training, where a trainer is not told another
+
+
 @register_norm("powernorm", "pn")
 class PowerNorm(PowerStatisticNorm):
     """Power normalisation (Shen et al., ICML 2020, arXiv 2003.07845, Algorithm 2).

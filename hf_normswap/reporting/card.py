@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_normswap.modeling.configuration_normswap import auto_heads, family_of
 from hf_normswap.modeling.norms import get_norm
-from hf_normswap.training.training_args import NormSwapTrainingArguments
+from hf_normswap.modeling.powernorm import WARMUP_RATIO
 
 from .comparison import compare_results
 
@@ -173,7 +173,7 @@ def render_card(
     name = (repo_id or folder).rpartition("/")[2]
     dataset = recipe.get("dataset_name", run["task"])
     if norm == "powernorm" and recipe:
-        recipe = {"norm_warmup_ratio": NormSwapTrainingArguments.norm_warmup_ratio} | recipe
+        recipe = {"norm_warmup_ratio": WARMUP_RATIO} | recipe
     scores = {
         metric: fmean(values)
         for metric in run["metrics"]

@@ -34,7 +34,7 @@ __all__ = ["ComparisonTable", "compare_results", "describe_environment", "load_r
 FORMAT_VERSION = 1
 
 _REQUIRED = {"task": str, "model": str, "norm": str, "seed": int, "metrics": dict}
-_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "evaluate")
+_LIBRARIES = ("hf_normswap", "torch", "transformers", "accelerate", "datasets", "evaluate")
 
 
 def write_result(result: dict[str, Any], path: str | os.PathLike) -> Path:
@@ -130,11 +130,9 @@ def describe_environment() -> dict[str, Any]:
 
     ```
     """
-    from hf_normswap import __version__
-
-    versions = {"python": platform.python_version(), "hf_normswap": __version__}
+    versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # training needs neither datasets nor evaluate
+        with contextlib.suppress(metadata.PackageNotFoundError):  # of a source tree, or of what training does not need
             versions[library] = metadata.version(library)
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

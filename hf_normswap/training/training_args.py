@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_normswap.modeling.powernorm import WARMUP_RATIO
+
 
 @dataclass
 class _NormSwapArguments:
     norm_warmup_ratio: float = field(
-        default=0.1,
+        default=WARMUP_RATIO,
         metadata={"help": "Share of the training steps in which PowerNorm uses the statistics of the batch."},
     )
     norm_freeze_ratio: float = field(

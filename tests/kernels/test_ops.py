@@ -133,4 +133,6 @@ def test_may_be_imported_twice():
     with open(source, encoding="utf-8") as file:
         exec(compile(file.read(), source, "exec"), again)
     x = torch.randn(3, 4)
-    assert torch.equal(again["OperatorBackend"].sum_squares(x, None, 0, EPS), OperatorBackend.sum_squares(x, None, 0, EPS))
+    assert torch.equal(
+        again["OperatorBackend"].sum_squares(x, None, 0, EPS), OperatorBackend.sum_squares(x, None, 0, EPS)
+    )
