@@ -13,9 +13,9 @@ from transformers import BertTokenizer
 
 from hf_normswap import calibrate, make_batches, swap_norm
 from hf_normswap.batches import complete_batches
-from tests.models import tiny_model
-from tests.persistence import is_one_sentence
-from tests.test_calibration import WORDS, states
+from tests.helpers.calibration import WORDS, states
+from tests.helpers.models import tiny_model
+from tests.helpers.persistence import is_one_sentence
 
 
 IDS = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))

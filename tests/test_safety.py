@@ -17,10 +17,10 @@ from hf_normswap.checkpoints import find_last_checkpoint
 from hf_normswap.cli import main
 from hf_normswap.cli.checkpoints import load_checkpoint
 from hf_normswap.modeling import registry
-from tests.models import tiny_model
-from tests.persistence import edit_config, is_one_sentence, outputs, same, train
-from tests.test_checkpoints import make_trainer
-from tests.test_cli import save_stock
+from tests.helpers.checkpoint import save_stock
+from tests.helpers.models import tiny_model
+from tests.helpers.persistence import edit_config, is_one_sentence, outputs, same, train
+from tests.helpers.trainer import make_trainer
 
 
 PICKLES = ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from hf_normswap import NormSwapConfig, find_norms, register_norm, swap_norm
 from hf_normswap.modeling import norms, registry, travel
 from hf_normswap.modeling.norm import Norm
-from tests.models import FAMILIES, tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, run_fresh, same, train
 
 
 AUTO_CLASSES = {

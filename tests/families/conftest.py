@@ -6,7 +6,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from hf_normswap.modeling import token_mask
-from tests.persistence import is_one_sentence
+from tests.helpers.persistence import is_one_sentence
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hf_normswap import (
 from hf_normswap.modeling import recompute
 from hf_normswap.modeling.recompute import CHECKPOINTING
 from hf_normswap.modeling.token_mask import SCOPE
-from tests.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 
 
 NORMS = ["layernorm", "batchnorm", "powernorm", "pnv"]

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_normswap import BatchNorm, find_norms, norm_penalty
 from hf_normswap.modeling.token_mask import SCOPE, current_mask
-from tests.counting import EXACT, assert_counts, swapped_model
-from tests.models import FAMILIES, all_heads, tiny_batch
+from tests.helpers.counting import EXACT, assert_counts, swapped_model
+from tests.helpers.models import FAMILIES, all_heads, tiny_batch
 
 
 NORMS = ["batchnorm", "rbn", "powernorm", "pnv"]

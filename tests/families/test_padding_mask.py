@@ -12,9 +12,9 @@ from transformers.utils import logging as transformers_logging
 from hf_normswap import BatchNorm, measure_tid, norm_penalty, padding_mask, probe_activations, reestimate_statistics
 from hf_normswap.modeling import token_mask
 from hf_normswap.modeling.token_mask import SCOPE, current_mask
-from tests.counting import EXACT, assert_counts, assert_part_counts, swapped_model
-from tests.models import FAMILIES, tiny_batch
-from tests.persistence import is_one_sentence
+from tests.helpers.counting import EXACT, assert_counts, assert_part_counts, swapped_model
+from tests.helpers.models import FAMILIES, tiny_batch
+from tests.helpers.persistence import is_one_sentence
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]])

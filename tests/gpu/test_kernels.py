@@ -6,8 +6,8 @@ import torch
 from hf_normswap import get_norm
 from hf_normswap.modeling.passes import TorchPasses
 from hf_normswap.modeling.paths import PATHS
-from tests.kernels.passes import Inputs, assert_as_good_as_torch
-from tests.modeling.norms import assert_same, train_step
+from tests.helpers.norms import assert_same, train_step
+from tests.helpers.passes import Inputs, assert_as_good_as_torch
 
 
 pytest.importorskip("triton", reason="the path for CUDA is written in Triton")

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from hf_normswap.modeling.passes import TorchPasses
 from hf_normswap.modeling.paths import PATHS
-from tests.kernels.passes import Inputs, assert_as_good_as_torch
-from tests.modeling.norms import BATCH_VARIANTS, CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.norms import BATCH_VARIANTS, CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.passes import Inputs, assert_as_good_as_torch
 
 
 triton = pytest.importorskip("triton", reason="the path for CUDA is written in Triton")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hf_normswap import NormSwapConfig, find_norms, swap_norm
-from tests.models import tiny_model
+from tests.helpers.models import tiny_model
 
 
 # With momentum 1 a running mean is that of the last batch.

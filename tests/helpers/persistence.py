@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from hf_normswap import norm_penalty
-from tests.models import tiny_batch
+from tests.helpers.models import tiny_batch
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Makes the package impossible to import, installed or not.
 _BLOCK = """
