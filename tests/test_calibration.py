@@ -25,7 +25,8 @@ from hf_normswap.modeling.blend import set_layer_norm_share
 from hf_normswap.modeling.norm import BatchStatisticNorm
 from hf_normswap.walk import ActivationStore
 from tests.helpers.calibration import WORDS, batches, distance, inputs_and_outputs, states, stock
-from tests.helpers.models import FAMILIES
+from tests.helpers.counting import SPELLINGS
+from tests.helpers.models import FAMILIES, tiny_batch
 
 
 def assert_close(state, other, tolerance):
@@ -63,6 +64,33 @@ def test_statistics_gains_and_shifts_are_those_of_numpy(family, linears):
     untouched = {k: v for k, v in original.state_dict().items() if not any(k.startswith(name) for name in sites)}
     same = all(torch.equal(model.state_dict()[name], value) for name, value in untouched.items())
     assert same != linears
+
+
+def shared(mask):
+    return mask[:1]  # (1, 1, 1, T), one mask for all rows
+
+
+MASKS_OF_SOURCES = {**SPELLINGS, "shared": shared, "shared additive": lambda mask: SPELLINGS["infinite"](mask[:1])}
+
+
+@pytest.mark.parametrize("name", MASKS_OF_SOURCES)
+@pytest.mark.parametrize("family", ["marian", "bert"])
+def test_a_4_dimensional_mask_of_the_source_is_the_2_dimensional_one(family, name):
+    """The keys and values of cross-attention are fitted at real tokens of the source."""
+    original = stock(family, "BertLMHeadModel", add_cross_attention=True) if family == "bert" else stock(family)
+    data = [tiny_batch(original, lengths=(5, 5, 5), columns=7, seed=seed) for seed in range(3)]
+    argument = "attention_mask"
+    if family == "bert":
+        argument = "encoder_attention_mask"
+        for batch in data:
+            sources = tiny_batch(original, lengths=(4, 4, 4), columns=6, seed=7, labels=False)
+            batch["encoder_hidden_states"] = original.get_input_embeddings()(sources["input_ids"]).detach()
+            batch["encoder_attention_mask"] = sources["attention_mask"]
+    other = [{**batch, argument: MASKS_OF_SOURCES[name](batch[argument].bool()[:, None, None])} for batch in data]
+    of_2_dimensions, of_4 = (swap_norm(copy.deepcopy(original), "batchnorm", where="all") for _ in range(2))
+    calibrate(of_2_dimensions, data)
+    calibrate(of_4, other)
+    assert_close(states(of_4), states(of_2_dimensions), 1e-9)
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "rbn", "pnv", "powernorm", "rmsnorm"])
