@@ -109,3 +109,13 @@ def run_fresh(script, tmp_path, *arguments, package=True):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+class Poison:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = str(sentinel)
+
+    def __reduce__(self):
+        return open, (self.sentinel, "w")
