@@ -22,11 +22,11 @@ from common import ModelArguments, describe_run, one_sentence_errors, parse_argu
 from glue import DataArguments, load_task, tokenize
 from hf_normswap import (
     PowerNorm,
-    defer_norm_statistics,
+    accumulate_norm_statistics,
     find_norms,
     norm_penalty,
-    sync_norm_statistics,
-    synchronize_norms,
+    set_norm_process_group,
+    update_norm_statistics,
 )
 from hf_normswap.metrics import GlueMetric
 from hf_normswap.reporting.results import write_result
@@ -57,8 +57,8 @@ def train(model, data, collator, args, accelerator):
     schedule = get_scheduler("linear", optimizer, round(args.warmup_ratio * steps), steps)
     wrapped, loader, optimizer, schedule = accelerator.prepare(model, loader, optimizer, schedule)
     wrapped.train()
-    synchronize_norms(model)  # the batch is that of all processes together
-    defer_norm_statistics(model)  # running statistics stay as they are within a step
+    set_norm_process_group(model)  # the batch is that of all processes together
+    accumulate_norm_statistics(model)  # running statistics stay as they are within a step
     for site in find_norms(model):
         if isinstance(site.module, PowerNorm):
             done = site.module.num_batches_tracked.item()  # updates of earlier trainings, and of a calibration
@@ -77,14 +77,14 @@ def train(model, data, collator, args, accelerator):
                 optimizer.zero_grad()
             parts.append(loss.detach())
             if accelerator.sync_gradients:
-                sync_norm_statistics(model)  # and are updated once, by all its forwards and processes
+                update_norm_statistics(model)  # and are updated once, by all its forwards and processes
                 losses.append(torch.stack(parts).mean().item())
                 parts = []
                 progress.update()
                 if len(losses) == args.max_steps:
                     break
-    synchronize_norms(model, synchronized=False)
-    defer_norm_statistics(model, False)
+    set_norm_process_group(model, synchronized=False)
+    accumulate_norm_statistics(model, False)
     return losses
 
 

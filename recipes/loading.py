@@ -66,7 +66,7 @@ def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
         raise ValueError(f"{args.model_name_or_path} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, swap_as_told(model, tokenizer, args, texts)
+    return tokenizer, apply_norm_args(model, tokenizer, args, texts)
 
 
 def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **config):
@@ -92,10 +92,10 @@ def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **
             **args.config_overrides,
         },
     )
-    return tokenizer, swap_as_told(auto_class.from_config(config), tokenizer, args, texts)
+    return tokenizer, apply_norm_args(auto_class.from_config(config), tokenizer, args, texts)
 
 
-def swap_as_told(model, tokenizer, args, texts):
+def apply_norm_args(model, tokenizer, args, texts):
     """The model with its norms swapped as the arguments say, or as they are if they are swapped already."""
     recorded = getattr(model.config, "norm_swap", None) or {"norms": []}
     if not recorded["norms"]:

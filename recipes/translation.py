@@ -30,7 +30,7 @@ from common import (
 )
 from hf_normswap import NormSwapSeq2SeqTrainer, NormSwapSeq2SeqTrainingArguments
 from hf_normswap.metrics import SacrebleuMetric
-from loading import load_splits, load_swapped, swap_as_told
+from loading import apply_norm_args, load_splits, load_swapped
 from token_batches import TokenBatches
 from vocabulary import train_tokenizer
 
@@ -84,7 +84,7 @@ def make_model(model_args, data_args, data):
             **model_args.config_overrides,
         }
     )
-    return tokenizer, swap_as_told(MarianMTModel(config), tokenizer, model_args, data["train"])
+    return tokenizer, apply_norm_args(MarianMTModel(config), tokenizer, model_args, data["train"])
 
 
 def tokenize(data, tokenizer, data_args):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_normswap import find_norms, probe_activations, set_norm_placement, swap_norm
-from tests.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_normswap import restore_norm, swap_norm
-from tests.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
-from tests.persistence import run_fresh, train
+from tests.helpers.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
+from tests.helpers.persistence import run_fresh, train
 
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -228,7 +228,7 @@ import transformers
 import torch
 {"import peft" if peft_first else ""}
 from hf_normswap import swap_norm
-from tests.models import tiny_batch, tiny_model
+from tests.helpers.models import tiny_batch, tiny_model
 
 # PEFT has no default places for Marian.
 swapped = {{family: swap_norm(tiny_model(family), "powernorm") for family in ("bert", "roberta", "gpt2")}}

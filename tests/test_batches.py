@@ -13,9 +13,10 @@ from transformers import BertTokenizer
 
 from hf_normswap import calibrate, make_batches, swap_norm
 from hf_normswap.core.data import complete_batches
-from tests.models import tiny_model
-from tests.persistence import is_one_sentence
-from tests.test_calibration import WORDS, states
+from tests.helpers.calibration import WORDS, states
+from tests.helpers.counting import SPELLINGS
+from tests.helpers.models import tiny_model
+from tests.helpers.persistence import is_one_sentence
 
 
 IDS = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -155,3 +156,19 @@ def test_a_module_around_swapped_models_takes_batches_alone(data, tokenizer):
     with pytest.raises(ValueError, match="Around takes neither texts nor a data set: pass batches") as caught:
         make_batches(Around(), data, tokenizer)
     assert is_one_sentence(caught.value)
+
+
+# Masks of other forms than (B, T)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_real_tokens_are_counted_in_masks_of_every_form(spelling):
+    """0 stands for a real token in an additive mask."""
+    model = tiny_model("bert").eval()
+    seen = torch.ones(4, 1, 1, 6, dtype=torch.bool)
+    batch = {"input_ids": IDS, "attention_mask": SPELLINGS[spelling](seen)}
+    assert complete_batches(model, [batch]) == [batch]
+    nothing = {"input_ids": IDS, "attention_mask": SPELLINGS[spelling](~seen)}
+    assert complete_batches(model, [nothing, batch]) == [nothing, batch]
+    with pytest.raises(ValueError, match="no real tokens"):
+        complete_batches(model, [nothing])

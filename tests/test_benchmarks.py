@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, MarianMTModel, PreTrainedTokenizerFast
 
 from hf_normswap import use_kernels
-from tests.distributed.launch import TORCHRUN
-from tests.distributed.launch import run as run_command
-from tests.test_cli import TEXTS, save_stock
+from tests.helpers.checkpoint import TEXTS, save_stock
+from tests.helpers.launch import TORCHRUN
+from tests.helpers.launch import run as run_command
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Python finds what the scripts share

@@ -23,54 +23,10 @@ from hf_normswap import (
 from hf_normswap.conversion.fitting import estimate_statistics
 from hf_normswap.conversion.sequential import ActivationStore
 from hf_normswap.modeling.base import BatchStatisticNorm
-from hf_normswap.modeling.padding_mask import current_mask, watch_masks
 from hf_normswap.modeling.replace import set_layer_norm_share
-from tests.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model
-
-
-def batches(model, rows=24, size=6, **options):
-    lengths = [3 + (5 * row) % 7 for row in range(rows)]
-    return [
-        tiny_batch(model, lengths=tuple(lengths[start : start + size]), seed=start, **options)
-        for start in range(0, rows, size)
-    ]
-
-
-def stock(family, head=None, **overrides):
-    return tiny_model(family, head, **overrides).double().eval()
-
-
-@torch.no_grad()
-def inputs_and_outputs(model, data, names):
-    """What goes into and comes out of modules at real tokens, `(N, C)` each, by name."""
-    seen = {name: ([], []) for name in names}
-
-    def keep(module, args, output, name):
-        mask = current_mask(args[0])
-        for values, kept in zip((args[0], output), seen[name]):
-            kept.append((values if mask is None else values[mask]).reshape(-1, values.shape[-1]))
-
-    watch_masks(model)
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda m, a, o, name=name: keep(m, a, o, name))
-        for name in names
-    ]
-    for batch in data:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return {name: tuple(torch.cat(part).numpy() for part in parts) for name, parts in seen.items() if parts[0]}
-
-
-@torch.no_grad()
-def distance(model, other, data):
-    """Relative distance of the logits of two models."""
-    ours, theirs = (torch.cat([each(**batch).logits.flatten() for batch in data]) for each in (model, other))
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def states(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+from tests.helpers.calibration import WORDS, batches, distance, inputs_and_outputs, states, stock
+from tests.helpers.counting import SPELLINGS
+from tests.helpers.models import FAMILIES, tiny_batch
 
 
 def assert_close(state, other, tolerance):
@@ -108,6 +64,33 @@ def test_statistics_gains_and_shifts_are_those_of_numpy(family, linears):
     untouched = {k: v for k, v in original.state_dict().items() if not any(k.startswith(name) for name in sites)}
     same = all(torch.equal(model.state_dict()[name], value) for name, value in untouched.items())
     assert same != linears
+
+
+def shared(mask):
+    return mask[:1]  # (1, 1, 1, T), one mask for all rows
+
+
+MASKS_OF_SOURCES = {**SPELLINGS, "shared": shared, "shared additive": lambda mask: SPELLINGS["infinite"](mask[:1])}
+
+
+@pytest.mark.parametrize("name", MASKS_OF_SOURCES)
+@pytest.mark.parametrize("family", ["marian", "bert"])
+def test_a_4_dimensional_mask_of_the_source_is_the_2_dimensional_one(family, name):
+    """The keys and values of cross-attention are fitted at real tokens of the source."""
+    original = stock(family, "BertLMHeadModel", add_cross_attention=True) if family == "bert" else stock(family)
+    data = [tiny_batch(original, lengths=(5, 5, 5), columns=7, seed=seed) for seed in range(3)]
+    argument = "attention_mask"
+    if family == "bert":
+        argument = "encoder_attention_mask"
+        for batch in data:
+            sources = tiny_batch(original, lengths=(4, 4, 4), columns=6, seed=7, labels=False)
+            batch["encoder_hidden_states"] = original.get_input_embeddings()(sources["input_ids"]).detach()
+            batch["encoder_attention_mask"] = sources["attention_mask"]
+    other = [{**batch, argument: MASKS_OF_SOURCES[name](batch[argument].bool()[:, None, None])} for batch in data]
+    of_2_dimensions, of_4 = (swap_norm(copy.deepcopy(original), "batchnorm", where="all") for _ in range(2))
+    calibrate(of_2_dimensions, data)
+    calibrate(of_4, other)
+    assert_close(states(of_4), states(of_2_dimensions), 1e-9)
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "rbn", "pnv", "powernorm", "rmsnorm"])
@@ -293,9 +276,6 @@ def test_the_models_own_output_stands_in_for_missing_targets(family):
         with_labels = data
     other = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=with_labels)
     assert_close(states(model), states(other), 1e-9)
-
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(VOCABULARY - 7))]
 
 
 @pytest.fixture(scope="module")

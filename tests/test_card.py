@@ -14,39 +14,9 @@ from transformers import BertForSequenceClassification
 
 from hf_normswap import find_norms, fold_norms, set_norm_placement, swap_norm
 from hf_normswap.reporting.card import card_of_model, render_card
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import ROOT
-
-
-BACKENDS = [f"bert.encoder.layer.{i}.{part}.LayerNorm" for part in ("attention.output", "output") for i in (0, 1)]
-
-
-def run(norm, seed, accuracy, **entries):
-    swapped = {"norm": norm, "options": {"num_groups": 4} if norm == "powernorm" else {}, "modules": BACKENDS}
-    return {
-        "task": "rte",
-        "model": "google-bert/bert-base-uncased",
-        "norm": norm,
-        "norm_swap": {"format_version": 1, "norms": [swapped]},
-        "seed": seed,
-        "metrics": {"accuracy": accuracy},
-        "baselines": {"majority class": 0.5271},
-        "arguments": {
-            "dataset_name": "nyu-mll/glue",
-            "eval_examples": 277,
-            "learning_rate": 3e-5,
-            "norm": norm,
-            "seed": seed,
-            "model_name_or_path": "./bert",
-        },
-        "history": [{"step": 1, "loss": 0.7, "tid_mean_max": 0.0, "tid_var_max": 0.25 + seed}, {"step": 1}],
-        "versions": {"python": "3.12.9", "torch": "2.9.1"},
-        "hardware": "one kind of CPU",
-        "command": f"python recipes/glue.py rte.yaml --seed {seed}",
-    } | entries
-
-
-RESULTS = [run("powernorm", 0, 0.61), run("powernorm", 1, 0.65), run("layernorm", 0, 0.67)]
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import ROOT
+from tests.helpers.results import RESULTS, make_result
 
 
 def render(results=RESULTS, **options):
@@ -95,7 +65,7 @@ def test_the_metadata_is_what_the_hub_reads():
 
 def test_every_number_comes_from_the_results():
     """Without figures in the results there is none in the card, but for names and the bibliography."""
-    bare = run("powernorm", 0, None)
+    bare = make_result("powernorm", 0, None)
     for entry in ("baselines", "arguments", "history", "versions", "hardware", "command"):
         del bare[entry]
     bare = bare | {"model": "model", "seed": 0}
@@ -137,7 +107,7 @@ def test_the_snippet_loads_the_model(tmp_path, monkeypatch):
     [
         ({"norm": "rbn"}, "No result is of the norm 'rbn', only of powernorm, layernorm"),
         ({"auto_class": "AutoModelForAll"}, "auto_class 'AutoModelForAll' is none of"),
-        ({"results": [*RESULTS, run("powernorm", 0, 0.6, task="mrpc")]}, "2 tasks or models"),
+        ({"results": [*RESULTS, make_result("powernorm", 0, 0.6, task="mrpc")]}, "2 tasks or models"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -211,8 +181,8 @@ def test_a_card_is_of_a_swapped_model():
 
 def test_a_run_of_an_earlier_version_has_the_defaults_of_its_time():
     """The record of that version has no weights of RBN's penalty, which were 0.1."""
-    card = str(render([run("rbn", 0, 0.7)], norm="rbn"))
+    card = str(render([make_result("rbn", 0, 0.7)], norm="rbn"))
     assert "`lambda_mean=0.1`, `lambda_var=0.1`" in card
-    told = run("rbn", 0, 0.7)
+    told = make_result("rbn", 0, 0.7)
     told["norm_swap"]["norms"][0]["options"] = {"lambda_mean": 8.0, "lambda_var": 4.0}
     assert "`lambda_mean=8.0`, `lambda_var=4.0`" in str(render([told], norm="rbn"))

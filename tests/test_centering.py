@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hf_normswap import RMSNorm, convert_to_rmsnorm, find_norms, restore_norm, swap_norm
-from tests.models import heads, tiny_batch, tiny_model
-from tests.persistence import outputs, same
+from tests.helpers.models import heads, tiny_batch, tiny_model
+from tests.helpers.persistence import outputs, same
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)

@@ -3,20 +3,9 @@
 import resource
 
 import pytest
-import torch
 
-from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, swap_norm
 from hf_normswap.training.checkpoints import find_last_checkpoint
-from tests.invariant.test_accumulation import HEADS, rows
-from tests.models import tiny_model
-
-
-def make_trainer(folder, norm="rbn", **options):
-    torch.manual_seed(0)
-    model = swap_norm(tiny_model("bert", HEADS["bert"]), norm, where="all")
-    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-    settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, **options}
-    return NormSwapTrainer(model, NormSwapTrainingArguments(str(folder), **settings), train_dataset=rows("bert", 16))
+from tests.helpers.trainer import make_trainer
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,15 +20,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 import hf_normswap.cli.calibrate as verb
 from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, set_norm_placement, swap_norm
 from hf_normswap.cli import main
 from hf_normswap.reporting.results import compare_results, load_results, write_result
-from tests.models import VOCABULARY, tiny_model
-from tests.persistence import ROOT, outputs, run_fresh, same
+from tests.helpers.checkpoint import TEXTS, save_stock
+from tests.helpers.models import tiny_model
+from tests.helpers.persistence import ROOT, outputs, run_fresh, same
 
 
 AUTO_CLASSES = {
@@ -38,21 +37,6 @@ AUTO_CLASSES = {
     "marian": AutoModelForSeq2SeqLM,
     "gpt2": AutoModelForCausalLM,
 }
-# Those that may be special tokens are in brackets: they are found inside of words, too.
-WORDS = [f"w{number}" if 5 <= number < VOCABULARY - 2 else f"[{number}]" for number in range(VOCABULARY)]
-TEXTS = [" ".join(WORDS[5 + (7 * i + j * (1 + i % 5)) % 30] for j in range(3 + i % 9)) for i in range(60)]
-
-
-def save_stock(folder, family="bert", change=lambda model: None):
-    """A tiny stock checkpoint with its tokenizer."""
-    model = tiny_model(family).eval()
-    change(model)
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[2]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": WORDS[-1]} if family == "gpt2" else {"pad_token": WORDS[model.config.pad_token_id]}
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=WORDS[2], **special).save_pretrained(folder)
-    return str(folder)
 
 
 def save_dataset(folder, columns):

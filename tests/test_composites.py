@@ -20,11 +20,11 @@ from hf_normswap import (
 )
 from hf_normswap.core.statistics import statistic_norms
 from hf_normswap.modeling.replace import layer_norm_shares, set_layer_norm_share
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, train
-from tests.test_calibration import batches, states
-from tests.test_progressive import blends
-from tests.test_trainer import arguments
+from tests.helpers.calibration import batches, states
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, train
+from tests.helpers.surgery import blends
+from tests.helpers.trainer import arguments
 
 
 def tower(seed=0, norm="batchnorm"):

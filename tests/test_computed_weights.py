@@ -20,10 +20,10 @@ from hf_normswap import (
     restore_norm,
     swap_norm,
 )
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs
-from tests.test_calibration import batches, distance, inputs_and_outputs, stock
-from tests.test_surgery import refuses
+from tests.helpers.calibration import batches, distance, inputs_and_outputs, stock
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs
+from tests.helpers.surgery import refuses
 
 
 class Shifted(nn.Module):

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from hf_normswap import NormSwapConfig, available_norms, swap_norm
 from hf_normswap.modeling import configuration
-from tests.models import FAMILIES, tiny_config, tiny_model
-from tests.persistence import edit_config, is_one_sentence, outputs, same
+from tests.helpers.models import FAMILIES, tiny_config, tiny_model
+from tests.helpers.persistence import edit_config, is_one_sentence, outputs, same
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

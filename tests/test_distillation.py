@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_normswap import distill, find_norms, freeze_norm_statistics, swap_norm
-from tests.models import FAMILIES
-from tests.test_calibration import batches, states, stock
+from tests.helpers.calibration import batches, states, stock
+from tests.helpers.models import FAMILIES
 
 
 @pytest.mark.parametrize("linears", [False, True])

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from hf_normswap import find_norms, fold_norms, reestimate_statistics, set_norm_placement, swap_norm
 from hf_normswap.modeling.replace import set_layer_norm_share
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import outputs, same, train
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import outputs, same, train
 
 
 AUTO = {

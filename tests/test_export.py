@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hf_normswap import export_onnx, fold_norms, swap_norm
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import is_one_sentence
-from tests.test_folding import norms_in, relative_error, swapped
+from tests.helpers.folding import norms_in, relative_error, swapped
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence
 
 
 pytest.importorskip("onnxruntime")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_normswap import find_norms, gradient_norms, norm_penalty, study_depth, swap_norm
-from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, all_heads, tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

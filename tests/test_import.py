@@ -8,7 +8,7 @@ import time
 import pytest
 
 import hf_normswap
-from tests.persistence import ROOT, run_fresh
+from tests.helpers.persistence import ROOT, run_fresh
 
 
 def test_the_import_loads_no_model(tmp_path):

@@ -145,3 +145,11 @@ def test_no_file_names_a_machine():
             f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if machine.search(line)
         ]
     assert not found, "\n".join(found)
+
+
+def test_no_test_imports_another():
+    """What tests share is in tests/helpers, for the scripts that they run as well."""
+    of_a_test = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*(?:test_\w+|conftest)\b", re.MULTILINE)
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        found = of_a_test.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(ROOT)}: {found[0].strip()}: move what it takes to tests/helpers"

@@ -41,11 +41,10 @@ from hf_normswap import (
 )
 from hf_normswap.core.model_state import swapped_parts, unwrap
 from hf_normswap.modeling.replace import set_layer_norm_share
-from tests.invariant.test_accumulation import rows
-from tests.models import FAMILIES, tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
-from tests.test_surgery import state
-from tests.test_trainer import arguments
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers.surgery import state
+from tests.helpers.trainer import arguments, rows
 
 
 LENGTHS = (9, 7, 8, 9)

@@ -18,9 +18,9 @@ from hf_normswap import (
 )
 from hf_normswap.modeling import modeling_normswap
 from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
-from tests.invariant.test_accumulation import HEADS, rows
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers.trainer import HEADS, rows
 
 
 peft = pytest.importorskip("peft", minversion="0.21")

@@ -21,8 +21,8 @@ from transformers.models.pegasus import modeling_pegasus
 from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
 
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
-from tests.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
-from tests.persistence import outputs, run_fresh, same, train
+from tests.helpers.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
+from tests.helpers.persistence import outputs, run_fresh, same, train
 
 
 OTHER = {"bert": "pre", "roberta": "pre", "marian": "pre", "gpt2": "post"}

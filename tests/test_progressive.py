@@ -11,11 +11,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from hf_normswap import NormSwapTrainer, ProgressiveSwapCallback, find_norms, swap_norm
 from hf_normswap.core.model_state import swapped_parts
-from hf_normswap.modeling.replace import LayerNormBlend, layer_norm_shares
-from tests.invariant.test_accumulation import HEADS, rows
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import is_one_sentence, outputs, same
-from tests.test_trainer import arguments, batch_of, swapped
+from hf_normswap.modeling.replace import layer_norm_shares
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, same
+from tests.helpers.surgery import blends
+from tests.helpers.trainer import HEADS, arguments, batch_of, rows, swapped
 
 
 class Recorder(TrainerCallback):
@@ -38,11 +38,6 @@ def estimates(monkeypatch):
 
     monkeypatch.setattr(importlib.import_module("hf_normswap.conversion.calibrate"), "reestimate_statistics", record)
     return calls
-
-
-def blends(model):
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return [hook for hook in hooks if isinstance(hook, LayerNormBlend)]
 
 
 def train(tmp_path, model=None, cls=NormSwapTrainer, callbacks=(), examples=None, resume=None, **options):

@@ -34,8 +34,8 @@ from hf_normswap import (
 )
 from hf_normswap.modeling.configuration_normswap import STOCK_CLASS_GUARD
 from hf_normswap.modeling.replace import layer_norm_shares, set_layer_norm_share
-from tests.models import tiny_batch, tiny_config, tiny_model
-from tests.persistence import is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers.models import tiny_batch, tiny_config, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, run_fresh, same, train
 
 
 STACKS = {

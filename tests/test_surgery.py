@@ -22,33 +22,13 @@ from hf_normswap import (
     set_norm_placement,
     swap_norm,
 )
-from tests.models import FAMILIES, all_heads, tiny_batch, tiny_model
-from tests.persistence import clone, is_one_sentence, outputs, same, train
-from tests.test_sites import STANDS_FOR, full_model, layer_norms
+from tests.helpers.models import FAMILIES, all_heads, tiny_batch, tiny_model
+from tests.helpers.persistence import is_one_sentence, outputs, same, train
+from tests.helpers.sites import STANDS_FOR, full_model, layer_norms
+from tests.helpers.surgery import refuses, state
 
 
 NORMS = available_norms()
-
-
-def state(model):
-    """What a refused swap must leave alone: modules, values, class, configuration, hooks."""
-    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
-    modules = {name: id(module) for name, module in model.named_modules()}
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    tensors = clone(model.state_dict().items())
-    return tensors, [type(model), model.config, model.config.to_dict(), modules, parameters, hooks]
-
-
-def refuses(model, call, match):
-    """`call` raises one sentence that has `match` in it, and the model stays what it was."""
-    before = state(model)
-    with pytest.raises(ValueError, match=re.escape(match)) as caught:
-        call()
-    assert is_one_sentence(caught.value), caught.value
-    after = state(model)
-    assert same(before[0], after[0])
-    assert before[1] == after[1]
-    return str(caught.value)
 
 
 # Which norms

@@ -8,9 +8,9 @@ import torch
 
 from hf_normswap import TidHistory, find_norms, measure_tid, reestimate_statistics, swap_norm
 from hf_normswap.modeling.padding_mask import current_mask
-from tests.models import FAMILIES, tiny_batch, tiny_model
-from tests.persistence import train
-from tests.test_checkpoints import make_trainer
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.persistence import train
+from tests.helpers.trainer import make_trainer
 
 
 NORMS = ["batchnorm", "rbn", "pnv", "powernorm"]

@@ -4,33 +4,11 @@ import json
 
 import pytest
 
-from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, ProgressiveSwapCallback, swap_norm
-from tests.invariant.test_accumulation import HEADS, rows
-from tests.models import tiny_model
-from tests.persistence import run_fresh
+from tests.helpers.persistence import run_fresh
+from tests.helpers.trackers import logged, make_trainer
 
 
 VALUES = ["rbn_penalty", "tid_mean_max", "tid_mean_avg", "tid_var_max", "tid_var_avg", "layer_norm_share"]
-
-
-def make_trainer(folder, tracker):
-    args = NormSwapTrainingArguments(
-        str(folder),
-        max_steps=3,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        report_to=tracker,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    model = swap_norm(tiny_model("bert", HEADS["bert"]), "rbn")
-    progressive = ProgressiveSwapCallback(ratio=1.0)
-    return NormSwapTrainer(model, args, train_dataset=rows("bert", 16), callbacks=[progressive])
-
-
-def logged(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -51,7 +29,7 @@ def test_trackio(tmp_path):
     script = """
 import json, os
 os.environ["TRACKIO_DIR"] = os.path.abspath("tracked")
-from tests.test_trackers import logged, make_trainer
+from tests.helpers.trackers import logged, make_trainer
 trainer = make_trainer("run", "trackio")
 trainer.train()
 from trackio.sqlite_storage import SQLiteStorage

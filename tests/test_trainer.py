@@ -28,32 +28,9 @@ from hf_normswap import (
 from hf_normswap.core.statistics import statistic_norms
 from hf_normswap.modeling.discrepancy import training_inference_discrepancy
 from hf_normswap.training.trainer import NormStatisticsCallback, _NormLogs
-from tests.invariant.test_accumulation import HEADS, rows, train
-from tests.models import tiny_model
-from tests.persistence import is_one_sentence
-
-
-def arguments(tmp_path, cls=NormSwapTrainingArguments, **options):
-    defaults = {
-        "output_dir": tmp_path,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return cls(**{**defaults, **options})
-
-
-def swapped(family, norm, **options):
-    torch.manual_seed(0)
-    return swap_norm(tiny_model(family, HEADS[family]), NormSwapConfig(norm, **options))
-
-
-def batch_of(examples):
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+from tests.helpers.models import tiny_model
+from tests.helpers.persistence import is_one_sentence
+from tests.helpers.trainer import HEADS, arguments, batch_of, rows, swapped, train
 
 
 @pytest.mark.parametrize("family", list(HEADS))

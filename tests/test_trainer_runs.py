@@ -16,8 +16,8 @@ from hf_normswap import (
     swap_norm,
 )
 from hf_normswap.core.statistics import statistic_norms
-from tests.invariant.test_accumulation import HEADS, rows
-from tests.models import tiny_batch, tiny_model
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.trainer import HEADS, rows
 
 
 SETTINGS = {

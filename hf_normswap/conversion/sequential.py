@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_normswap.core.model_state import device_of, is_composite, swapped_parts
 from hf_normswap.modeling.moments import has_ranks
 from hf_normswap.modeling.norm_sites import find_norms
-from hf_normswap.modeling.padding_mask import current_mask
+from hf_normswap.modeling.padding_mask import current_mask, read_mask
 
 
 class ActivationStore:
@@ -175,7 +175,7 @@ class SequentialRunner:
         def keep(name, index, args, kwargs):
             mask = self._mask if block else given_mask(args, kwargs)
             if block and any(args[0] is other for other in self._others):
-                mask = _source_mask(self.model, self.batches[index])
+                mask = _source_mask(self.model, self.batches[index], args[0])
             self._add(self._group[name], (args[0], mask))
 
         for group in groups:
@@ -313,7 +313,8 @@ def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tupl
     return order
 
 
-def _source_mask(model, batch: dict) -> torch.Tensor | None:
-    """Token mask of what cross-attention attends to."""
+def _source_mask(model, batch: dict, source: torch.Tensor) -> torch.Tensor | None:
+    """Token mask `(B, T)` of the `source`, which cross-attention attends to; `None` where all tokens are real."""
     name = "attention_mask" if model.config.is_encoder_decoder else "encoder_attention_mask"
-    return batch[name].bool() if name in batch else None
+    tokens = read_mask(batch.get(name), source.shape[:2])
+    return None if tokens is None else tokens.real

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_normswap.modeling.moments import sum_over_ranks
+from hf_normswap.modeling.padding_mask import read_mask
 
 from .model_state import device_of, is_composite, unwrap
 
@@ -90,16 +91,16 @@ def complete_batches(model: nn.Module, batches: list[dict]) -> list[dict]:
     if not count:
         raise ValueError("The data is empty: pass a few hundred texts.")
     if not tokens:
-        raise ValueError("The data has no real tokens, its attention_mask is 0 everywhere: pass some text.")
+        raise ValueError("The data has no real tokens, its attention_mask hides all of them: pass some text.")
     if not is_plain or not model.config.is_encoder_decoder:
         return batches
     return [batch if {"labels", "decoder_input_ids"} & set(batch) else _translated(model, batch) for batch in batches]
 
 
 def _count_tokens(batch: dict) -> int:
-    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    mask = batch.get("attention_mask")
-    return inputs.shape[:2].numel() if mask is None else int(mask.sum())
+    ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    tokens = read_mask(batch.get("attention_mask"), (ids.shape[:-1].numel(), ids.shape[-1]))
+    return ids.numel() if tokens is None else int(tokens.real.sum())
 
 
 def _translated(model, batch: dict) -> dict:

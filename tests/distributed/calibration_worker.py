@@ -5,7 +5,25 @@ import sys
 import torch
 from accelerate import PartialState
 
-from tests.distributed.test_calibration import data, estimated
+from hf_normswap import calibrate, measure_tid, reestimate_statistics, swap_norm
+from tests.helpers.models import tiny_batch, tiny_model
+
+
+def data(family):
+    model = tiny_model(family)
+    return [tiny_batch(model, lengths=(6, 3, 9, 5), seed=seed) for seed in range(4)]
+
+
+def estimated(family, batches):
+    """The states of a calibrated model, and of one whose statistics alone were estimated, and the TID of that one."""
+    states = []
+    for estimate in (calibrate, reestimate_statistics):
+        model = swap_norm(tiny_model(family).double().eval(), "batchnorm", where="all")
+        estimate(model, batches)
+        states.append(model.state_dict())
+    report = measure_tid(model, batches)
+    states.append({tid.name: torch.tensor([tid.mean, tid.variance, tid.batches]) for tid in report})
+    return states
 
 
 if __name__ == "__main__":

@@ -3,26 +3,8 @@
 import pytest
 import torch
 
-from hf_normswap import calibrate, measure_tid, reestimate_statistics, swap_norm
-from tests.distributed.launch import TORCHRUN, run
-from tests.models import tiny_batch, tiny_model
-
-
-def data(family):
-    model = tiny_model(family)
-    return [tiny_batch(model, lengths=(6, 3, 9, 5), seed=seed) for seed in range(4)]
-
-
-def estimated(family, batches):
-    """The states of a calibrated model, and of one whose statistics alone were estimated, and the TID of that one."""
-    states = []
-    for estimate in (calibrate, reestimate_statistics):
-        model = swap_norm(tiny_model(family).double().eval(), "batchnorm", where="all")
-        estimate(model, batches)
-        states.append(model.state_dict())
-    report = measure_tid(model, batches)
-    states.append({tid.name: torch.tensor([tid.mean, tid.variance, tid.batches]) for tid in report})
-    return states
+from tests.distributed.calibration_worker import data, estimated
+from tests.helpers.launch import TORCHRUN, run
 
 
 @pytest.mark.distributed

@@ -11,25 +11,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_normswap.reporting.results import load_results
-from tests.distributed.launch import ROOT, TORCHRUN, run, start
-from tests.recipes.conftest import model_folder, write_task  # noqa: F401
+from tests.helpers.launch import ROOT, TORCHRUN, run, start
 
 
 FOLDER = ROOT / "recipes" / "launch"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-
-
-@pytest.fixture
-def command(tmp_path, model_folder):  # noqa: F811
-    data = write_task(tmp_path / "glue", "sst2", {"train": 64, "validation": 10})
-
-    def command(output, *options):
-        shared = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--task_name=sst2"]
-        shared += ["--max_length=20", "--max_steps=4", "--learning_rate=0.01", "--use_cpu=true", "--norm=rbn"]
-        return ["recipes/glue.py", *shared, "--report_to=none", f"--output_dir={output}", *options]
-
-    return command
 
 
 @pytest.fixture
@@ -51,7 +38,7 @@ def test_accelerate_reads_them(path):
 @pytest.mark.parametrize("name", ["cpu", "ddp"])
 def test_one_machine(name, command, tmp_path):
     configured = ["--config_file", FOLDER / f"{name}.yaml", "--main_process_port", "0"]
-    run(*LAUNCH, *configured, *command(tmp_path / "output"), ACCELERATE_USE_CPU="true")
+    run(*LAUNCH, *configured, *command(tmp_path / "output", "--max_steps=4"), ACCELERATE_USE_CPU="true")
     (result,) = load_results(tmp_path / "output" / "result.json")
     processes = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["num_processes"]
     assert ("--num_processes 2" in result["command"]) == (processes == 2)
@@ -66,7 +53,7 @@ def test_deepspeed_zero_2_trains_as_data_parallel(norm, command, tmp_path):
     more = {"plain": [], "zero": ["--deepspeed", FOLDER / "zero2.json"]}
     losses = {}
     for name, deepspeed in more.items():
-        run(*TORCHRUN, *command(tmp_path / name, *options, *deepspeed), DS_ACCELERATOR="cpu")
+        run(*TORCHRUN, *command(tmp_path / name, "--max_steps=4", *options, *deepspeed), DS_ACCELERATOR="cpu")
         (result,) = load_results(tmp_path / name / "result.json")
         losses[name] = [entry["loss"] for entry in result["history"] if "loss" in entry]
     assert len(losses["plain"]) == 4
@@ -84,7 +71,7 @@ def test_two_machines(command, tmp_path, free_port):
             f"--machine_rank={rank}",
             "--module",
             "tests.distributed.recipe_worker",
-            *command(tmp_path / f"machine{rank}")[1:],
+            *command(tmp_path / f"machine{rank}", "--max_steps=4")[1:],
             ACCELERATE_USE_CPU="true",
             HF_HOME=str(tmp_path / f"home{rank}"),
         )

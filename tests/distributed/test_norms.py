@@ -1,39 +1,10 @@
 """Bare norms whose tokens are on two ranks compute what one with all of them does: even, unequal and empty shares."""
 
-import itertools
-
 import pytest
 import torch
 
-from tests.distributed.launch import TORCHRUN, run
-from tests.modeling.norms import make_norm, make_tokens, train_step
-
-
-NORMS = ["batchnorm", "rbn", "rbn-reference", "pnv", "powernorm-warm-up"]
-SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
-CASES = list(itertools.product(NORMS, SHARES))
-
-
-def make(norm):
-    return make_norm(norm, eps=1e-3)
-
-
-def tokens():
-    generator = torch.Generator().manual_seed(5)
-    return make_tokens(6, 5), make_tokens(6, 5, seed=1), torch.rand(6, 5, generator=generator) < 0.7
-
-
-def share(name, rank):
-    """The part of a rank. Where it has no real token, its share is padding alone."""
-    x, upstream, mask = tokens()
-    rows = slice(SHARES[name]) if rank == 0 else slice(SHARES[name], None)
-    if name == "empty" and rank == 0:
-        return x[:1], torch.zeros_like(x[:1]), torch.zeros_like(mask[:1])
-    return x[rows], upstream[rows], mask[rows]
-
-
-def step(norm, x, upstream, mask):
-    return train_step(norm, x, upstream, mask)
+from tests.distributed.norm_worker import CASES, SHARES, make, step, tokens
+from tests.helpers.launch import TORCHRUN, run
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from hf_normswap.training.checkpoints import find_last_checkpoint
-from tests.distributed.launch import TORCHRUN, run, start
-from tests.recipes.conftest import model_folder, write_task  # noqa: F401
+from tests.helpers.launch import TORCHRUN, run, start
 
 
-STEPS = 24
-
-
-@pytest.fixture
-def command(tmp_path, model_folder):  # noqa: F811
-    data = write_task(tmp_path / "glue", "sst2", {"train": 64, "validation": 10})
-
-    def command(output, *options):
-        shared = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--task_name=sst2"]
-        shared += ["--max_length=20", "--learning_rate=0.01", "--use_cpu", "--norm=rbn", "--where=all"]
-        shared += [f"--max_steps={STEPS}", "--save_steps=3", "--save_total_limit=2", "--report_to=none"]
-        return ["recipes/glue.py", *shared, f"--output_dir={output}", *options]
-
-    return command
+RUN = ["--where=all", "--max_steps=24", "--save_steps=3", "--save_total_limit=2"]
 
 
 def kill_one(launcher):
@@ -41,11 +27,11 @@ def kill_one(launcher):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a launcher in /proc")
 def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp_path):
-    run(*TORCHRUN, *command(tmp_path / "whole"))
+    run(*TORCHRUN, *command(tmp_path / "whole", *RUN))
     output, resume = tmp_path / "killed", []
     for _ in range(3):
         before = find_last_checkpoint(output)
-        launcher = start(*TORCHRUN, *command(output, *resume))
+        launcher = start(*TORCHRUN, *command(output, *RUN, *resume))
         while find_last_checkpoint(output) == before:
             assert launcher.poll() is None, launcher.communicate()[0][-3000:]
             time.sleep(0.01)
@@ -55,7 +41,7 @@ def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp
         assert launcher.returncode != 0
         resume = ["--resume_from_checkpoint=true"]
     assert not (output / "result.json").exists()
-    run(*TORCHRUN, *command(output, *resume))
+    run(*TORCHRUN, *command(output, *RUN, *resume))
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
@@ -64,8 +50,8 @@ def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp
 @pytest.mark.parametrize(("first", "then"), [(TORCHRUN, [sys.executable]), ([sys.executable], TORCHRUN)])
 def test_another_number_of_processes_goes_on(command, first, then, tmp_path):
     output = tmp_path / "output"
-    run(*first, *command(output, "--max_steps=6"))
-    run(*then, *command(output, "--max_steps=9", "--resume_from_checkpoint=true"))
+    run(*first, *command(output, *RUN, "--max_steps=6"))
+    run(*then, *command(output, *RUN, "--max_steps=9", "--resume_from_checkpoint=true"))
     tracked = {
         name: value.item()
         for name, value in load_file(output / "model.safetensors").items()

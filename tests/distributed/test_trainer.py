@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.distributed.launch import TORCHRUN, run
-from tests.invariant.test_accumulation import assert_same, rows, train
+from tests.helpers.launch import TORCHRUN, run
+from tests.helpers.trainer import assert_same, rows, train
 
 
 def train_on_ranks(family, norm, folder, ranks=2, environment=None, **options):

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from tests.invariant.test_accumulation import rows, train
+from tests.helpers.trainer import rows, train
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hf_normswap import (
 from hf_normswap.modeling import activation_checkpointing
 from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
 from hf_normswap.modeling.padding_mask import SCOPE
-from tests.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 
 
 NORMS = ["layernorm", "batchnorm", "powernorm", "pnv"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_normswap import norm_penalty, swap_norm
-from tests.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 
 
 DEPTH = {

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_normswap import norm_penalty, swap_norm
-from tests.models import tiny_config
-from tests.persistence import clone, is_one_sentence, same
+from tests.helpers.models import tiny_config
+from tests.helpers.persistence import clone, is_one_sentence, same
 
 
 _VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_normswap import BatchNorm, find_norms, norm_penalty
 from hf_normswap.modeling.padding_mask import SCOPE, current_mask
-from tests.counting import EXACT, assert_counts, swapped_model
-from tests.models import FAMILIES, all_heads, tiny_batch
+from tests.helpers.counting import EXACT, SPELLINGS, assert_counts, swapped_model
+from tests.helpers.models import FAMILIES, all_heads, tiny_batch
 
 
 NORMS = ["batchnorm", "rbn", "powernorm", "pnv"]
@@ -303,23 +303,11 @@ def test_embeddings_may_be_given_for_ids():
 # Masks of who sees whom, (B, heads, queries, keys)
 
 
-def additive(value):
-    return lambda seen: torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, value)
-
-
 def for_each_head(seen):
     """Each head sees a part of the tokens: together they see all that may be seen."""
     keys = torch.arange(seen.shape[-1])
     heads = torch.stack([keys % 4 != head for head in range(4)])
     return seen & heads[:, None, :]
-
-
-SPELLINGS = {
-    "bool": lambda seen: seen,
-    "lowest": additive(torch.finfo(torch.float64).min),
-    "infinite": additive(-torch.inf),
-    "old": additive(-10000.0),
-}
 
 
 def who_sees_whom(mask, causal):

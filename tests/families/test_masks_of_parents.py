@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_normswap import padding_mask, swap_norm
 from hf_normswap.modeling.padding_mask import SCOPE, current_mask, watch_masks
-from tests.counting import EXACT, assert_counts, swapped_model
-from tests.models import tiny_batch, tiny_config
+from tests.helpers.counting import EXACT, assert_counts, swapped_model
+from tests.helpers.models import tiny_batch, tiny_config
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]])

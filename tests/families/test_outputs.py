@@ -6,8 +6,8 @@ class has to note it itself, which a model of that class that was constructed be
 
 import pytest
 
-from tests.models import FAMILIES
-from tests.persistence import run_fresh
+from tests.helpers.models import FAMILIES
+from tests.helpers.persistence import run_fresh
 
 
 # What the scripts share: all outputs of a model by name, for a dict and for a tuple, and of a generation.
@@ -15,7 +15,7 @@ _COMMON = """
 import sys, torch
 from pathlib import Path
 from hf_normswap import calibrate, find_norms, fold_norms, restore_norm, set_norm_placement, swap_norm
-from tests.models import heads, tiny_batch, tiny_model
+from tests.helpers.models import heads, tiny_batch, tiny_model
 
 FAMILY = sys.argv[1]
 FLAGS = dict(output_hidden_states=True, output_attentions=True)

@@ -10,11 +10,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from hf_normswap import BatchNorm, measure_tid, norm_penalty, padding_mask, probe_activations, reestimate_statistics
-from hf_normswap.modeling import padding_mask as mask_module
+from hf_normswap.modeling import token_mask
 from hf_normswap.modeling.padding_mask import SCOPE, current_mask
-from tests.counting import EXACT, assert_counts, assert_part_counts, swapped_model
-from tests.models import FAMILIES, tiny_batch
-from tests.persistence import is_one_sentence
+from tests.helpers.counting import EXACT, assert_counts, assert_part_counts, swapped_model
+from tests.helpers.models import FAMILIES, tiny_batch
+from tests.helpers.persistence import is_one_sentence
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]])
@@ -207,7 +207,7 @@ def test_each_thread_is_told_by_itself():
 
 def test_a_second_copy_of_the_code_is_told_too():
     """Code that came from the Hub beside the weights, while the package is installed."""
-    spec = importlib.util.spec_from_file_location("code_from_the_hub", mask_module.__file__)
+    spec = importlib.util.spec_from_file_location("code_from_the_hub", token_mask.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     with padding_mask(MASK):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_normswap import NormSwapConfig, available_norms, find_norms, restore_norm, swap_norm
-from tests.models import FAMILIES, USUAL_HEAD, all_heads, heads, tiny_batch, tiny_model
-from tests.persistence import clone, edit_config, is_one_sentence, outputs, same, train
+from tests.helpers.models import FAMILIES, USUAL_HEAD, all_heads, heads, tiny_batch, tiny_model
+from tests.helpers.persistence import clone, edit_config, is_one_sentence, outputs, same, train
 
 
 NORMS = available_norms()

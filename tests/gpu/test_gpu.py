@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_normswap import available_norms, norm_penalty, swap_norm
-from tests.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -5,8 +5,8 @@ import torch
 
 from hf_normswap import get_norm
 from hf_normswap.modeling.backends import BACKENDS, GradCoefficients, ReferenceBackend
-from tests.kernels.passes import Inputs, assert_as_good_as_torch
-from tests.modeling.norms import assert_same, train_step
+from tests.helpers.norms import assert_same, train_step
+from tests.helpers.passes import Inputs, assert_as_good_as_torch
 
 
 pytest.importorskip("triton", reason="the path for CUDA is written in Triton")

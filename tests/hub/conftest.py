@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.hub.server import LoopbackHub
+from tests.helpers.hub.server import LoopbackHub
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_normswap import swap_norm
-from tests.hub.client import run_client
-from tests.hub.server import LoopbackHub
-from tests.models import tiny_batch, tiny_model
-from tests.persistence import _BLOCK, ROOT, train
-from tests.test_card import RESULTS
-from tests.test_cli import save_stock
+from tests.helpers.checkpoint import save_stock
+from tests.helpers.hub.client import run_client
+from tests.helpers.hub.server import LoopbackHub
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.persistence import _BLOCK, ROOT, train
+from tests.helpers.results import RESULTS
 
 
 PUSH = """
@@ -203,7 +203,7 @@ def test_a_card_names_a_base_model_from_the_hub_and_no_folder(hub, tmp_path):
 
 
 TRAIN = """
-from tests.test_checkpoints import make_trainer
+from tests.helpers.trainer import make_trainer
 trainer = make_trainer("run", hub_model_id="user/name", hub_token="hf_test", save_strategy="no")
 trainer.train()
 trainer.push_to_hub(tags="mine")

@@ -8,8 +8,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.hub.client import run_client
-from tests.hub.server import LoopbackHub
+from tests.helpers.hub.client import run_client
+from tests.helpers.hub.server import LoopbackHub
 
 
 LARGE = bytes(range(256)) * 400

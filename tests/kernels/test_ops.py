@@ -12,8 +12,8 @@ from hf_normswap.kernels import ops
 from hf_normswap.kernels.ops import OperatorBackend
 from hf_normswap.modeling import backends
 from hf_normswap.modeling.backends import ReferenceBackend
-from tests.kernels.passes import EPS, Inputs
-from tests.modeling.norms import CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.norms import CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.passes import EPS, Inputs
 
 
 MASK = torch.tensor([[True, True, True, True, True], [False, True, True, True, False]])

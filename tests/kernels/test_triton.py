@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_normswap.modeling.backends import BACKENDS, ReferenceBackend
-from tests.kernels.passes import Inputs, assert_as_good_as_torch
-from tests.modeling.norms import BATCH_VARIANTS, CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.norms import BATCH_VARIANTS, CHANNELS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.passes import Inputs, assert_as_good_as_torch
 
 
 triton = pytest.importorskip("triton", reason="the path for CUDA is written in Triton")

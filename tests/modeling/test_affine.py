@@ -3,7 +3,7 @@
 import torch
 
 from hf_normswap import Affine
-from tests.modeling.norms import make_norm, make_tokens
+from tests.helpers.norms import make_norm, make_tokens
 
 
 def test_it_is_one_map_of_every_token():

@@ -14,9 +14,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from hf_normswap import BatchNorm, available_norms, find_norms, get_norm, restore_norm, swap_norm
 from hf_normswap.modeling.replace import LayerNormBlend, blend_norm, layer_norm_shares, set_layer_norm_share
-from tests.modeling import reference
-from tests.models import FAMILIES, tiny_batch, tiny_model
-from tests.persistence import edit_config, is_one_sentence, outputs, run_fresh, same, train
+from tests.helpers import reference
+from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.persistence import edit_config, is_one_sentence, outputs, run_fresh, same, train
 
 
 AUTO = {

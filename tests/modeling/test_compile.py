@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hf_normswap import accumulate_norm_statistics, pause_norm_statistics, update_norm_statistics
-from tests.modeling.norms import VARIANTS, make_norm, make_tokens
-from tests.persistence import is_one_sentence
+from tests.helpers.norms import VARIANTS, make_norm, make_tokens
+from tests.helpers.persistence import is_one_sentence
 
 
 MASK = torch.tensor([[True, True, True, True, True], [False, True, True, True, False]])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_normswap import LayerNorm
-from tests.modeling import reference
+from tests.helpers import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

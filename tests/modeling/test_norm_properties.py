@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_normswap import BatchStatisticNorm, accumulate_norm_statistics, update_norm_statistics
-from tests.modeling.norms import (
-    BATCH_VARIANTS,
-    CHANNELS,
-    VARIANTS,
-    assert_same,
-    make_norm,
-    make_tokens,
-    train_step,
-)
+from tests.helpers.norms import BATCH_VARIANTS, CHANNELS, VARIANTS, assert_same, make_norm, make_tokens, train_step
 
 
 MASK = torch.tensor([[True, True, True, True], [False, True, True, False]])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_normswap import PowerNormV
-from tests.modeling import reference
+from tests.helpers import reference
 
 
 CHANNELS = 3

@@ -13,9 +13,9 @@ from hf_normswap import (
     accumulate_norm_statistics,
     update_norm_statistics,
 )
-from tests.modeling import reference
-from tests.modeling.vectors import load_vectors
-from tests.persistence import is_one_sentence
+from tests.helpers import reference
+from tests.helpers.persistence import is_one_sentence
+from tests.helpers.vectors import load_vectors
 
 
 CHANNELS = 4

@@ -14,8 +14,8 @@ from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
 from hf_normswap.modeling.activation_checkpointing import checkpoint_norms
 from hf_normswap.modeling.discrepancy import DISTANCES, penalty, penalty_with_grad
 from hf_normswap.modeling.moments import Moments
-from tests.modeling.vectors import load_vectors
-from tests.persistence import is_one_sentence
+from tests.helpers.persistence import is_one_sentence
+from tests.helpers.vectors import load_vectors
 
 
 CHANNELS = 3

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_normswap import RMSNorm
-from tests.modeling import reference
+from tests.helpers import reference
 
 
 def test_follows_the_formula_and_agrees_with_pytorch():

@@ -5,7 +5,7 @@ import pytest
 import accelerate_loop
 import glue
 from hf_normswap.reporting.results import load_results
-from tests.recipes.conftest import write_task
+from tests.helpers.recipes import write_task
 
 
 @pytest.mark.parametrize(("norm", "accumulation"), [("rbn", 1), ("powernorm", 2), ("batchnorm", 1)])

@@ -19,8 +19,8 @@ import glue
 from hf_normswap import find_norms
 from hf_normswap.reporting.card import render_card
 from hf_normswap.reporting.results import load_results
-from tests.recipes.conftest import RECIPES, write_task
-from tests.test_hub_ids import unknown_ids
+from tests.helpers.hub_ids import unknown_ids
+from tests.helpers.recipes import RECIPES, write_task
 
 
 ROOT = RECIPES.parent

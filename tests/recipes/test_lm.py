@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 import lm
 from hf_normswap.reporting.results import load_results
-from tests.recipes.conftest import sentences
+from tests.helpers.recipes import sentences
 from vocabulary import train_tokenizer
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from common import ModelArguments
 from hf_normswap import find_norms, swap_norm
 from loading import load_splits, load_swapped
-from tests.recipes.conftest import write_task
+from tests.helpers.recipes import write_task
 
 
 def test_a_folder_that_changed_is_read_again(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 import ner
 from hf_normswap.reporting.results import load_results
-from tests.recipes.conftest import sentences
+from tests.helpers.recipes import sentences
 
 
 NAMES = ["O", "B-FILM", "I-FILM", "B-PLOT"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import translation
 from hf_normswap.reporting.results import load_results
-from tests.recipes.conftest import sentences
+from tests.helpers.recipes import sentences
 from token_batches import TokenBatches
 
 

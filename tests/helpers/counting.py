@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hf_normswap import NormSwapConfig, find_norms, swap_norm
-from tests.models import tiny_model
+from tests.helpers.models import tiny_model
 
 
 # With momentum 1 a running mean is that of the last batch.
@@ -55,3 +55,16 @@ def assert_part_counts(model, mask, call):
 def assert_mean(x, mean, mask, name):
     rows = x[mask] if mask is not None else x.flatten(0, -2)
     np.testing.assert_allclose(mean.numpy(), rows.numpy().mean(0), rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def additive(value):
+    return lambda seen: torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, value)
+
+
+# The forms of a 4-dimensional attention mask, made from a bool mask of who sees whom.
+SPELLINGS = {
+    "bool": lambda seen: seen,
+    "lowest": additive(torch.finfo(torch.float64).min),
+    "infinite": additive(-torch.inf),
+    "old": additive(-10000.0),
+}

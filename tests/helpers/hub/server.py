@@ -9,7 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.repo import Refusal, Repo, card_data, etag, is_large
+from tests.helpers.hub.repo import Refusal, Repo, card_data, etag, is_large
 
 
 class LoopbackHub(ThreadingHTTPServer):

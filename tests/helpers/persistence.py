@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from hf_normswap import norm_penalty
-from tests.models import tiny_batch
+from tests.helpers.models import tiny_batch
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Makes the package impossible to import, installed or not.
 _BLOCK = """
@@ -109,3 +109,13 @@ def run_fresh(script, tmp_path, *arguments, package=True):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+class Poison:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = str(sentinel)
+
+    def __reduce__(self):
+        return open, (self.sentinel, "w")

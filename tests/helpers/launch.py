@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.helpers.persistence import ROOT
 
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
