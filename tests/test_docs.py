@@ -122,9 +122,9 @@ def test_code_fits_the_width_of_a_page(page):
 def test_pages_use_the_glossary():
     entries = set(slugs(DOCS / "glossary.md"))
     for page in PAGES:
-        if page.name not in ("glossary.md", "speed.md") and page.parent.name != "api":
+        if page.name != "glossary.md" and page.parent.name != "api":
             linked = re.findall(r"\(\S*glossary\.md(?:#([\w-]+))?\)", page.read_text(encoding="utf-8"))
-            assert linked or page.name == "cli.md", name_of(page)
+            assert linked, name_of(page)
             assert set(filter(None, linked)) <= entries
 
 
