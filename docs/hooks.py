@@ -16,7 +16,9 @@ LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(((?:\.\./)+[^)#\s]*)(?:#[^)\s]*)?\)")
 # What docstrings in the style of Hugging Face refer with: [`name`], [`~path.name`] and [`name`](hf_normswap.name).
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?:\((hf_normswap\.[\w.]+)\))?")
 # `name (`type`, *optional*): text`, where signatures have the type and the default, and often not the shape.
-ARGUMENT = re.compile(r"^( +[\w, *]+?) \(((?:\[?`|\*optional\*|list of ).*)\):(?=\s)", re.MULTILINE)
+ARGUMENT = re.compile(
+    r"^( +[\w, *]+?) \(((?:\[?`|\*optional\*|list of ).*)\):(?=\s)", re.MULTILINE
+)
 RETURNED = re.compile(r"^(Returns:\n +)\[?`~?([\w.\[\], ]+)`\]?: ", re.MULTILINE)
 HELP = re.compile(r"^<!-- help (\w+) -->$", re.MULTILINE)
 
@@ -39,8 +41,12 @@ def on_page_markdown(markdown, page, **kwargs):
 def help_of(verb):
     """The help of a verb of the command line."""
     parser = _make_parser()
-    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    with mock.patch.dict(os.environ, COLUMNS="100"):
+    (verbs,) = (
+        action
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    with mock.patch.dict(os.environ, COLUMNS="88"):
         return verbs.choices[verb].format_help()
 
 
@@ -53,7 +59,9 @@ class HuggingFaceStyle(griffe.Extension):
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
             text = RETURNED.sub(r"\1\2: ", obj.docstring.value)
-            text = ARGUMENT.sub(lambda match: f"{_one_name(match[1])}: {_shape(match[2])}", text)
+            text = ARGUMENT.sub(
+                lambda match: f"{_one_name(match[1])}: {_shape(match[2])}", text
+            )
             obj.docstring.value = REFERENCE.sub(_link, text)
 
 
@@ -63,7 +71,11 @@ def _one_name(names):
 
 
 def _shape(type_):
-    return f"{type_.partition(', *optional*')[0]}." if "shape" in type_ or "leading" in type_ else ""
+    return (
+        f"{type_.partition(', *optional*')[0]}."
+        if "shape" in type_ or "leading" in type_
+        else ""
+    )
 
 
 def _link(match):

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import TYPE_CHECKING
 
 from .auto import register_configurations
 from .kernels import use_kernels
@@ -11,14 +12,19 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use: importing the package costs no more than importing transformers.
 _HOMES = {
-    "diagnostics.activation_stats": ["ActivationProbe", "ActivationReport", "probe_activations"],
-    "core.data": ["make_batches"],
     "conversion.calibrate": ["calibrate", "reestimate_statistics"],
-    "fusion.rmsnorm": ["convert_to_rmsnorm"],
-    "conversion.fitting": ["CalibrationReport", "NormFit"],
     "conversion.distill": ["distill"],
-    "fusion.onnx": ["OnnxReport", "export_onnx"],
-    "fusion.fold": ["FoldReport", "fold_norms"],
+    "conversion.fitting": ["CalibrationReport", "NormFit"],
+    "core.data": ["make_batches"],
+    "core.statistics": [
+        "accumulate_norm_statistics",
+        "freeze_norm_statistics",
+        "norm_penalty",
+        "pause_norm_statistics",
+        "set_norm_process_group",
+        "update_norm_statistics",
+    ],
+    "diagnostics.activation_stats": ["ActivationProbe", "ActivationReport", "probe_activations"],
     "diagnostics.gradients": [
         "DepthSlope",
         "DepthStudy",
@@ -27,7 +33,13 @@ _HOMES = {
         "gradient_norms",
         "study_depth",
     ],
-    "reporting.hub": ["push_folder", "push_model"],
+    "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
+    "fusion.fold": ["FoldReport", "fold_norms"],
+    "fusion.onnx": ["OnnxReport", "export_onnx"],
+    "fusion.rmsnorm": ["convert_to_rmsnorm"],
+    "modeling.activation_checkpointing": ["checkpoint_norms"],
+    "modeling.modeling_normswap": ["swapped_class"],
+    "modeling.norm_sites": ["NormSite", "find_norms"],
     "modeling.norms": [
         "Affine",
         "BatchNorm",
@@ -46,22 +58,11 @@ _HOMES = {
         "masked_moments",
         "register_norm",
     ],
-    "modeling.activation_checkpointing": ["checkpoint_norms"],
-    "modeling.norm_sites": ["NormSite", "find_norms"],
-    "modeling.modeling_normswap": ["swapped_class"],
     "modeling.padding_mask": ["padding_mask"],
     "placement": ["set_norm_placement"],
-    "training.progressive": ["ProgressiveSwapCallback"],
-    "core.statistics": [
-        "accumulate_norm_statistics",
-        "freeze_norm_statistics",
-        "norm_penalty",
-        "pause_norm_statistics",
-        "update_norm_statistics",
-        "set_norm_process_group",
-    ],
+    "reporting.hub": ["push_folder", "push_model"],
     "swap": ["restore_norm", "swap_norm"],
-    "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
+    "training.progressive": ["ProgressiveSwapCallback"],
     "training.trainer": ["NormSwapSeq2SeqTrainer", "NormSwapTrainer"],
     "training.training_args": ["NormSwapSeq2SeqTrainingArguments", "NormSwapTrainingArguments"],
 }
@@ -70,10 +71,75 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(["__version__", "use_kernels", *_HOME])  # noqa: PLE0605
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+# What a type checker reads in place of `__getattr__`, which would let every misspelt name pass.
+if TYPE_CHECKING:
+    from .conversion.calibrate import calibrate as calibrate
+    from .conversion.calibrate import reestimate_statistics as reestimate_statistics
+    from .conversion.distill import distill as distill
+    from .conversion.fitting import CalibrationReport as CalibrationReport
+    from .conversion.fitting import NormFit as NormFit
+    from .core.data import make_batches as make_batches
+    from .core.statistics import accumulate_norm_statistics as accumulate_norm_statistics
+    from .core.statistics import freeze_norm_statistics as freeze_norm_statistics
+    from .core.statistics import norm_penalty as norm_penalty
+    from .core.statistics import pause_norm_statistics as pause_norm_statistics
+    from .core.statistics import set_norm_process_group as set_norm_process_group
+    from .core.statistics import update_norm_statistics as update_norm_statistics
+    from .diagnostics.activation_stats import ActivationProbe as ActivationProbe
+    from .diagnostics.activation_stats import ActivationReport as ActivationReport
+    from .diagnostics.activation_stats import probe_activations as probe_activations
+    from .diagnostics.gradients import DepthSlope as DepthSlope
+    from .diagnostics.gradients import DepthStudy as DepthStudy
+    from .diagnostics.gradients import GradientNorm as GradientNorm
+    from .diagnostics.gradients import GradientReport as GradientReport
+    from .diagnostics.gradients import gradient_norms as gradient_norms
+    from .diagnostics.gradients import study_depth as study_depth
+    from .diagnostics.tid import LayerTid as LayerTid
+    from .diagnostics.tid import TidHistory as TidHistory
+    from .diagnostics.tid import TidReport as TidReport
+    from .diagnostics.tid import measure_tid as measure_tid
+    from .fusion.fold import FoldReport as FoldReport
+    from .fusion.fold import fold_norms as fold_norms
+    from .fusion.onnx import OnnxReport as OnnxReport
+    from .fusion.onnx import export_onnx as export_onnx
+    from .fusion.rmsnorm import convert_to_rmsnorm as convert_to_rmsnorm
+    from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
+    from .modeling.modeling_normswap import swapped_class as swapped_class
+    from .modeling.norm_sites import NormSite as NormSite
+    from .modeling.norm_sites import find_norms as find_norms
+    from .modeling.norms import Affine as Affine
+    from .modeling.norms import BatchNorm as BatchNorm
+    from .modeling.norms import BatchStatisticNorm as BatchStatisticNorm
+    from .modeling.norms import LayerNorm as LayerNorm
+    from .modeling.norms import Moments as Moments
+    from .modeling.norms import Norm as Norm
+    from .modeling.norms import NormSwapConfig as NormSwapConfig
+    from .modeling.norms import PowerNorm as PowerNorm
+    from .modeling.norms import PowerNormV as PowerNormV
+    from .modeling.norms import RegularizedBatchNorm as RegularizedBatchNorm
+    from .modeling.norms import RMSNorm as RMSNorm
+    from .modeling.norms import Statistics as Statistics
+    from .modeling.norms import available_norms as available_norms
+    from .modeling.norms import get_norm as get_norm
+    from .modeling.norms import masked_moments as masked_moments
+    from .modeling.norms import register_norm as register_norm
+    from .modeling.padding_mask import padding_mask as padding_mask
+    from .placement import set_norm_placement as set_norm_placement
+    from .reporting.hub import push_folder as push_folder
+    from .reporting.hub import push_model as push_model
+    from .swap import restore_norm as restore_norm
+    from .swap import swap_norm as swap_norm
+    from .training.progressive import ProgressiveSwapCallback as ProgressiveSwapCallback
+    from .training.trainer import NormSwapSeq2SeqTrainer as NormSwapSeq2SeqTrainer
+    from .training.trainer import NormSwapTrainer as NormSwapTrainer
+    from .training.training_args import NormSwapSeq2SeqTrainingArguments as NormSwapSeq2SeqTrainingArguments
+    from .training.training_args import NormSwapTrainingArguments as NormSwapTrainingArguments
+else:
+
+    def __getattr__(name: str):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__():

@@ -8,8 +8,10 @@ import posixpath
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,82 @@ def test_every_page_is_in_the_navigation():
     assert sorted(pages_in(nav)) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
+def fetched_from_outside(site):
+    """What a browser would fetch from another host: scripts, pictures, styles and fonts."""
+    of_page = r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?((?:https?:)?//[^\"' >]*)"
+    of_link = r"<link\b[^>]*\bhref=[\"']?((?:https?:)?//[^\"' >]*)"
+    of_style = r"url\(\s*[\"']?((?:https?:)?//[^\"')]*)|@import\s+[\"']((?:https?:)?//[^\"']*)"
+    pattern = re.compile("|".join((of_page, of_link, of_style)))
+    texts = [path for path in site.rglob("*") if path.suffix in (".html", ".css")]
+    assert {".html", ".css"} == {path.suffix for path in texts}
+    return [(path.name, match[0]) for path in texts for match in pattern.finditer(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("page.html", '<script src="https://cdn.example/katex.js"></script>'),
+        ("page.html", "<link rel=stylesheet href=//cdn.example/katex.css>"),
+        ("page.html", '<link href="https://fonts.example/css?family=Roboto" rel="stylesheet">'),
+        ("style.css", "@font-face{src:url(https://fonts.example/a.woff2)}"),
+        ("style.css", "@import '//cdn.example/more.css';"),
+    ],
+)
+def test_a_fetch_from_outside_is_seen(name, text, tmp_path):
+    (tmp_path / "page.html").write_text('<a href="https://arxiv.org">a link that a reader follows</a>')
+    (tmp_path / "style.css").write_text("@font-face{src:url(fonts/a.woff2)}")
+    assert not fetched_from_outside(tmp_path)
+    (tmp_path / name).write_text(text)
+    assert fetched_from_outside(tmp_path)
+
+
+def check_formulas(pages):
+    """KaTeX of the site reads every formula of the pages, where Node.js is at hand."""
+    formulas = [
+        (name, unescape(formula))
+        for name, page in pages.items()
+        for formula in re.findall(r"class=\"?arithmatex\"?>\\[(\[](.*?)\\[)\]]<", page, re.DOTALL)
+    ]
+    assert len(formulas) > 50
+    for name in {name for name, _ in formulas}:
+        for asset in ("katex/katex.min.js", "katex/katex.min.css", "formulas.js"):
+            assert f"assets/{asset}" in pages[name]
+    node = shutil.which("node")
+    if node is None:
+        return
+    script = """
+const katex = require(process.argv[1]);
+for (const [page, formula] of JSON.parse(require("fs").readFileSync(0, "utf8")))
+  try { katex.renderToString(formula, { strict: "error" }); }
+  catch (error) { console.log(page, formula, error.message); }
+"""
+    command = [node, "-e", script, str(DOCS / "assets" / "katex" / "katex.min.js")]
+    read = subprocess.run(command, input=json.dumps(formulas), capture_output=True, text=True, check=True)
+    assert not read.stdout, read.stdout
+
+
+def test_the_fonts_of_formulas_are_in_the_site():
+    katex = DOCS / "assets" / "katex"
+    fonts = set(re.findall(r"fonts/[\w-]+\.woff2", (katex / "katex.min.css").read_text(encoding="utf-8")))
+    assert fonts == {f"fonts/{path.name}" for path in (katex / "fonts").iterdir()}
+    assert "MIT License" in (katex / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_width_of_a_page(page):
+    fences = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert not [line for fence in fences for line in fence.splitlines() if len(line) > 88]
+
+
+def test_pages_use_the_glossary():
+    entries = set(slugs(DOCS / "glossary.md"))
+    for page in PAGES:
+        if page.name != "glossary.md" and page.parent.name != "api":
+            linked = re.findall(r"\(\S*glossary\.md(?:#([\w-]+))?\)", page.read_text(encoding="utf-8"))
+            assert linked, name_of(page)
+            assert set(filter(None, linked)) <= entries
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
@@ -67,9 +145,8 @@ def test_the_site_builds(tmp_path):
     html = {
         page.relative_to(tmp_path).as_posix(): page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")
     }
-    for name, page in html.items():
-        fetched = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?http[^\" >]*|<link[^>]* href=\"?http[^\" >]*", page)
-        assert not fetched, f"{name} needs a network: {fetched}"
+    assert not fetched_from_outside(tmp_path)
+    check_formulas(html)
     api = "".join(page for name, page in html.items() if name.startswith("api/"))
     for name in IDENTIFIERS:
         assert f'id="{name}"' in api, name

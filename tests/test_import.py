@@ -1,9 +1,11 @@
 """Importing the package costs no more than importing transformers, and every public name is there."""
 
+import ast
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +107,15 @@ def test_names_are_sorted_listed_and_star_imported():
     exec("from hf_normswap import *", names)
     assert set(hf_normswap.__all__) <= names.keys()
     assert names["swap_norm"] is hf_normswap.swap_norm
+
+
+def test_a_type_checker_reads_the_same_names_from_the_same_modules():
+    tree = ast.parse(Path(hf_normswap.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    # `as` the same name: only then does a type checker take an imported name for a public one.
+    seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert sorted([*seen, "__version__"]) == hf_normswap.__all__
+    assert seen == {name: hf_normswap._HOME.get(name, "kernels") for name in seen}
 
 
 def test_an_unknown_name():

@@ -45,7 +45,7 @@ class NormFit:
     sinks: int
 
 
-class CalibrationReport(list):
+class CalibrationReport(list[NormFit]):
     """A list of [`NormFit`], in the order of the forward, that prints as a table."""
 
     def rows(self) -> list[tuple]:

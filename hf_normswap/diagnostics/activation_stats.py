@@ -36,7 +36,7 @@ class ActivationProbe:
     tokens: int
 
 
-class ActivationReport(list):
+class ActivationReport(list[ActivationProbe]):
     """A list of [`ActivationProbe`], in the order of the modules, that prints as a table."""
 
     def rows(self) -> list[tuple]:

@@ -39,7 +39,7 @@ class GradientNorm:
     parameters: int
 
 
-class GradientReport(list):
+class GradientReport(list[GradientNorm]):
     """A list of [`GradientNorm`] that prints as a table."""
 
     def rows(self) -> list[tuple]:
@@ -145,7 +145,7 @@ class DepthSlope:
     gradients: dict[int, list[float]]
 
 
-class DepthStudy(list):
+class DepthStudy(list[DepthSlope]):
     """A list of [`DepthSlope`] that prints as a table."""
 
     def rows(self) -> list[tuple]:

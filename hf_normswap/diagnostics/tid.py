@@ -36,7 +36,7 @@ class LayerTid:
     batches: int
 
 
-class TidReport(list):
+class TidReport(list[LayerTid]):
     """A list of [`LayerTid`], in the order of the modules, that prints as a table."""
 
     def rows(self) -> list[tuple]:

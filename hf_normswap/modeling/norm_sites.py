@@ -102,7 +102,7 @@ class NormSite:
         )
 
 
-class NormSites(list):
+class NormSites(list[NormSite]):
     """A list of [`NormSite`] that prints as a table."""
 
     def rows(self) -> list[tuple]:

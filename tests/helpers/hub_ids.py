@@ -28,7 +28,6 @@ KNOWN = {
 }
 # What has the shape of an id and is none.
 OTHERS = {
-    "1/A": "a formula",
     "1/n": "a formula",
     "1/width": "a formula",
     "dL/dy": "a formula",
