@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from .fusion.onnx import OnnxReport as OnnxReport
     from .fusion.onnx import export_onnx as export_onnx
     from .fusion.rmsnorm import convert_to_rmsnorm as convert_to_rmsnorm
+    from .kernels import use_kernels as use_kernels
     from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
     from .modeling.modeling_normswap import swapped_class as swapped_class
     from .modeling.norm_sites import NormSite as NormSite

@@ -327,7 +327,7 @@ def test_an_unknown_option():
 
 def test_an_option_without_meaning():
     model = tiny_model("bert")
-    refuses(model, lambda: swap_norm(model, NormSwapConfig("rbn", distance="euclid")), "'paper'")
+    refuses(model, lambda: swap_norm(model, NormSwapConfig("rbn", distance="euclid")), "'sigma_l2'")
 
 
 @pytest.mark.parametrize("where", ["encodr", ["attention", "mlp"], "encoder.all", ""])

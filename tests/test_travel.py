@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_normswap import NormSwapConfig, find_norms, register_norm, swap_norm
-from hf_normswap.modeling import norms, registry, travel
+from hf_normswap.modeling import norms, registry, saving
 from hf_normswap.modeling.base import Norm
 from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.persistence import Poison, is_one_sentence, outputs, run_fresh, same, train
@@ -126,7 +126,7 @@ def users_code(folder):
 
 @pytest.fixture
 def warnings_on_saving(caplog):
-    return lambda: [record.getMessage() for record in caplog.records if record.name == travel.__name__]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == saving.__name__]
 
 
 def mixed(family):

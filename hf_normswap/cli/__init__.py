@@ -13,12 +13,12 @@ import sys
 
 from hf_normswap import __version__
 
-from . import calibrate, compare, depth, fold, inspect, push, swap, tid
+from . import calibrate, compare, depth, fold, inspect, kernels, push, swap, tid
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (inspect, swap, calibrate, tid, depth, fold, compare, push)
+VERBS = (inspect, swap, calibrate, tid, depth, fold, compare, push, kernels)
 
 
 def main(argv: list[str] | None = None) -> int:

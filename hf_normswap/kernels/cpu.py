@@ -30,7 +30,7 @@ TIMEOUT = 300  # seconds
 # Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
 _POINTERS = {"moments": 3, "affine_fwd": 7, "affine_bwd": 10}
 _POINTERS |= {"batch_norm_fwd": 6, "batch_norm_bwd": 9, "power_norm_fwd": 7, "power_norm_bwd": 12}
-_FORMS = {"relative": (True, False), "paper": (False, False), "reference": (False, True)}
+_FORMS = {"relative": (True, False), "sigma_l2": (False, False), "var_l1": (False, True)}
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
 _OF_CHANNELS = {
     "update_running": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),

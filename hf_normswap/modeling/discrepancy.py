@@ -23,14 +23,14 @@ class Statistics(NamedTuple):
     running_var: torch.Tensor
 
 
-def paper_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sigma_l2_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared L2 distance of the means and of the standard deviations (Wang et al. 2022, section 4)."""
     batch_mean, batch_var, mean, var = statistics
     sigma_gap = (batch_var + eps).sqrt() - (var + eps).sqrt()
     return (batch_mean - mean).square().sum(-1), sigma_gap.square().sum(-1)
 
 
-def reference_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def var_l1_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared L2 of the means, L1 of the variances: what the published commands of the RBN code run."""
     batch_mean, batch_var, mean, var = statistics
     return (batch_mean - mean).square().sum(-1), (batch_var - var).abs().sum(-1)
@@ -44,7 +44,7 @@ def relative_distance(statistics: Statistics, eps: float) -> tuple[torch.Tensor,
     return ((batch_mean - mean) / sigma).square().mean(-1), (ratio - 1).square().mean(-1)
 
 
-DISTANCES = {"relative": relative_distance, "paper": paper_distance, "reference": reference_distance}
+DISTANCES = {"relative": relative_distance, "sigma_l2": sigma_l2_distance, "var_l1": var_l1_distance}
 
 
 def compare_moments(moments: Moments, mean: torch.Tensor, var: torch.Tensor) -> Statistics:
@@ -64,7 +64,7 @@ def penalty_with_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The [`penalty`], and its gradient with respect to `moments.packed` (the count is a constant), in closed form."""
     of_mean, of_var = 2 * weights[0] * (moments.mean - mean), moments.var
-    if distance == "reference":
+    if distance == "var_l1":
         of_var = weights[1] * (of_var - var).sign()
     else:
         of_var = weights[1] * (1 - ((var + eps) / (of_var + eps)).sqrt())

@@ -15,6 +15,7 @@ logger = logging.get_logger(__name__)
 
 KEPT_PENALTIES = 16  # of forwards without a graph; more of them with a graph bring a warning
 KEPT_COMPILED_PENALTIES = 4
+EARLIER_NAMES = {"paper": "sigma_l2", "reference": "var_l1"}  # of distances, in folders of before
 NO_PENALTY = "There is no penalty to take: call this after a forward in training mode, and before its backward."
 
 
@@ -64,8 +65,8 @@ class RegularizedBatchNorm(BatchNorm):
         lambda_mean (`float`, *optional*, defaults to 0.1): weight of the means, for a loss that is a mean.
         lambda_var (`float`, *optional*, defaults to 0.1): weight of the standard deviations.
         distance (`str`, *optional*, defaults to `"relative"`):
-            `"relative"`: in units of σ, mean over channels; `"paper"`: squared L2 of means and deviations;
-            `"reference"`: squared L2 of means, L1 of variances, as the published code runs. The published λ belong to
+            `"relative"`: in units of σ, mean over channels; `"sigma_l2"`: squared L2 of means and deviations;
+            `"var_l1"`: squared L2 of means, L1 of variances, as the published code runs. The published λ belong to
             the last two and to a loss summed over about 4,000 tokens: divide them by that.
         eps, momentum, bias: as in [`BatchNorm`].
     """
@@ -83,6 +84,7 @@ class RegularizedBatchNorm(BatchNorm):
         **kwargs,
     ):
         super().__init__(num_features, **kwargs)
+        distance = EARLIER_NAMES.get(distance, distance)
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {sorted(DISTANCES)}, not {distance!r}.")
         check_number("lambda_mean", lambda_mean)

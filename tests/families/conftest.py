@@ -5,7 +5,7 @@ import logging
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from hf_normswap.modeling import token_mask
+from hf_normswap.modeling import padding_mask
 from tests.helpers.persistence import is_one_sentence
 
 
@@ -15,7 +15,7 @@ def warnings(caplog):
     transformers_logging.warning_once.cache_clear()
 
     def messages():
-        records = [record for record in caplog.records if record.name == token_mask.__name__]
+        records = [record for record in caplog.records if record.name == padding_mask.__name__]
         assert all(record.levelno == logging.WARNING and is_one_sentence(record.getMessage()) for record in records)
         return [record.getMessage() for record in records]
 

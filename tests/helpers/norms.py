@@ -14,8 +14,8 @@ VARIANTS = {name: (name, {}, {}) for name in available_norms()} | {
     "powernorm-plain": ("powernorm", {"group_scaling": False}, {}),
     "powernorm-batch": ("powernorm", {"group_scaling": False, "grad_scale": "batch"}, {}),
     "powernorm-warm-up": ("powernorm", {"group_scaling": False}, {"warmup_steps": 100}),
-    "rbn-paper": ("rbn", {"distance": "paper"}, {}),
-    "rbn-reference": ("rbn", {"distance": "reference"}, {}),
+    "rbn-paper": ("rbn", {"distance": "sigma_l2"}, {}),
+    "rbn-reference": ("rbn", {"distance": "var_l1"}, {}),
 }
 BATCH_VARIANTS = [name for name, (norm, _, _) in VARIANTS.items() if issubclass(get_norm(norm), BatchStatisticNorm)]
 

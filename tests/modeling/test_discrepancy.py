@@ -38,8 +38,8 @@ def test_distances_follow_the_formulas(seed, channels):
     sigma_batch, sigma = np.sqrt(batch_var + EPS), np.sqrt(var + EPS)
     squared_means = sum((a - b) ** 2 for a, b in zip(batch_mean, mean, strict=True))
     expected = {
-        "paper": (squared_means, sum((a - b) ** 2 for a, b in zip(sigma_batch, sigma, strict=True))),
-        "reference": (squared_means, sum(abs(a - b) for a, b in zip(batch_var, var, strict=True))),
+        "sigma_l2": (squared_means, sum((a - b) ** 2 for a, b in zip(sigma_batch, sigma, strict=True))),
+        "var_l1": (squared_means, sum(abs(a - b) for a, b in zip(batch_var, var, strict=True))),
         "relative": (
             np.mean([(a - b) ** 2 / (v + EPS) for a, b, v in zip(batch_mean, mean, var, strict=True)]),
             np.mean([(a / b - 1) ** 2 for a, b in zip(sigma_batch, sigma, strict=True)]),

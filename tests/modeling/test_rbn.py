@@ -1,5 +1,6 @@
 """RBN: the penalty and its gradient against the published code's numbers, the formulas and finite differences."""
 
+import copy
 import re
 import weakref
 from functools import partial
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_normswap import BatchNorm, RegularizedBatchNorm, norm_penalty
+from hf_normswap import BatchNorm, NormSwapConfig, RegularizedBatchNorm, find_norms, norm_penalty, swap_norm
 from hf_normswap.modeling.activation_checkpointing import checkpoint_norms
 from hf_normswap.modeling.discrepancy import DISTANCES, penalty, penalty_with_grad
 from hf_normswap.modeling.moments import Moments
+from tests.helpers.models import tiny_model
 from tests.helpers.persistence import is_one_sentence
 from tests.helpers.vectors import load_vectors
 
@@ -35,7 +37,7 @@ def make_tokens(*shape):
     return (1.5 + 2 * torch.randn(*shape, CHANNELS, dtype=torch.float64)).requires_grad_()
 
 
-@pytest.mark.parametrize(("file", "distance"), [("rbn_paper_sigma_l2", "paper"), ("rbn_code_var_l1", "reference")])
+@pytest.mark.parametrize(("file", "distance"), [("rbn_paper_sigma_l2", "sigma_l2"), ("rbn_code_var_l1", "var_l1")])
 def test_agrees_with_the_published_code(file, distance):
     vectors = load_vectors(file)
     channels = len(vectors["weight"])
@@ -80,8 +82,8 @@ def test_penalty_uses_the_running_pair_from_before_the_batch(distance):
     rows = x[MASK].detach().numpy()
     sigma, sigma_batch = np.sqrt(var + 1e-3), np.sqrt(rows.var(0) + 1e-3)
     of_mean, of_var = {
-        "paper": (((rows.mean(0) - mean) ** 2).sum(), ((sigma_batch - sigma) ** 2).sum()),
-        "reference": (((rows.mean(0) - mean) ** 2).sum(), np.abs(rows.var(0) - var).sum()),
+        "sigma_l2": (((rows.mean(0) - mean) ** 2).sum(), ((sigma_batch - sigma) ** 2).sum()),
+        "var_l1": (((rows.mean(0) - mean) ** 2).sum(), np.abs(rows.var(0) - var).sum()),
         "relative": ((((rows.mean(0) - mean) / sigma) ** 2).mean(), ((sigma_batch / sigma - 1) ** 2).mean()),
     }[distance]
     np.testing.assert_allclose(norm.penalty().item(), 0.7 * of_mean + 0.4 * of_var, rtol=1e-12)
@@ -105,7 +107,7 @@ def test_gradcheck_with_the_penalty(distance, mask):
     assert torch.autograd.gradcheck(output_and_penalty, x)
 
 
-@pytest.mark.parametrize("distance", ["paper", "reference"])
+@pytest.mark.parametrize("distance", ["sigma_l2", "var_l1"])
 def test_gradient_of_the_mean_term(distance):
     norm, x = make_norm(distance, lambda_var=0.0), make_tokens(2, 4)
     gap = x[MASK].mean(0) - norm.running_mean
@@ -267,7 +269,7 @@ def test_a_second_forward_before_the_penalty_crashes_nothing():
 
 
 def test_norm_penalty_sums_over_layers_and_takes_a_shared_one_once():
-    norms = make_norm(momentum=0.0), make_norm("paper", momentum=0.0)
+    norms = make_norm(momentum=0.0), make_norm("sigma_l2", momentum=0.0)
     model = nn.ModuleList([*norms, norms[0], BatchNorm(CHANNELS).double()])
     x, expected = make_tokens(2, 4), 0.0
     for norm in norms:
@@ -304,8 +306,19 @@ def test_constant_channels_have_a_finite_gradient(distance):
 
 
 def test_unknown_distances_are_named():
-    with pytest.raises(ValueError, match="'paper', 'reference', 'relative'.*'cosine'"):
+    with pytest.raises(ValueError, match="'relative', 'sigma_l2', 'var_l1'.*'cosine'"):
         RegularizedBatchNorm(4, distance="cosine")
+
+
+@pytest.mark.parametrize(("earlier", "distance"), [("paper", "sigma_l2"), ("reference", "var_l1")])
+def test_distances_have_their_earlier_names_too(earlier, distance, tmp_path):
+    assert RegularizedBatchNorm(4, distance=earlier).distance == distance
+    model = swap_norm(tiny_model("bert"), NormSwapConfig("rbn", distance=earlier))
+    assert {entry["options"]["distance"] for entry in model.config.norm_swap["norms"]} == {distance}
+    old = copy.deepcopy(model.config)
+    for entry in old.norm_swap["norms"]:
+        entry["options"]["distance"] = earlier
+    assert {site.module.distance for site in find_norms(type(model)(old)) if site.kind == "rbn"} == {distance}
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes)
 
 def test_the_weights_of_the_paper_are_said(run, capsys):
     options = ["--model_type=gpt2", f"--config_overrides={SIZES['gpt2']}", "--per_device_train_batch_size=4"]
-    run(*options, '--norm_options={"distance": "reference", "lambda_mean": 0.5}')
+    run(*options, '--norm_options={"distance": "var_l1", "lambda_mean": 0.5}')
     assert "lambda_mean 0.5 of a mean loss is 32 of a sum over 64 tokens" in capsys.readouterr().out
 
 
