@@ -35,6 +35,7 @@ CASES = {
     ]
     for family in HEADS
 }
+CASES["bert"] += itertools.product(["bert"], NORMS[2:], ["even"], ["compiled"])
 STEPS, MICRO_BATCHES = 3, 2
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from hf_normswap import BatchNorm, measure_tid, norm_penalty, padding_mask, probe_activations, reestimate_statistics
-from hf_normswap.modeling import padding_mask
+from hf_normswap.modeling import padding_mask as mask_module
 from hf_normswap.modeling.padding_mask import SCOPE, current_mask
 from tests.helpers.counting import EXACT, assert_counts, assert_part_counts, swapped_model
 from tests.helpers.models import FAMILIES, tiny_batch
@@ -207,7 +207,7 @@ def test_each_thread_is_told_by_itself():
 
 def test_a_second_copy_of_the_code_is_told_too():
     """Code that came from the Hub beside the weights, while the package is installed."""
-    spec = importlib.util.spec_from_file_location("code_from_the_hub", padding_mask.__file__)
+    spec = importlib.util.spec_from_file_location("code_from_the_hub", mask_module.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     with padding_mask(MASK):

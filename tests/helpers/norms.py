@@ -1,5 +1,6 @@
 """Every registered norm, and the variants of those with modes of their own, ready for a test of what all share."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,9 +34,9 @@ def make_norm(variant: str, dtype=torch.float64, seed: int = 0, **options) -> No
     return norm
 
 
-def make_tokens(*shape, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
-    """Activations of shape `(*shape, CHANNELS)` whose means are not 0."""
-    generator = torch.Generator().manual_seed(seed)
+def make_tokens(*shape, dtype=torch.float64, seed: int | None = 0) -> torch.Tensor:
+    """Activations of shape `(*shape, CHANNELS)` whose means are not 0; without a `seed` other ones in each call."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     return (0.7 + 1.5 * torch.randn(*shape, CHANNELS, dtype=torch.float64, generator=generator)).to(dtype)
 
 
@@ -60,3 +61,52 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
         torch.testing.assert_close(
             second[name], value, **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
+
+
+def assert_follows_the_formula(norm: Norm, formula, gradient) -> None:
+    """Training steps on padded tokens, and an evaluation, against numpy.
+
+    Args:
+        formula: `(x, eps)` to the normalized tokens and the batch's value of each of `norm.running`.
+        gradient: `(x, g, eps)` to the gradient of the tokens.
+    """
+    running = {name: getattr(norm, name).numpy().copy() for name in norm.running}
+    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    for _ in range(4):
+        x = make_tokens(2, 4, seed=None).requires_grad_()
+        upstream = torch.randn(2, 4, CHANNELS, dtype=torch.float64)
+        upstream[~MASK] = 0
+        y = norm(x, MASK)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+
+        rows, gradients = x[MASK].detach().numpy(), upstream[MASK].numpy()
+        x_hat, *batch = formula(rows, norm.eps)
+        np.testing.assert_allclose(y[MASK].detach().numpy(), weight * x_hat + bias, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(
+            dx[MASK].numpy(), gradient(rows, weight * gradients, norm.eps), rtol=1e-10, atol=1e-13
+        )
+        for name, value in zip(norm.running, batch, strict=True):
+            running[name] = (1 - norm.momentum) * running[name] + norm.momentum * value
+            np.testing.assert_allclose(getattr(norm, name).numpy(), running[name], rtol=1e-12)
+    assert norm.num_batches_tracked.item() == 4
+
+    norm.eval()
+    *mean, square = running.values()
+    centered = x.detach().numpy() - (mean[0] if mean else 0)
+    expected = weight * centered / np.sqrt(square + norm.eps) + bias
+    np.testing.assert_allclose(norm(x, MASK).detach().numpy(), expected, rtol=1e-12, atol=1e-13)
+
+
+def assert_gradients_are_those_of_differences(norm: Norm, mask: torch.Tensor | None) -> None:
+    """First and second derivatives at real tokens."""
+
+    def outputs(x, weight, bias):
+        y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
+        return y if mask is None else y[mask]
+
+    inputs = make_tokens(2, 4).requires_grad_(), norm.weight, norm.bias
+    assert torch.autograd.gradcheck(outputs, inputs)
+    assert torch.autograd.gradgradcheck(outputs, inputs)

@@ -1,58 +1,34 @@
 """BatchNorm against the formula, finite differences and PyTorch's own."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hf_normswap import BatchNorm
 from tests.helpers import reference
-
-
-CHANNELS = 3
-MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
+from tests.helpers.norms import (
+    CHANNELS,
+    MASK,
+    assert_follows_the_formula,
+    assert_gradients_are_those_of_differences,
+    make_norm,
+    make_tokens,
+)
 
 
 @pytest.fixture
 def norm():
-    norm = BatchNorm(CHANNELS, eps=1e-3, momentum=0.2).double()
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.uniform_(norm.bias)
-    return norm
-
-
-def make_tokens(*shape):
-    return (1.5 + 2 * torch.randn(*shape, CHANNELS, dtype=torch.float64)).requires_grad_()
+    return make_norm("batchnorm", eps=1e-3, momentum=0.2)
 
 
 def test_output_gradient_and_running_pair_follow_the_formula(norm):
-    running_mean, running_var = np.zeros(CHANNELS), np.ones(CHANNELS)
-    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    for _ in range(4):
-        x, upstream = make_tokens(2, 4), torch.randn(2, 4, CHANNELS, dtype=torch.float64)
-        upstream[~MASK] = 0
-        y = norm(x, MASK)
-        (dx,) = torch.autograd.grad(y, x, upstream)
-
-        rows, gradients = x[MASK].detach().numpy(), upstream[MASK].numpy()
-        x_hat, mean, variance = reference.batchnorm(rows, 1e-3)
-        running_mean, running_var = 0.8 * running_mean + 0.2 * mean, 0.8 * running_var + 0.2 * variance
-        np.testing.assert_allclose(y[MASK].detach().numpy(), weight * x_hat + bias, rtol=1e-12)
-        expected = reference.batchnorm_gradient(rows, weight * gradients, 1e-3)
-        np.testing.assert_allclose(dx[MASK].numpy(), expected, rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(norm.running_mean.numpy(), running_mean, rtol=1e-12)
-        np.testing.assert_allclose(norm.running_var.numpy(), running_var, rtol=1e-12)
-    assert norm.num_batches_tracked.item() == 4
-
-    norm.eval()
-    expected = weight * (x.detach().numpy() - running_mean) / np.sqrt(running_var + 1e-3) + bias
-    np.testing.assert_allclose(norm(x, MASK).detach().numpy(), expected, rtol=1e-12)
+    assert_follows_the_formula(norm, reference.batchnorm, reference.batchnorm_gradient)
 
 
 def test_agrees_with_pytorch_without_padding(norm):
     theirs = nn.BatchNorm1d(CHANNELS, eps=1e-3, momentum=0.2).double()
-    theirs.weight.data, theirs.bias.data = norm.weight.data.clone(), norm.bias.data.clone()
-    x = make_tokens(2, 5)
+    theirs.load_state_dict({name: value.clone() for name, value in norm.state_dict().items()}, strict=False)
+    kept = 0.8 * norm.running_var
+    x = make_tokens(2, 5).requires_grad_()
     upstream = torch.randn(2, 5, CHANNELS, dtype=torch.float64)
     y = norm(x)
     gradients = torch.autograd.grad(y, [x, norm.weight, norm.bias], upstream)
@@ -62,23 +38,17 @@ def test_agrees_with_pytorch_without_padding(norm):
         torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(norm.running_mean, theirs.running_mean)
     # Theirs is biased in the batch and unbiased in the buffer.
-    biased = 0.8 + (theirs.running_var - 0.8) * (10 - 1) / 10
+    biased = kept + (theirs.running_var - kept) * (10 - 1) / 10
     torch.testing.assert_close(norm.running_var, biased)
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padded"])
 def test_gradcheck(norm, mask):
-    def outputs(x, weight, bias):
-        y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
-        return y if mask is None else y[mask]
-
-    inputs = make_tokens(2, 4), norm.weight, norm.bias
-    assert torch.autograd.gradcheck(outputs, inputs)
-    assert torch.autograd.gradgradcheck(outputs, inputs)
+    assert_gradients_are_those_of_differences(norm, mask)
 
 
 def test_one_token_is_the_shift(norm):
-    x = make_tokens(1, 1)
+    x = make_tokens(1, 1).requires_grad_()
     y = norm(x)
     torch.testing.assert_close(y[0, 0], norm.bias)
     (dx,) = torch.autograd.grad(y.sum(), x)

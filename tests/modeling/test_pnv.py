@@ -1,61 +1,31 @@
 """PN-V against the formula and finite differences."""
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from hf_normswap import PowerNormV
 from tests.helpers import reference
-
-
-CHANNELS = 3
-MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
+from tests.helpers.norms import (
+    CHANNELS,
+    MASK,
+    assert_follows_the_formula,
+    assert_gradients_are_those_of_differences,
+    make_norm,
+)
 
 
 @pytest.fixture
 def norm():
-    norm = PowerNormV(CHANNELS, eps=1e-3, momentum=0.2).double()
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.uniform_(norm.bias)
-    return norm
-
-
-def make_tokens(*shape):
-    return (1.5 + 2 * torch.randn(*shape, CHANNELS, dtype=torch.float64)).requires_grad_()
+    return make_norm("pnv", eps=1e-3, momentum=0.2)
 
 
 def test_output_gradient_and_running_power_follow_the_formula(norm):
-    running_power = np.ones(CHANNELS)
-    weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    for _ in range(4):
-        x, upstream = make_tokens(2, 4), torch.randn(2, 4, CHANNELS, dtype=torch.float64)
-        upstream[~MASK] = 0
-        y = norm(x, MASK)
-        (dx,) = torch.autograd.grad(y, x, upstream)
-
-        rows, gradients = x[MASK].detach().numpy(), upstream[MASK].numpy()
-        x_hat, power = reference.pnv(rows, 1e-3)
-        running_power = 0.8 * running_power + 0.2 * power
-        np.testing.assert_allclose(y[MASK].detach().numpy(), weight * x_hat + bias, rtol=1e-12)
-        expected = reference.pnv_gradient(rows, weight * gradients, 1e-3)
-        np.testing.assert_allclose(dx[MASK].numpy(), expected, rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(norm.running_power.numpy(), running_power, rtol=1e-12)
-
-    norm.eval()
-    expected = weight * x.detach().numpy() / np.sqrt(running_power + 1e-3) + bias
-    np.testing.assert_allclose(norm(x, MASK).detach().numpy(), expected, rtol=1e-12)
+    assert_follows_the_formula(norm, reference.pnv, reference.pnv_gradient)
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padded"])
 def test_gradcheck(norm, mask):
-    def outputs(x, weight, bias):
-        y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
-        return y if mask is None else y[mask]
-
-    inputs = make_tokens(2, 4), norm.weight, norm.bias
-    assert torch.autograd.gradcheck(outputs, inputs)
-    assert torch.autograd.gradgradcheck(outputs, inputs)
+    assert_gradients_are_those_of_differences(norm, mask)
 
 
 def test_large_means_shrink_the_gradient():
