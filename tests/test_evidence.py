@@ -19,11 +19,11 @@ from hf_normswap.results import load_results
 
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]  # where Python finds the scripts
+sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python finds the script
 
 import evidence  # noqa: E402
 
-import glue  # noqa: E402
+from recipes import glue  # noqa: E402
 
 
 # A recipe that learns nothing: it counts up to 5, with a checkpoint for each number, and scores by its options.
@@ -179,8 +179,8 @@ def test_the_command_of_a_result_is_that_of_the_hub(make_args, tmp_path):
     run(args)
     path = find(args, "post-good-*")[0]
     result = json.loads(path.read_text())
-    script, *options = shlex.split(result["command"])[1:]
-    assert script == "recipes/toy.py"
+    flag, module, *options = shlex.split(result["command"])[1:]
+    assert (flag, module) == ("-m", "recipes.toy")
     assert "--dataset_name=some/data" in options
     assert not any("output_dir" in option for option in options)
     assert log(tmp_path)[0].endswith(f"with {tmp_path / 'data' / 'some/data'}")

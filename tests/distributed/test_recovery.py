@@ -26,7 +26,7 @@ def command(tmp_path, model_folder):  # noqa: F811
         shared = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--task_name=sst2"]
         shared += ["--max_length=20", "--learning_rate=0.01", "--use_cpu", "--norm=rbn", "--where=all"]
         shared += [f"--max_steps={STEPS}", "--save_steps=3", "--save_total_limit=2", "--report_to=none"]
-        return ["recipes/glue.py", *shared, f"--output_dir={output}", *options]
+        return ["-m", "recipes.glue", *shared, f"--output_dir={output}", *options]
 
     return command
 

@@ -1,7 +1,6 @@
 """Tiny GLUE folders and a tiny checkpoint, for recipes that run in seconds."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertModel, BertTokenizer
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))  # where Python finds what recipes share when a recipe is run as a script
-
 WORDS = "the a good bad film plot is was not very dull bright".split()
 
 
 @pytest.fixture(autouse=True)
 def caches_of_its_own(tmp_path, monkeypatch):
     # Offline, `datasets` takes what an earlier run left in its cache for the data set of that name.
-    for module in ("datasets.config", "loading"):
+    for module in ("datasets.config", "recipes.loading"):
         monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
