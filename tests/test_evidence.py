@@ -56,6 +56,7 @@ def make_args(tmp_path, monkeypatch):
     """Arguments for a grid of `norms`, whose recipe is the one above."""
     root = tmp_path / "repository"
     (root / "recipes").mkdir(parents=True)
+    (root / "recipes" / "__init__.py").touch()  # comes before the package of the project
     (root / "recipes" / "toy.py").write_text(RECIPE.replace("ROOT", f"Path({str(tmp_path)!r})"))
     monkeypatch.setattr(evidence, "ROOT", root)
 
@@ -337,11 +338,11 @@ def curve(path):
 @pytest.fixture
 def train(tiny, tmp_path, monkeypatch):
     """Trains the cell of the tiny grid in this process; returns the metrics, the history and the weights."""
-    for module in ("datasets.config", "loading"):
+    for module in ("datasets.config", "recipes.loading"):
         monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
     args = evidence.Arguments(grid=str(tmp_path / "grid.yaml"))
     ((_, cell),) = evidence.plan_cells(evidence.read_grid(args.grid), evidence.Results(tmp_path / "results"))
-    options = [option.replace("=tiny/words", f"={tmp_path / 'data' / 'tiny/words'}") for option in cell.argv[1:]]
+    options = [option.replace("=tiny/words", f"={tmp_path / 'data' / 'tiny/words'}") for option in cell.argv[2:]]
 
     def train(folder):
         glue.main([*options, "--use_cpu", f"--output_dir={folder}", "--resume_from_checkpoint=auto"])
