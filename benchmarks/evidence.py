@@ -3,7 +3,7 @@ Which norm is best, from scratch and to convergence: a grid of runs, cell by cel
 
     python benchmarks/evidence.py --minutes 60
     python benchmarks/evidence.py --status
-    python benchmarks/evidence.py --again benchmarks/results/evidence/trec/table/post-layernorm-0-0123456789.json
+    python benchmarks/evidence.py --again results/evidence/trec/table/post-layernorm-0-0123456789.json
 
 The grid file says what a cell is: a task, a placement, a norm, one of the norm's trials (its learning rate and its
 options) and a seed. Each norm has the same number of trials. The trial with the best validation score is trained again
@@ -46,9 +46,7 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 @dataclass
 class Arguments:
     grid: str = field(default=str(ROOT / "benchmarks/evidence.yaml"), metadata={"help": "The grid."})
-    results: str = field(
-        default=str(ROOT / "benchmarks/results/evidence"), metadata={"help": "Folder of the result files."}
-    )
+    results: str = field(default=str(ROOT / "results/evidence"), metadata={"help": "Folder of the result files."})
     work_dir: str = field(default="./outputs/evidence", metadata={"help": "Folder of running cells and checkpoints."})
     data_root: str | None = field(
         default=None, metadata={"help": "Folder with the data sets under their names; the Hub if not given."}
@@ -90,7 +88,7 @@ class Cell:
     @property
     def argv(self):
         """The command of the recipe, as `shlex.split` gives it, with the data set of the Hub."""
-        argv = [f"recipes/{self.recipe}.py"]
+        argv = ["-m", f"recipes.{self.recipe}"]
         for name, value in self.options.items():
             if isinstance(value, list):
                 argv += [f"--{name}", *map(str, value)]

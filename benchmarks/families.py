@@ -23,9 +23,9 @@ from transformers import (
 from hf_normswap.metrics import SacrebleuMetric
 
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+sys.path.append(str(Path(__file__).parents[1]))  # a script finds its own folder only
 
-from vocabulary import train_tokenizer  # noqa: E402
+from recipes.vocabulary import train_tokenizer  # noqa: E402
 
 
 MAX_LENGTH = 128

@@ -3,7 +3,7 @@ Whether fine-tuning with swapped norms is as good as with LayerNorm: differences
 
     python benchmarks/finetuning.py --runs ./outputs/glue
 
-Reads every run of `recipes/glue.py` below the folders, loads its model, and predicts the validation split once more.
+Reads every run of `recipes.glue` below the folders, loads its model, and predicts the validation split once more.
 Runs of one norm, made in one way, are compared with the LayerNorm runs of the same task and seeds, example by example.
 """
 

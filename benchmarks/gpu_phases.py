@@ -55,9 +55,9 @@ from hf_normswap.reporting.results import describe_environment
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "recipes"))
+sys.path.append(str(ROOT))  # a script finds its own folder only
 
-from vocabulary import train_tokenizer  # noqa: E402
+from recipes.vocabulary import train_tokenizer  # noqa: E402
 
 
 TOKENS = 16384
@@ -541,7 +541,7 @@ def read_words(paths):
 
 
 def train_on_words(args):
-    """Worker: GPT-2 of three layers, as in recipes/configs/lm/ptb-words-powernorm.yaml, with early stopping."""
+    """Worker: GPT-2 of three layers, as in recipes/configs/lm/ptb-words.yaml, with early stopping."""
     length, batch_size, max_steps = (16, 4, 6) if args.quick else (256, 16, 12000)
     splits = read_words(args.text)
     tokenizer = train_tokenizer(iter(splits[0]), "$A </s>", length, 10000, words=True)

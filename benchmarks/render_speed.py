@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "speed"
-GPU = ROOT / "benchmarks" / "results" / "gpu"
+RESULTS = ROOT / "results" / "speed"
+GPU = ROOT / "results" / "gpu"
 PAGE = ROOT / "docs" / "speed.md"
 PAGES = [PAGE, ROOT / "docs" / "folding.md"]
 PICTURE = ROOT / "docs" / "pictures" / "speed.svg"

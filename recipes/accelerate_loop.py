@@ -1,11 +1,11 @@
 """
 A training loop of one's own: GLUE with swapped norms under Accelerate, without the Trainer.
 
-    python recipes/accelerate_loop.py --task_name sst2 --norm rbn --model_name_or_path google-bert/bert-base-uncased
-    accelerate launch --num_processes 4 recipes/accelerate_loop.py --task_name sst2 --norm rbn ...
+    python -m recipes.accelerate_loop --task_name sst2 --norm rbn --model_name_or_path google-bert/bert-base-uncased
+    accelerate launch --num_processes 4 -m recipes.accelerate_loop --task_name sst2 --norm rbn ...
 
 Five lines concern norms, and each says why. The model, the tokenizer and `result.json` are in the output folder in the
-end. `recipes/glue.py` does the same with the Trainer, and logs, checkpoints and resumes.
+end. `recipes.glue` does the same with the Trainer, and logs, checkpoints and resumes.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, get_scheduler
 
-from common import ModelArguments, describe_run, one_sentence_errors, parse_arguments
-from glue import DataArguments, load_task, tokenize
 from hf_normswap import (
     PowerNorm,
     accumulate_norm_statistics,
@@ -30,7 +28,9 @@ from hf_normswap import (
 )
 from hf_normswap.metrics import GlueMetric
 from hf_normswap.reporting.results import write_result
-from loading import load_swapped
+from recipes.common import ModelArguments, describe_run, one_sentence_errors, parse_arguments
+from recipes.glue import DataArguments, load_task, tokenize
+from recipes.loading import load_swapped
 
 
 @dataclass
@@ -107,9 +107,9 @@ def main(argv=None):
     with one_sentence_errors():
         model_args, data_args, args, given = parse_arguments((ModelArguments, DataArguments, LoopArguments), argv)
         if data_args.task_name == "mnli":
-            raise ValueError("This loop scores one split, and MNLI has two: run recipes/glue.py.")
+            raise ValueError("This loop scores one split, and MNLI has two: run python -m recipes.glue.")
         if model_args.progressive or model_args.early_stopping:
-            raise ValueError("This loop has neither progressive nor early_stopping: run recipes/glue.py.")
+            raise ValueError("This loop has neither progressive nor early_stopping: run python -m recipes.glue.")
         accelerator = Accelerator(
             cpu=args.use_cpu,
             gradient_accumulation_steps=args.gradient_accumulation_steps,

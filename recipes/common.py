@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_l
 
 PLACEMENTS = ("post", "pre")
 FROM_SCRATCH = ("bert", "gpt2", "roberta")
+DEBUG = "HF_NORMSWAP_DEBUG"  # 1 shows the traceback of an error
 LOADED = ("model_name_or_path", "dataset_name")  # options that take an id on the Hub or a folder
 
 
@@ -123,7 +125,7 @@ def parse_arguments(groups, argv=None):
 
     Returns the dataclasses, and a dictionary of the options that were given.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = _take_debug(sys.argv[1:] if argv is None else list(argv))
     if argv and not argv[0].startswith("-"):
         argv[:1] = _read_yaml(argv[0])
     parser = _Parser(groups, allow_abbrev=False)
@@ -141,6 +143,17 @@ def parse_arguments(groups, argv=None):
                 setattr(group, name, explicit_folder(value))
     given = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
     return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in given}
+
+
+def _take_debug(argv):
+    """
+    The options without a bare `--debug`, which shows the traceback of every error from here on. With a value the
+    option is that of `transformers.TrainingArguments`.
+    """
+    bare = [word == "--debug" and after.startswith("--") for word, after in zip(argv, [*argv[1:], "--"])]
+    if any(bare):
+        os.environ[DEBUG] = "1"
+    return [word for word, is_bare in zip(argv, bare) if not is_bare]
 
 
 def explicit_folder(name):
@@ -175,10 +188,15 @@ def _read_yaml(path):
 
 @contextmanager
 def one_sentence_errors(kinds=(ImportError, OSError, ValueError)):
-    """Ends the recipe with one sentence and exit code 2 for what its user can cure: by default, before training."""
+    """
+    Ends the recipe with one sentence and exit code 2 for what its user can cure: by default, before training. The
+    traceback stands in front of the sentence with `--debug` or `HF_NORMSWAP_DEBUG=1`.
+    """
     try:
         yield
     except kinds as error:
+        if os.environ.get(DEBUG, "").upper() in ("1", "ON", "TRUE", "YES"):
+            traceback.print_exception(error)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -188,11 +206,22 @@ def begin(groups, argv):
     """Reads and checks the options of a recipe, and seeds all that is random, such as the head of a model."""
     *parsed, given = parse_arguments(groups, argv)
     training_args = parsed[-1]
+    if "output_dir" not in given:
+        training_args.output_dir = given["output_dir"] = name_output(*parsed, argv)
     check_processes(training_args)
     checkpoint = find_checkpoint(training_args)
     prepare_early_stopping(parsed[0].early_stopping, training_args, checkpoint)
     set_seed(training_args.seed)
     return *parsed, given, checkpoint
+
+
+def name_output(model_args, data_args, training_args, argv):
+    """The default folder of a run: its task, and what was said of norm and placement, and its seed."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = Path(argv[0]).stem if argv and not argv[0].startswith("-") else None
+    task = config or getattr(data_args, "task", None) or Path(data_args.dataset_name).name
+    norm = model_args.norm and get_norm(model_args.norm).norm_name
+    return "./outputs/" + "-".join(filter(None, [task, norm, model_args.placement, str(training_args.seed)]))
 
 
 def check_processes(training_args):
@@ -291,6 +320,7 @@ def describe_run(model, model_name, seed, processes):
     """What was run, on what, and how to repeat it."""
     norm_swap = model.config.norm_swap
     launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    options = shlex.join(_with_explicit_folders(sys.argv[1:]))
     placement = {"placement": norm_swap["placement"]} if "placement" in norm_swap else {}
     return {
         "model": Path(model_name).name if os.path.isdir(model_name) else model_name,
@@ -298,6 +328,6 @@ def describe_run(model, model_name, seed, processes):
         "norm": " + ".join(dict.fromkeys(entry["norm"] for entry in norm_swap["norms"])),
         "norm_swap": norm_swap,
         "seed": seed,
-        "command": f"{launcher} {shlex.join(_with_explicit_folders(sys.argv))}",
+        "command": f"{launcher} -m recipes.{Path(sys.argv[0]).stem} {options}".strip(),
         **describe_environment(),
     }

@@ -1,7 +1,7 @@
 """
 A first run that needs no network and no data: four norms in a small BERT, trained from scratch, a few seeds each.
 
-    python recipes/first_run.py
+    python -m recipes.first_run
 
 The text is the language reference that comes with every Python, and the task is to tell which of its topics a sentence
 is from. The folder `first_run/` then holds one result for each run, the learning curves, and the PowerNorm model.
@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from common import make_result, one_sentence_errors, parse_arguments
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments, get_norm, swap_norm
 from hf_normswap.diagnostics.plots import plot_curves
 from hf_normswap.reporting.results import compare_results, write_result
-from topics import TOPICS, load_data, score_baselines
+from recipes.common import make_result, one_sentence_errors, parse_arguments
+from recipes.topics import TOPICS, load_data, score_baselines
 
 
 MAX_LENGTH = 32

@@ -2,8 +2,9 @@
 Trains a model with swapped norms on one of the nine GLUE tasks, and scores it with the task's own metrics.
 With --text_columns on any data set of texts with a column `label`, and scores its accuracy.
 
-    python recipes/glue.py recipes/configs/glue/sst2-powernorm.yaml --model_name_or_path google-bert/bert-base-uncased
-    accelerate launch recipes/glue.py --task_name mrpc --norm rbn --model_name_or_path google-bert/bert-base-uncased
+    python -m recipes.glue recipes/configs/glue/sst2.yaml --model_name_or_path google-bert/bert-base-uncased \\
+        --norm rbn --calibrate 512 --norm_freeze_ratio 0.5
+    accelerate launch -m recipes.glue --task_name mrpc --norm rbn --model_name_or_path google-bert/bert-base-uncased
 
 Without --model_name_or_path a model of --model_type is trained from scratch, with a tokenizer trained on its texts.
 Options are those of the dataclasses below and of `transformers.TrainingArguments`, in a YAML file, in the shell or in
@@ -16,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from common import (
+from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
+from hf_normswap.metrics import GlueMetric
+from recipes.common import (
     FamilyArguments,
     begin,
     make_callbacks,
     one_sentence_errors,
     train_and_record,
 )
-from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
-from hf_normswap.metrics import GlueMetric
-from loading import check_length, load_splits, load_swapped, make_swapped
+from recipes.loading import check_length, load_splits, load_swapped, make_swapped
 
 
 # The columns of text of each task.

@@ -1,8 +1,8 @@
 """
 Trains a language model with swapped norms, from scratch or further: GPT-2, or BERT and RoBERTa on masked words.
 
-    python recipes/lm.py recipes/configs/lm/ptb-gpt2-rbn.yaml
-    python recipes/lm.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --norm rbn \\
+    python -m recipes.lm recipes/configs/lm/ptb-gpt2.yaml --norm rbn
+    python -m recipes.lm --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --norm rbn \\
         --model_name_or_path openai-community/gpt2
 
 Lines of text are joined, an end of text behind each, and cut into blocks of equal length: there is no padding. Without
@@ -28,7 +28,8 @@ from transformers import (
     default_data_collator,
 )
 
-from common import (
+from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
+from recipes.common import (
     FamilyArguments,
     begin,
     make_callbacks,
@@ -36,8 +37,7 @@ from common import (
     show_penalty_weights,
     train_and_record,
 )
-from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
-from loading import check_length, load_splits, load_swapped, make_swapped
+from recipes.loading import check_length, load_splits, load_swapped, make_swapped
 
 
 CAUSAL = ("gpt2", "normswap_gpt2")

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_normswap import NormSwapConfig, find_norms, get_norm, set_norm_placement, swap_norm
-from vocabulary import train_tokenizer
+from recipes.vocabulary import train_tokenizer
 
 
 def load_splits(name, config, splits, columns):

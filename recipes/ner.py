@@ -1,8 +1,9 @@
 """
 Trains a model with swapped norms to tag words, such as the names in a sentence, and scores whole entities.
 
-    python recipes/ner.py recipes/configs/ner/wnut17-rbn.yaml --model_name_or_path google-bert/bert-base-cased
-    python recipes/ner.py --dataset_name lhoestq/conll2003 --norm rbn --model_name_or_path google-bert/bert-base-cased
+    python -m recipes.ner recipes/configs/ner/wnut17.yaml --model_name_or_path google-bert/bert-base-cased \\
+        --norm rbn --calibrate 512 --norm_freeze_ratio 0.5
+    python -m recipes.ner --dataset_name lhoestq/conll2003 --norm rbn --model_name_or_path google-bert/bert-base-cased
 
 The data set has a column of words and one of their tags, as CoNLL-2003 has. A word that is cut into pieces is tagged
 by its first one. Without --model_name_or_path a model of --model_type is trained from scratch, with a tokenizer
@@ -18,16 +19,16 @@ from datasets import ClassLabel
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 from transformers.utils import logging
 
-from common import (
+from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
+from hf_normswap.metrics import SeqevalMetric
+from recipes.common import (
     FamilyArguments,
     begin,
     make_callbacks,
     one_sentence_errors,
     train_and_record,
 )
-from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
-from hf_normswap.metrics import SeqevalMetric
-from loading import check_length, load_splits, load_swapped, make_swapped
+from recipes.loading import check_length, load_splits, load_swapped, make_swapped
 
 
 logger = logging.get_logger(__name__)

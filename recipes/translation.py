@@ -1,8 +1,8 @@
 """
 Trains a Marian model with swapped norms to translate, from scratch or further, and scores it by BLEU and chrF.
 
-    python recipes/translation.py recipes/configs/translation/multi30k-rbn.yaml
-    python recipes/translation.py --dataset_name wmt/wmt16 --dataset_config_name ro-en --source ro --target en \\
+    python -m recipes.translation recipes/configs/translation/multi30k.yaml --norm rbn
+    python -m recipes.translation --dataset_name wmt/wmt16 --dataset_config_name ro-en --source ro --target en \\
         --norm powernorm --where encoder --model_name_or_path Helsinki-NLP/opus-mt-roa-en
 
 The data set has a column `translation` with a text in each language, as those of WMT have. Without
@@ -20,7 +20,9 @@ from sacrebleu.metrics import CHRF
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, MarianConfig, MarianMTModel
 
-from common import (
+from hf_normswap import NormSwapSeq2SeqTrainer, NormSwapSeq2SeqTrainingArguments
+from hf_normswap.metrics import SacrebleuMetric
+from recipes.common import (
     ScratchArguments,
     begin,
     make_callbacks,
@@ -28,11 +30,9 @@ from common import (
     show_penalty_weights,
     train_and_record,
 )
-from hf_normswap import NormSwapSeq2SeqTrainer, NormSwapSeq2SeqTrainingArguments
-from hf_normswap.metrics import SacrebleuMetric
-from loading import apply_norm_args, load_splits, load_swapped
-from token_batches import TokenBatches
-from vocabulary import train_tokenizer
+from recipes.loading import apply_norm_args, load_splits, load_swapped
+from recipes.token_batches import TokenBatches
+from recipes.vocabulary import train_tokenizer
 
 
 @dataclass

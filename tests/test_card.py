@@ -132,7 +132,7 @@ def test_the_cards_of_the_project_are_those_of_their_results(script):
 def test_every_figure_of_a_card_is_in_a_result(script):
     """Each number under Results: as it stands in a result, or mean or deviation over the seeds, worked out anew."""
     for name, variant in script.VARIANTS.items():
-        by_norm = {norm: variant.load(norm) for norm in ("layernorm", *variant.norms)}
+        by_norm = {norm: variant.load(norm) for norm in ("layernorm", *script.NORMS)}
         columns = [
             [run["metrics"][metric] for run in runs] for runs in by_norm.values() for metric in runs[0]["metrics"]
         ]

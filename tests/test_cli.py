@@ -295,6 +295,31 @@ def test_a_calibration_that_fails_writes_nothing(tmp_path, texts, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["stock", "texts.txt"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "variable", "is_shown"),
+    [
+        (["inspect", "./absent"], None, False),
+        (["inspect", "./absent"], "0", False),
+        (["inspect", "./absent"], "1", True),
+        (["inspect", "./absent"], "true", True),
+        (["--debug", "inspect", "./absent"], None, True),
+        (["inspect", "./absent", "--debug"], None, True),
+        (["inspect", "--debug", "--no-such-option"], None, True),  # the parser fails
+    ],
+)
+def test_the_traceback_behind_an_error(argv, variable, is_shown, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_NORMSWAP_DEBUG", raising=False)
+    if variable:
+        monkeypatch.setenv("HF_NORMSWAP_DEBUG", variable)
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert ("Traceback (most recent call last):" in lines) == is_shown
+    assert any("hf_normswap" in line and line.startswith("  File ") for line in lines) == is_shown
+
+
 def test_an_interruption(tmp_path, texts, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

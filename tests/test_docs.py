@@ -171,7 +171,7 @@ def slugs(page):
         yield re.sub(r"[-\s]+", "-", kept)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "recipes" / "README.md", *PAGES], ids=name_of)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("*/README.md"), *PAGES], ids=name_of)
 def test_links_within_the_repository_lead_somewhere(page):
     for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         if re.match(r"https?:", target):
@@ -210,12 +210,12 @@ def test_recipes_of_commands_exist():
         options |= set(re.findall(r"^    (\w+): .*= field", recipe.read_text(encoding="utf-8"), re.MULTILINE))
     count = 0
     for page, line in commands():
-        if re.search(r"python recipes/", line):
-            for path in re.findall(r"recipes/[\w/.-]+\.(?:py|yaml)(?=\s|$)", line):
+        if match := re.search(r"-m recipes\.(\w+)(.*)", line):
+            assert (ROOT / "recipes" / f"{match[1]}.py").exists(), f"{page}: {line}"
+            for path in re.findall(r"recipes/[\w/.-]+\.\w+(?=\s|$)", line):
                 assert (ROOT / path).exists(), f"{page}: {path}"
-            if match := re.search(r"python recipes/\w+\.py (.*)", line):
-                for option in re.findall(r"--(\w+)", match[1]):
-                    assert option in options, f"{page}: {line}: --{option}"
+            for option in re.findall(r"--(\w+)", match[2]):
+                assert option in options, f"{page}: {line}: --{option}"
             count += 1
     assert count > 5
 

@@ -19,11 +19,11 @@ from hf_normswap.reporting.results import load_results
 
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]  # where Python finds the scripts
+sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python finds the script
 
 import evidence  # noqa: E402
 
-import glue  # noqa: E402
+from recipes import glue  # noqa: E402
 
 
 # A recipe that learns nothing: it counts up to 5, with a checkpoint for each number, and scores by its options.
@@ -56,6 +56,7 @@ def make_args(tmp_path, monkeypatch):
     """Arguments for a grid of `norms`, whose recipe is the one above."""
     root = tmp_path / "repository"
     (root / "recipes").mkdir(parents=True)
+    (root / "recipes" / "__init__.py").touch()  # comes before the package of the project
     (root / "recipes" / "toy.py").write_text(RECIPE.replace("ROOT", f"Path({str(tmp_path)!r})"))
     monkeypatch.setattr(evidence, "ROOT", root)
 
@@ -179,8 +180,8 @@ def test_the_command_of_a_result_is_that_of_the_hub(make_args, tmp_path):
     run(args)
     path = find(args, "post-good-*")[0]
     result = json.loads(path.read_text())
-    script, *options = shlex.split(result["command"])[1:]
-    assert script == "recipes/toy.py"
+    flag, module, *options = shlex.split(result["command"])[1:]
+    assert (flag, module) == ("-m", "recipes.toy")
     assert "--dataset_name=some/data" in options
     assert not any("output_dir" in option for option in options)
     assert log(tmp_path)[0].endswith(f"with {tmp_path / 'data' / 'some/data'}")
@@ -337,11 +338,11 @@ def curve(path):
 @pytest.fixture
 def train(tiny, tmp_path, monkeypatch):
     """Trains the cell of the tiny grid in this process; returns the metrics, the history and the weights."""
-    for module in ("datasets.config", "loading"):
+    for module in ("datasets.config", "recipes.loading"):
         monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
     args = evidence.Arguments(grid=str(tmp_path / "grid.yaml"))
     ((_, cell),) = evidence.plan_cells(evidence.read_grid(args.grid), evidence.Results(tmp_path / "results"))
-    options = [option.replace("=tiny/words", f"={tmp_path / 'data' / 'tiny/words'}") for option in cell.argv[1:]]
+    options = [option.replace("=tiny/words", f"={tmp_path / 'data' / 'tiny/words'}") for option in cell.argv[2:]]
 
     def train(folder):
         glue.main([*options, "--use_cpu", f"--output_dir={folder}", "--resume_from_checkpoint=auto"])

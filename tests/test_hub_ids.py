@@ -47,10 +47,17 @@ def read(path):
 
 
 GROUPS = {
-    "pages": ["*.md", "*.cff", "docs/**/*.md", "docs/*.ipynb", "recipes/*.md", "benchmarks/*.md"],
+    "pages": ["*.md", "*.cff", "docs/**/*.md", "docs/*.ipynb", "recipes/*.md", "benchmarks/*.md", "results/*.md"],
     "cards": ["model_cards/*.md", "hf_normswap/templates/*"],
     "configurations": ["recipes/configs/**/*.yaml", "recipes/launch/*"],
-    "sources": ["hf_normswap/**/*.py", "recipes/*.py", "benchmarks/*.py", "model_cards/*.py", "docs/*.py"],
+    "sources": [
+        "hf_normswap/**/*.py",
+        "recipes/*.py",
+        "results/*.py",
+        "benchmarks/*.py",
+        "model_cards/*.py",
+        "docs/*.py",
+    ],
 }
 TEXTS = {
     group: {path.relative_to(ROOT).as_posix(): read(path) for pattern in patterns for path in ROOT.glob(pattern)}
@@ -61,7 +68,7 @@ TEXTS = {
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_text_names_an_id_of_nobody(group):
     found = {path: unknown_ids(text, (ROOT / path).parent) for path, text in TEXTS[group].items()}
-    assert len(found) > 10
+    assert len(found) > 5
     assert not {path: names for path, names in found.items() if names}, (
         f"write a folder as ./folder, an id to come as {PLACEHOLDER}name, and put public models and data into KNOWN"
     )

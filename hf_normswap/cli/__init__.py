@@ -6,10 +6,14 @@ Examples:
     normswap inspect ./sst2-rbn --texts reviews.txt
     normswap fold ./sst2-rbn ./sst2-without-norms --onnx
     normswap fold --help
+
+`--debug`, or the environment variable `HF_NORMSWAP_DEBUG=1`, shows the traceback behind an error.
 """
 
 import argparse
+import os
 import sys
+import traceback
 
 from hf_normswap import __version__
 
@@ -20,6 +24,8 @@ from . import calibrate, compare, depth, fold, inspect, kernels, push, swap, tid
 # It imports torch and what needs it in `run` alone: help must not wait for them.
 VERBS = (inspect, swap, calibrate, tid, depth, fold, compare, push, kernels)
 
+_DEBUG_HELP = "show the traceback behind an error"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `normswap`.
@@ -28,14 +34,20 @@ def main(argv: list[str] | None = None) -> int:
         argv (list of `str`, *optional*): the arguments, by default those of the process.
 
     Returns:
-        `int`: 0; 2 after one sentence on stderr about what the user can cure; 130 when interrupted.
+        `int`: 0; 2 after one sentence on stderr about what the user can cure; 130 when interrupted. With `--debug` or
+        `HF_NORMSWAP_DEBUG=1` the traceback stands before the sentence.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    # Looked up before the arguments are parsed, as parsing may be what fails.
+    is_debug = "--debug" in argv or os.environ.get("HF_NORMSWAP_DEBUG", "").upper() in ("1", "ON", "TRUE", "YES")
     try:
         args = _make_parser().parse_args(argv)
         args.run(args)
     except KeyboardInterrupt:
         return 130
     except (ImportError, OSError, ValueError) as error:
+        if is_debug:
+            traceback.print_exception(error)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
         return 2
@@ -53,10 +65,12 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normswap", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hf_normswap {__version__}")
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb in VERBS:
         summary = (verb.__doc__ or "").partition("\n")[0]
         of_verb = verbs.add_parser(verb.__name__.rpartition(".")[2], help=summary, description=verb.__doc__)
         verb.add_arguments(of_verb)
+        of_verb.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
         of_verb.set_defaults(run=verb.run)
     return parser

@@ -19,7 +19,7 @@ from .ops import OperatorBackend
 logger = logging.get_logger(__name__)
 
 # The norms and dtypes for which the backend of a device is the default there. The rule: in committed figures of
-# hardware (benchmarks/results/gpu) the kernels are correct, and faster than PyTorch in the forward, and in forward and
+# hardware (results/gpu) the kernels are correct, and faster than PyTorch in the forward, and in forward and
 # backward together, at every size. `choose_paths` in benchmarks/render_speed.py derives the table; a test compares.
 FASTEST: dict[tuple[str, torch.dtype], str] = {}
 CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}

@@ -13,6 +13,6 @@ def command(tmp_path, model_folder):  # noqa: F811
     def command(output, *options):
         shared = [f"--dataset_name={data}", f"--model_name_or_path={model_folder}", "--task_name=sst2"]
         shared += ["--max_length=20", "--learning_rate=0.01", "--use_cpu=true", "--norm=rbn", "--report_to=none"]
-        return ["recipes/glue.py", *shared, f"--output_dir={output}", *options]
+        return ["-m", "recipes.glue", *shared, f"--output_dir={output}", *options]
 
     return command

@@ -1,13 +1,8 @@
 """Runs a recipe as its launcher would, and prints what weights and statistics this rank ended with."""
 
 import hashlib
-import sys
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-import glue  # noqa: E402
+from recipes import glue
 
 
 def train_and_tell(trainer, *args):

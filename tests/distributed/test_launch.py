@@ -71,7 +71,7 @@ def test_two_machines(command, tmp_path, free_port):
             f"--machine_rank={rank}",
             "--module",
             "tests.distributed.recipe_worker",
-            *command(tmp_path / f"machine{rank}", "--max_steps=4")[1:],
+            *command(tmp_path / f"machine{rank}", "--max_steps=4")[2:],
             ACCELERATE_USE_CPU="true",
             HF_HOME=str(tmp_path / f"home{rank}"),
         )
@@ -100,7 +100,7 @@ def test_the_slurm_script_starts_each_machine(tmp_path):
         tool.write_text(f"#!/bin/bash\n{body}\n")
         tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
-    arguments = ["recipes/glue.py", "a.yaml", f"--output_dir={tmp_path}/output", '--norm_options={"momentum": 0.2}']
+    arguments = ["-m", "recipes.glue", "a.yaml", f"--output_dir={tmp_path}/output", '--norm_options={"momentum": 0.2}']
     printed = run(
         "bash",
         FOLDER / "slurm.sbatch",

@@ -46,7 +46,7 @@ WRITTEN = re.compile(r"(\boutput_(?:dir|file)(?:: str = \w+\(.*?default=|[ =:]+)
 
 def is_in_repository(name, folder):
     """Whether `name` is a file here, or the beginning of the names of some results."""
-    return any((home / name).exists() for home in (ROOT, folder)) or any((ROOT / "recipes/results").glob(f"{name}-*"))
+    return any((home / name).exists() for home in (ROOT, folder)) or any((ROOT / "results").rglob(f"{name}-*"))
 
 
 def unknown_ids(text, folder=ROOT):

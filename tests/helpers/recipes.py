@@ -1,13 +1,10 @@
 """Tiny GLUE folders and a tiny checkpoint, for recipes that run in seconds."""
 
-from pathlib import Path
-
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertModel, BertTokenizer
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = "the a good bad film plot is was not very dull bright".split()
 
 

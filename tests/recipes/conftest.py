@@ -1,21 +1,17 @@
 """What every test of a recipe has: caches of its own, and the fixtures of tiny tasks."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.recipes import RECIPES, model_folder, write_task  # noqa: F401
-
-
-sys.path.insert(0, str(RECIPES))  # where Python finds what recipes share when a recipe is run as a script
+from tests.helpers.recipes import model_folder, write_task  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def caches_of_its_own(tmp_path, monkeypatch):
     # Offline, `datasets` takes what an earlier run left in its cache for the data set of that name.
-    for module in ("datasets.config", "loading"):
+    for module in ("datasets.config", "recipes.loading"):
         monkeypatch.setattr(f"{module}.HF_DATASETS_CACHE", tmp_path / "cache")
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-import accelerate_loop
-import glue
 from hf_normswap.reporting.results import load_results
+from recipes import accelerate_loop, glue
 from tests.helpers.recipes import write_task
 
 

@@ -3,16 +3,23 @@
 import importlib
 import json
 import os
+import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForSequenceClassification
 
-import common
-from hf_normswap import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments, get_norm, swap_norm
+from hf_normswap import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments, swap_norm
+from recipes import common
+from tests.persistence import ROOT
 
 
+PAGE = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+# What a record has beside the options that were given, and the folder, which configurations named once.
+ADDED = {"dataset_name", "output_dir", "train_examples", "eval_examples", "signatures"}
 CONFIGS = sorted((Path(common.__file__).parent / "configs").rglob("*.yaml"))
 
 
@@ -80,22 +87,67 @@ def test_a_configuration_file_that_is_none(tmp_path):
         common.parse_arguments([Options], [str(tmp_path / "absent.yaml")])
 
 
+def groups_of(recipe):
+    """The dataclasses of a recipe."""
+    data_class = importlib.import_module(f"recipes.{recipe}").DataArguments
+    if recipe == "translation":
+        return [common.ScratchArguments, data_class, NormSwapSeq2SeqTrainingArguments]
+    return [common.FamilyArguments, data_class, NormSwapTrainingArguments]
+
+
+def read_records():
+    """The runs of the recipes, by their paths in the folder of results."""
+    for path in sorted(ROOT.glob("results/*/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if re.match(r"python -m recipes\.(glue|ner|lm|translation) ", record.get("command", "")):
+            yield f"{path.parent.name}/{path.name}", record
+
+
+RECORDS = dict(read_records())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_can_be_read(path):
-    recipe = importlib.import_module(path.parent.name)
-    model_class, training_class = common.FamilyArguments, NormSwapTrainingArguments
-    if recipe.__name__ == "translation":
-        model_class, training_class = common.ScratchArguments, NormSwapSeq2SeqTrainingArguments
-    more = ["--model_name_or_path=m"] if recipe.__name__ in ("glue", "ner") else []
-    model, data, training, _ = common.parse_arguments(
-        [model_class, recipe.DataArguments, training_class], [str(path), "--use_cpu", *more]
-    )
-    norm = get_norm(model.norm)
-    assert path.stem.endswith(f"-{norm.norm_name}")
-    assert path.stem.startswith(getattr(data, "task_name", None) or "")
-    assert set(model.norm_options) <= norm.option_defaults().keys()
-    assert training.output_dir == f"outputs/{path.stem}"
-    assert path.read_text().startswith("# ")
+    recipe = path.parent.name
+    more = ["--model_name_or_path=m"] if recipe in ("glue", "ner") else []
+    argv = [str(path), "--use_cpu", "--norm=rbn", "--placement=pre", "--seed=7", *more]
+    *parsed, given = common.parse_arguments(groups_of(recipe), argv)
+    assert yaml.safe_load(path.read_text()).keys() <= given.keys()
+    assert common.name_output(*parsed, argv) == f"./outputs/{path.stem}-rbn-pre-7"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_says_whether_it_was_run(path):
+    used = any(f" recipes/configs/{path.parent.name}/{path.name} " in run["command"] for run in RECORDS.values())
+    assert path.read_text().startswith("# Never run here. ") == (not used)
+    row = re.search(rf"\(configs/{path.parent.name}/{path.name}\) .*\| (yes|no) \|$", PAGE, re.MULTILINE)
+    assert row
+    assert row[1] == ("yes" if used else "no")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_command_of_a_record_gives_its_arguments(name):
+    """Whatever the configuration has become since."""
+    record = RECORDS[name]
+    words = shlex.split(record["command"])
+    *parsed, given = common.parse_arguments(groups_of(words[2].partition(".")[2]), [str(ROOT / words[3]), *words[4:]])
+    told = {name: value for name, value in record["arguments"].items() if name not in ADDED}
+    found = {name: getattr(group, name) for group in parsed for name in vars(group) if name in told}
+    assert {name: found[name] for name in told} == told
+    # What an earlier version said by its defaults: that a run is of LayerNorm, the weights of RBN's penalty.
+    assert given.keys() - {"norm", "norm_options", "output_dir"} <= record["arguments"].keys()
+
+
+def test_the_default_folder_of_a_run():
+    def name(*argv):
+        argv = ["--model_name_or_path=m", *argv]
+        *parsed, _ = common.parse_arguments(groups_of("glue"), argv)
+        return common.name_output(*parsed, argv)
+
+    assert name("--task_name=mrpc") == "./outputs/mrpc-42"
+    assert name("--task_name=mrpc", "--norm=Power-Norm", "--seed=3") == "./outputs/mrpc-powernorm-3"
+    text = ["--dataset_name=stanfordnlp/imdb", "--text_columns", "text", "--placement=post"]
+    assert name(*text) == "./outputs/imdb-post-42"
 
 
 def test_an_error_is_one_sentence_and_exit_code_2(capsys):
@@ -103,6 +155,31 @@ def test_an_error_is_one_sentence_and_exit_code_2(capsys):
         raise ValueError("What is wrong.\nAnd a page of explanation.")
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: What is wrong.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "is_shown"),
+    [
+        ([], None, False),
+        ([], "0", False),
+        ([], "1", True),
+        (["--debug"], None, True),
+        (["--debug", "--count=2"], None, True),
+        (["--debug", "underflow_overflow"], None, False),  # of the Trainer
+    ],
+)
+def test_the_traceback_behind_an_error(options, variable, is_shown, monkeypatch, capsys):
+    monkeypatch.setenv("HF_NORMSWAP_DEBUG", variable or "")  # set, so that it is as before after the test
+    groups = [common.ModelArguments, Options, NormSwapTrainingArguments]
+    *_, given = common.parse_arguments(groups, ["--model_name_or_path=m", "--output_dir=o", "--use_cpu", *options])
+    assert ("debug" in given) == ("underflow_overflow" in options)
+    with pytest.raises(SystemExit) as exit, common.one_sentence_errors():
+        common.read_json_object("norm_options", "no JSON")
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: norm_options is no JSON object")
+    assert (lines[0] == "Traceback (most recent call last):") == is_shown
+    assert any("json/decoder.py" in line for line in lines) == is_shown  # what caused it, too
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback():
@@ -193,7 +270,7 @@ def test_a_folder_is_recorded_as_no_id_of_the_hub(given, recorded, tmp_path, mon
     model_args, _, options = common.parse_arguments([common.ModelArguments, Options])
     model = swap_norm(AutoModelForSequenceClassification.from_pretrained(model_folder), "rbn")
     run = common.describe_run(model, model_args.model_name_or_path, 0, 1)
-    assert run["command"] == " ".join(["python recipes/glue.py", *recorded])
+    assert run["command"] == " ".join(["python -m recipes.glue", *recorded])
     path = model_args.model_name_or_path
     assert options["model_name_or_path"] == path == ("models/gone" if "models/gone" in given else "./models/bert")
     assert run["model"] == ("models/gone" if "models/gone" in given else "bert")

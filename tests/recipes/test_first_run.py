@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import first_run
-import topics
 from hf_normswap import find_norms
 from hf_normswap.reporting.results import load_results
+from recipes import first_run, topics
 
 
 @pytest.fixture(scope="module")

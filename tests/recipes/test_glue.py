@@ -15,15 +15,15 @@ import torch
 from datasets import Value, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
-import glue
 from hf_normswap import find_norms
 from hf_normswap.reporting.card import render_card
 from hf_normswap.reporting.results import load_results
+from recipes import glue
 from tests.helpers.hub_ids import unknown_ids
-from tests.helpers.recipes import RECIPES, write_task
+from tests.helpers.persistence import ROOT
+from tests.helpers.recipes import write_task
 
 
-ROOT = RECIPES.parent
 PAIRS = ("sentence1", "sentence2")
 # The task as https://gluebenchmark.com/tasks has it: columns, classes (0: a similarity), scores.
 TASKS = {
@@ -184,8 +184,17 @@ def start(*command, **environment):
 
 @pytest.fixture
 def script(sst2, model_folder, tmp_path):
-    config = ROOT / "recipes" / "configs" / "glue" / "sst2-powernorm.yaml"
-    options = ["--dataset_name", sst2, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "output"]
+    config = ROOT / "recipes" / "configs" / "glue" / "sst2.yaml"
+    options = [
+        "--norm",
+        "powernorm",
+        "--dataset_name",
+        sst2,
+        "--model_name_or_path",
+        model_folder,
+        "--output_dir",
+        tmp_path / "output",
+    ]
     options += [
         "--max_steps=4",
         "--eval_strategy=steps",
@@ -194,7 +203,7 @@ def script(sst2, model_folder, tmp_path):
         "--max_length=20",
         "--use_cpu",
     ]
-    return ["recipes/glue.py", config.relative_to(ROOT), *options]
+    return ["-m", "recipes.glue", config.relative_to(ROOT), *options]
 
 
 def test_the_command_of_the_readme_runs(script, tmp_path):
@@ -202,7 +211,7 @@ def test_the_command_of_the_readme_runs(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "powernorm" in done.stdout
     (result,) = load_results(tmp_path / "output" / "result.json")
-    assert result["command"].startswith("python recipes/glue.py recipes/configs/glue/sst2-powernorm.yaml")
+    assert result["command"].startswith("python -m recipes.glue recipes/configs/glue/sst2.yaml --norm powernorm")
     assert [entry["step"] for entry in result["history"] if "eval_accuracy" in entry] == [2, 4]
 
 
@@ -213,7 +222,7 @@ def test_two_processes_score_every_example_once(script, tmp_path):
     done = start(*launcher, *script, HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     (result,) = load_results(tmp_path / "output" / "result.json")
-    assert result["command"].startswith("accelerate launch --num_processes 2 recipes/glue.py")
+    assert result["command"].startswith("accelerate launch --num_processes 2 -m recipes.glue")
     assert (result["metrics"]["accuracy"] * 10) == pytest.approx(round(result["metrics"]["accuracy"] * 10))
     assert done.stdout.count("runs") == 1
 

@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-import lm
 from hf_normswap.reporting.results import load_results
+from recipes import lm
+from recipes.vocabulary import train_tokenizer
 from tests.helpers.recipes import sentences
-from vocabulary import train_tokenizer
 
 
 SIZES = {

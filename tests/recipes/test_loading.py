@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from common import ModelArguments
 from hf_normswap import find_norms, swap_norm
-from loading import load_splits, load_swapped
+from recipes.common import ModelArguments
+from recipes.loading import load_splits, load_swapped
 from tests.helpers.recipes import write_task
 
 

@@ -11,8 +11,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-import ner
 from hf_normswap.reporting.results import load_results
+from recipes import ner
 from tests.helpers.recipes import sentences
 
 

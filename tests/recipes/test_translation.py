@@ -10,10 +10,10 @@ from datasets import Dataset
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-import translation
 from hf_normswap.reporting.results import load_results
+from recipes import translation
+from recipes.token_batches import TokenBatches
 from tests.helpers.recipes import sentences
-from token_batches import TokenBatches
 
 
 SIZES = {

@@ -1,0 +1,1 @@
+"""Trainings with swapped norms. From a clone: `python -m recipes.glue --help`."""

@@ -1,0 +1,88 @@
+"""
+Renders the index of this folder from the records in it.
+
+    python results/render.py
+"""
+
+import re
+from pathlib import Path
+
+from hf_normswap.reporting.comparison import compare_results
+from hf_normswap.reporting.results import load_results
+
+
+FOLDER = Path(__file__).parent
+# The name of a run: task, norm, placement, seed, and what else tells it from others.
+NAME = re.compile(r"(?P<task>.+)-(?P<norm>[a-z]+)-(?P<placement>post|pre)-(?P<seed>\d+)(?:-(?P<variant>.+))?")
+SCORES = ("test_f1", "accuracy", "test_perplexity", "test_bleu")  # the first that a run has is shown
+LEAD = """# Results
+
+The records of the runs and the benchmarks that the documentation quotes. The name of a run says its task, its norm,
+the placement of the norms, its seed and its variant: `glue/sst2-rbn-post-0-calibrated.json`. A record holds the
+scores, the options, the history, the versions and the command that repeats the run. In early records of RBN the
+command names the weights of the penalty, which were a default then. `normswap compare results/glue` prints a table.
+
+`python results/render.py` renders this page: mean ± standard deviation over the seeds, in the unit of the record.
+"""
+RUNS = {
+    "glue": "Fine-tuned from all-MiniLM-L6-v2 in bf16, all 13 norms replaced ([recipe](../recipes/README.md#glue)).",
+    "glue-float32": "The same in float32, with a naive swap of all norms before the fine-tuning.",
+    "ner": (
+        "Fine-tuned from all-MiniLM-L6-v2 in bf16; all norms but LayerNorm calibrated "
+        "([recipe](../recipes/README.md#named-entities))."
+    ),
+    "lm": "From scratch in bf16 ([recipe](../recipes/README.md#language-models)).",
+    "translation": "A Marian of 3 + 3 layers from scratch in bf16 ([recipe](../recipes/README.md#translation)).",
+    "first-run": "A BERT of 2 layers from scratch, by `python -m recipes.first_run`.",
+}
+OTHERS = """## Benchmarks
+
+| records | made by | shown on |
+| --- | --- | --- |
+| [calibration-batchnorm.json](calibration-batchnorm.json) | `benchmarks/calibration.py` | [calibration](../docs/calibration.md#what-pays) |
+| [conversion](conversion) | `benchmarks/conversion.py` | [calibration](../docs/calibration.md#what-pays) |
+| [finetuning.json](finetuning.json) | `benchmarks/finetuning.py` | [calibration](../docs/calibration.md#fine-tuning-a-converted-model) |
+| [inference-cpu.json](inference-cpu.json) | `benchmarks/inference.py` | [folding](../docs/folding.md#what-it-gains) |
+| [depth.json](depth.json) | `normswap depth` | [diagnostics](../docs/diagnostics.md#depth) |
+| [speed](speed) | `benchmarks/norms.py`, `benchmarks/training.py` | [speed](../docs/speed.md) |
+| [training](training) | `benchmarks/training.py` | [diagnostics](../docs/diagnostics.md), [scaling](../docs/scaling.md) |
+| [evidence](evidence), [penalty](penalty) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | not finished |
+"""  # noqa: E501
+
+
+def find_runs(folder):
+    """The paths of the runs of a folder, by everything in their names except for the seed."""
+    groups = {}
+    for path in sorted((FOLDER / folder).glob("*.json")):
+        match = NAME.fullmatch(path.stem)
+        if match is None:
+            raise ValueError(f"{path.name} does not say task, norm, placement and seed: rename it.")
+        groups.setdefault(tuple(match[part] or "" for part in ("task", "norm", "placement", "variant")), []).append(
+            path
+        )
+    return groups
+
+
+def show_scores(paths):
+    """The score of some runs, and its name."""
+    results = load_results(paths)
+    metric = next(name for name in SCORES if name in results[0]["metrics"])
+    score = compare_results(results, [metric]).rows[0].metrics[metric]
+    return metric, f"{score.mean:.4g}" + (f" ± {score.std:.2g}" if score.std else "")
+
+
+def render():
+    """The whole page."""
+    parts = [LEAD]
+    for folder, about in RUNS.items():
+        rows = [("task", "norm", "placement", "variant", "seeds", "metric", "score"), ("---",) * 7]
+        for (task, norm, placement, variant), paths in find_runs(folder).items():
+            seeds = ", ".join(f"[{NAME.fullmatch(path.stem)['seed']}]({folder}/{path.name})" for path in paths)
+            rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(f"## {folder}\n\n{about}\n\n{table}\n")
+    return "\n".join([*parts, OTHERS])
+
+
+if __name__ == "__main__":
+    (FOLDER / "README.md").write_text(render(), encoding="utf-8")
