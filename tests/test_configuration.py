@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from hf_normswap import NormSwapConfig, available_norms, swap_norm
-from hf_normswap.modeling import configuration
+from hf_normswap.modeling import configuration_normswap as configuration
 from tests.helpers.models import FAMILIES, tiny_config, tiny_model
 from tests.helpers.persistence import edit_config, is_one_sentence, outputs, same
 

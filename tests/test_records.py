@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from tests.persistence import ROOT
+from tests.helpers.persistence import ROOT
 
 
 FOLDER = ROOT / "results"

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_normswap import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments, swap_norm
 from recipes import common
-from tests.persistence import ROOT
+from tests.helpers.persistence import ROOT
 
 
 PAGE = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
