@@ -29,6 +29,7 @@ from hf_normswap.reporting.results import compare_results, load_results, write_r
 from tests.helpers.checkpoint import TEXTS, save_stock
 from tests.helpers.models import tiny_model
 from tests.helpers.persistence import ROOT, outputs, run_fresh, same
+from tests.helpers.versions import BEFORE_5_23, NO_EXPORTER
 
 
 AUTO_CLASSES = {
@@ -434,6 +435,7 @@ def test_what_cannot_be_folded_is_not_written(options, message, tmp_path, texts,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BEFORE_5_23, reason=NO_EXPORTER)
 def test_fold_to_onnx(tmp_path, texts, capsys):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

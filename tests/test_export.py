@@ -8,9 +8,11 @@ from hf_normswap import export_onnx, fold_norms, swap_norm
 from tests.helpers.folding import norms_in, relative_error, swapped
 from tests.helpers.models import tiny_batch, tiny_model
 from tests.helpers.persistence import is_one_sentence
+from tests.helpers.versions import BEFORE_5_23, NO_EXPORTER
 
 
 pytest.importorskip("onnxruntime")
+needs_the_exporter = pytest.mark.skipif(BEFORE_5_23, reason=NO_EXPORTER)
 HEADS = [
     ("bert", "BertForSequenceClassification"),
     ("roberta", "RobertaForMaskedLM"),
@@ -27,6 +29,7 @@ def folded(family, head):
     return model
 
 
+@needs_the_exporter
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "head"), HEADS)
 def test_onnx(family, head, tmp_path):
@@ -37,6 +40,7 @@ def test_onnx(family, head, tmp_path):
     assert report.opset >= 18
 
 
+@needs_the_exporter
 @pytest.mark.slow
 def test_a_layernorm_leaves_its_nodes(tmp_path):
     """The count can find something."""
@@ -44,6 +48,7 @@ def test_a_layernorm_leaves_its_nodes(tmp_path):
     assert report.norm_nodes == 5
 
 
+@needs_the_exporter
 @pytest.mark.slow
 def test_int8(tmp_path):
     """A pre-norm model bears it; a stream of scales from 1 to 1e8 does not, and nothing is written."""
@@ -58,6 +63,7 @@ def test_int8(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
 
 
+@needs_the_exporter
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="training mode"):
         export_onnx(tiny_model("bert"), tmp_path / "onnx")

@@ -23,6 +23,7 @@ from transformers.models.roberta_prelayernorm import modeling_roberta_prelayerno
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
 from tests.helpers.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
 from tests.helpers.persistence import outputs, run_fresh, same, train
+from tests.helpers.versions import BEFORE_5_23, NO_LAYERDROP_IN_A_GRAPH
 
 
 OTHER = {"bert": "pre", "roberta": "pre", "marian": "pre", "gpt2": "post"}
@@ -241,6 +242,8 @@ def test_padding_changes_nothing(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compiled_model_is_the_same(family):
+    if family == "marian" and BEFORE_5_23:
+        pytest.skip(NO_LAYERDROP_IN_A_GRAPH)
     model = set_norm_placement(tiny_model(family), OTHER[family], drop_final=True).double()
     swap_norm(model, "batchnorm", where="all")
     batch, results = tiny_batch(model), []

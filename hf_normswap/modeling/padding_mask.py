@@ -206,24 +206,27 @@ class _Watcher:
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         _forget_interrupted(model)
         parents = _enter_parents(model)
-        SCOPE.masks.append(self.read(model, args, kwargs)._replace(parents=parents))
+        SCOPE.masks.append(self.read(model, args, kwargs, parents))
 
-    def read(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> _Entry:
+    def read(self, model: PreTrainedModel, args: tuple, kwargs: dict, parents: int = 0) -> _Entry:
         """The entry of a call with these arguments."""
+        # torch 2.11 cannot compile the `_replace` of a named tuple: entries are made with all that they have.
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         outer = SCOPE.masks[-1] if SCOPE.masks else _NOTHING
         inputs = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if self.is_encoder_decoder:
             decoder_stack = _read_decoder(model.config, given, outer.decoder_stack or _Stack())
-            return _Entry(model, self._read(model, given, outer.stack), decoder_stack, model.get_decoder(), inputs)
+            stack = self._read(model, given, outer.stack)
+            return _Entry(model, stack, decoder_stack, model.get_decoder(), inputs, parents)
         attends = given.get("encoder_hidden_states") is not None
         is_decoder = model is outer.decoder or attends or getattr(model.config, "is_decoder", False)
         if outer.decoder_stack is not None and is_decoder:
-            return _Entry(model, self._read(model, given, outer.decoder_stack, is_decoder=True), inputs=inputs)
+            stack = self._read(model, given, outer.decoder_stack, is_decoder=True)
+            return _Entry(model, stack, inputs=inputs, parents=parents)
         around = outer.stack
         if attends and isinstance(outer.owner, nn.Module) and inputs is not outer.inputs:
             around = _Stack()  # what is known there is about the tokens that it attends to
-        return _Entry(model, self._read(model, given, around), inputs=inputs)
+        return _Entry(model, self._read(model, given, around), inputs=inputs, parents=parents)
 
     def _read(self, model: PreTrainedModel, given: dict, outer: _Stack, is_decoder: bool = False) -> _Stack:
         """What a call says about its tokens, given what is known around it."""
@@ -378,7 +381,7 @@ def _inherit(outer: TokenMask | None, shape: tuple | None) -> TokenMask | None:
     """What is known around a call, if that is about tokens of exactly this shape."""
     if outer is None or outer.real is None or shape not in (None, tuple(outer.real.shape)):
         return None
-    return outer._replace(has_past=False)
+    return TokenMask(outer.real, has_past=False, is_binding=outer.is_binding)
 
 
 def _settles(outer: _Stack, mask: torch.Tensor | None) -> bool:

@@ -124,11 +124,12 @@ class RegularizedBatchNorm(BatchNorm):
 
     def keep_penalty(self, moments: Moments, running: dict[str, torch.Tensor], value: torch.Tensor | None) -> None:
         """Keep what the penalty of a training forward is made of until it is taken."""
-        new = PendingPenalty(moments, running, value, self.paused)
-        if torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        is_cut = is_compiling and len(self.penalties) == KEPT_COMPILED_PENALTIES
+        new = PendingPenalty(moments, running, value, self.paused, is_cut)
+        if is_compiling:
             # There it cannot be seen whose graph is freed, and each number of penalties is compiled anew.
-            is_cut = len(self.penalties) == KEPT_COMPILED_PENALTIES
-            self.penalties = (*self.penalties[1 - KEPT_COMPILED_PENALTIES :], new._replace(is_cut=is_cut))
+            self.penalties = (*self.penalties[1 - KEPT_COMPILED_PENALTIES :], new)
             return
         self.penalties = (*self._without_freed(), new)
         if len(self.penalties) > KEPT_PENALTIES:

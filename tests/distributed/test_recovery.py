@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hf_normswap.training.checkpoints import find_last_checkpoint
 from tests.helpers.launch import TORCHRUN, run, start
+from tests.helpers.versions import BEFORE_5_23, NO_RESUME_ON_CPU_RANKS
 
 
 RUN = ["--where=all", "--max_steps=24", "--save_steps=3", "--save_total_limit=2"]
@@ -26,6 +27,7 @@ def kill_one(launcher):
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a launcher in /proc")
+@pytest.mark.skipif(BEFORE_5_23, reason=NO_RESUME_ON_CPU_RANKS)
 def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp_path):
     run(*TORCHRUN, *command(tmp_path / "whole", *RUN))
     output, resume = tmp_path / "killed", []
@@ -48,6 +50,7 @@ def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(TORCHRUN, [sys.executable]), ([sys.executable], TORCHRUN)])
+@pytest.mark.skipif(BEFORE_5_23, reason=NO_RESUME_ON_CPU_RANKS)
 def test_another_number_of_processes_goes_on(command, first, then, tmp_path):
     output = tmp_path / "output"
     run(*first, *command(output, *RUN, "--max_steps=6"))
