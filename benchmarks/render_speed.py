@@ -58,6 +58,7 @@ def table_of_steps():
         result = json.loads(path.read_text(encoding="utf-8"))
         said = [f"{STEPS[result['family']]}, {result['batch_size']} x {result['length']} tokens"]
         said += ["checkpointing"] * result["checkpointing"]
+        said += ["without compiled code"] * (result.get("kernels") == "none")
         said += [f"DDP on {result['processes']} processes"] * (result["processes"] > 1)
         interval = "{:.3f} to {:.3f}".format(*result["interval"])
         lines.append([", ".join(said), result["norm"], f"{result['ratio']:.3f}", interval, f"{result['seconds']:.2f}"])

@@ -3,6 +3,7 @@ What swapped norms cost in a training step of BERT or GPT-2: against LayerNorm, 
 
     python benchmarks/training.py --compare layernorm --norm powernorm
     python benchmarks/training.py --compare layernorm --norm rbn --family gpt2 --checkpointing
+    python benchmarks/training.py --compare layernorm --norm batchnorm --kernels none
     python benchmarks/training.py --compare logging --norm rbn
     torchrun --nproc_per_node 2 benchmarks/training.py --compare synchronization --norm batchnorm
 
@@ -27,6 +28,7 @@ from hf_normswap import (
     set_norm_process_group,
     swap_norm,
     update_norm_statistics,
+    use_kernels,
 )
 from hf_normswap.core.statistics import statistic_norms, sum_discrepancies
 from hf_normswap.modeling.activation_checkpointing import CHECKPOINTING
@@ -53,6 +55,7 @@ class Arguments:
     layers: int = field(default=12, metadata={"help": "Layers of the model."})
     batch_size: int = field(default=8, metadata={"help": "Rows of a step, in each process."})
     length: int = field(default=64, metadata={"help": "Tokens of a row."})
+    kernels: str = field(default="auto", metadata={"help": "auto, all or none, see use_kernels."})
     pairs: int = field(default=30, metadata={"help": "Pairs of steps."})
 
 
@@ -121,6 +124,7 @@ def measure(args):
 
 def main(argv=None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    use_kernels(args.kernels)
     if "WORLD_SIZE" in os.environ:
         PartialState(cpu=args.device == "cpu")
     first, second = measure(args)

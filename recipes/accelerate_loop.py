@@ -105,7 +105,9 @@ def evaluate(model, data, collator, task, accelerator):
 
 def main(argv=None):
     with one_sentence_errors():
-        model_args, data_args, args, given = parse_arguments((ModelArguments, DataArguments, LoopArguments), argv)
+        model_args, data_args, args, explicit_args = parse_arguments(
+            (ModelArguments, DataArguments, LoopArguments), argv
+        )
         if data_args.task_name == "mnli":
             raise ValueError("This loop scores one split, and MNLI has two: run python -m recipes.glue.")
         if model_args.progressive or model_args.early_stopping:
@@ -137,7 +139,7 @@ def main(argv=None):
         tokenizer.save_pretrained(args.output_dir)
         history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
         run = describe_run(model, model_args.model_name_or_path, args.seed, accelerator.num_processes)
-        result = {"task": data_args.task, **run, "metrics": metrics, "arguments": given, "history": history}
+        result = {"task": data_args.task, **run, "metrics": metrics, "arguments": explicit_args, "history": history}
         write_result(result, Path(args.output_dir, "result.json"))
         print(metrics)
 

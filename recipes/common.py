@@ -141,8 +141,8 @@ def parse_arguments(groups, argv=None):
         for name in LOADED:
             if isinstance(value := getattr(group, name, None), str):
                 setattr(group, name, explicit_folder(value))
-    given = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
-    return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in given}
+    explicit_args = {item.split("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
+    return *parsed, {name: getattr(group, name) for group in parsed for name in vars(group) if name in explicit_args}
 
 
 def _take_debug(argv):
@@ -202,17 +202,17 @@ def one_sentence_errors(kinds=(ImportError, OSError, ValueError)):
         raise SystemExit(2) from None
 
 
-def begin(groups, argv):
+def parse_and_seed(groups, argv):
     """Reads and checks the options of a recipe, and seeds all that is random, such as the head of a model."""
-    *parsed, given = parse_arguments(groups, argv)
+    *parsed, explicit_args = parse_arguments(groups, argv)
     training_args = parsed[-1]
-    if "output_dir" not in given:
-        training_args.output_dir = given["output_dir"] = name_output(*parsed, argv)
+    if "output_dir" not in explicit_args:
+        training_args.output_dir = explicit_args["output_dir"] = name_output(*parsed, argv)
     check_processes(training_args)
     checkpoint = find_checkpoint(training_args)
     prepare_early_stopping(parsed[0].early_stopping, training_args, checkpoint)
     set_seed(training_args.seed)
-    return *parsed, given, checkpoint
+    return *parsed, explicit_args, checkpoint
 
 
 def name_output(model_args, data_args, training_args, argv):
@@ -286,7 +286,7 @@ def show_penalty_weights(trainer, tokens):
             return
 
 
-def train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint):
+def train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint):
     """Trains, saves the model, and writes and prints the result with the metrics that `score()` returns."""
     with one_sentence_errors((OSError, SafetensorError)):  # a full disk
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -297,7 +297,7 @@ def train_and_record(trainer, task, model_args, data_args, data, given, score, c
             "train_examples": len(data["train"]),
             "eval_examples": sum(map(len, data.values())) - len(data["train"]),
         }
-        arguments = {"dataset_name": data_args.dataset_name, **examples, **given}
+        arguments = {"dataset_name": data_args.dataset_name, **examples, **explicit_args}
         family = trainer.model.config.model_type.removeprefix("normswap_")
         name = model_args.model_name_or_path or f"{family} from scratch"
         result = make_result(task, name, trainer, metrics, arguments)

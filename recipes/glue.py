@@ -21,9 +21,9 @@ from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import GlueMetric
 from recipes.common import (
     FamilyArguments,
-    begin,
     make_callbacks,
     one_sentence_errors,
+    parse_and_seed,
     train_and_record,
 )
 from recipes.loading import check_length, load_splits, load_swapped, make_swapped
@@ -137,7 +137,7 @@ def tokenize(data, tokenizer, data_args):
 def main(argv=None):
     with one_sentence_errors():
         groups = (FamilyArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
+        model_args, data_args, training_args, explicit_args, checkpoint = parse_and_seed(groups, argv)
         task = data_args.task_name
         data, head = load_task(data_args)
         texts = data["train"].select_columns(data_args.columns)
@@ -174,7 +174,7 @@ def main(argv=None):
         scores = {prefix: compute_metrics(trainer.predict(split)) for prefix, split in scored.items()}
         return {prefix + name: value for prefix, found in scores.items() for name, value in found.items()}
 
-    train_and_record(trainer, data_args.task, model_args, data_args, data, given, score, checkpoint)
+    train_and_record(trainer, data_args.task, model_args, data_args, data, explicit_args, score, checkpoint)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from transformers import (
 from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from recipes.common import (
     FamilyArguments,
-    begin,
     make_callbacks,
     one_sentence_errors,
+    parse_and_seed,
     show_penalty_weights,
     train_and_record,
 )
@@ -119,7 +119,7 @@ def score_losses(evaluated):
 def main(argv=None):
     with one_sentence_errors():
         groups = (FamilyArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
+        model_args, data_args, training_args, explicit_args, checkpoint = parse_and_seed(groups, argv)
         splits = ["train", "validation", *filter(None, [data_args.test_split])]
         data = load_splits(
             data_args.dataset_name, data_args.dataset_config_name, splits, [data_args.text_column]
@@ -165,7 +165,7 @@ def main(argv=None):
         return metrics
 
     task = Path(data_args.dataset_name).name
-    train_and_record(trainer, task, model_args, data_args, blocks, given, score, checkpoint)
+    train_and_record(trainer, task, model_args, data_args, blocks, explicit_args, score, checkpoint)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import SeqevalMetric
 from recipes.common import (
     FamilyArguments,
-    begin,
     make_callbacks,
     one_sentence_errors,
+    parse_and_seed,
     train_and_record,
 )
 from recipes.loading import check_length, load_splits, load_swapped, make_swapped
@@ -111,7 +111,7 @@ def score_entities(predictions, labels, names):
 def main(argv=None):
     with one_sentence_errors():
         groups = (FamilyArguments, DataArguments, NormSwapTrainingArguments)
-        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
+        model_args, data_args, training_args, explicit_args, checkpoint = parse_and_seed(groups, argv)
         words, tags = data_args.words_column, data_args.tags_column
         data, names = load_tags(data_args)
         texts = data["train"].select_columns([words]).map(lambda row: {words: " ".join(row[words])}, desc="Joining")
@@ -152,7 +152,7 @@ def main(argv=None):
         return metrics
 
     task = Path(data_args.dataset_name).name
-    train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
+    train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from hf_normswap import NormSwapSeq2SeqTrainer, NormSwapSeq2SeqTrainingArguments
 from hf_normswap.metrics import SacrebleuMetric
 from recipes.common import (
     ScratchArguments,
-    begin,
     make_callbacks,
     one_sentence_errors,
+    parse_and_seed,
     show_penalty_weights,
     train_and_record,
 )
@@ -126,7 +126,7 @@ def score_texts(found, references):
 def main(argv=None):
     with one_sentence_errors():
         groups = (ScratchArguments, DataArguments, NormSwapSeq2SeqTrainingArguments)
-        model_args, data_args, training_args, given, checkpoint = begin(groups, argv)
+        model_args, data_args, training_args, explicit_args, checkpoint = parse_and_seed(groups, argv)
         data = load_pairs(data_args)
         if model_args.model_name_or_path:
             tokenizer, model = load_swapped(AutoModelForSeq2SeqLM, model_args, data["train"])
@@ -137,7 +137,7 @@ def main(argv=None):
             raise ValueError(f"max_length is {data_args.max_length}, but the model has {positions} positions.")
         with training_args.main_process_first(desc="tokenizing"):
             encoded = tokenize(data, tokenizer, data_args)
-        training_args.predict_with_generate = given.get("predict_with_generate", True)
+        training_args.predict_with_generate = explicit_args.get("predict_with_generate", True)
         training_args.generation_max_length = training_args.generation_max_length or data_args.max_length
         if data_args.max_tokens:
             training_args.accelerator_config.even_batches = False  # batches are not of one size
@@ -171,7 +171,7 @@ def main(argv=None):
             # In the order of the data: the references are its texts, not what a tokenizer makes of them.
             trainer.args.train_sampling_strategy = "random"
             found = decode(trainer.predict(encoded[split]).predictions)
-            scores, given["signatures"] = score_texts(found, data[split][data_args.target][:])
+            scores, explicit_args["signatures"] = score_texts(found, data[split][data_args.target][:])
             metrics |= {prefix + name: value for name, value in scores.items()}
             texts[split] = found
         if trainer.is_world_process_zero():
@@ -180,7 +180,7 @@ def main(argv=None):
         return metrics
 
     task = f"{Path(data_args.dataset_name).name} {data_args.source}-{data_args.target}"
-    train_and_record(trainer, task, model_args, data_args, data, given, score, checkpoint)
+    train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint)
 
 
 if __name__ == "__main__":

@@ -134,16 +134,14 @@ def calibrate(
     report = CalibrationReport()
     with _conversion(model, teacher, modules, memory_budget) as store:
         order = call_order(model, batches, modules)
-        student, example = (
-            SequentialRunner(model, batches, order, store),
-            SequentialRunner(teacher, batches, order, store, changes=False),
-        )
-        conversion = Conversion(student, example)
+        student = SequentialRunner(model, batches, order, store)
+        original = SequentialRunner(teacher, batches, order, store, changes=False)
+        conversion = Conversion(student, original)
         names = list(itertools.chain(*order))
         feeding = {
             after: name for name, after in itertools.pairwise(names) if _feeds(corrected, name, sites.get(after))
         }
-        for name, _ in zip(_progress(student), example, strict=True):
+        for name, _ in zip(_progress(student), original, strict=True):
             if name in sites:
                 report.append(conversion.fit_norm(sites[name], feeding.get(name)))
             elif name not in feeding.values():
@@ -200,9 +198,9 @@ def reestimate_statistics(
     batches = make_batches(model, data, tokenizer, batch_size)
     batches = complete_batches(model, batches)
     with _conversion(model, None, norms, memory_budget) as store:
-        walk = SequentialRunner(model, batches, call_order(model, batches, norms), store)
-        for name in _progress(walk):
-            estimate_statistics(name, norms[name], walk.inputs(name))
+        runner = SequentialRunner(model, batches, call_order(model, batches, norms), store)
+        for name in _progress(runner):
+            estimate_statistics(name, norms[name], runner.inputs(name))
 
 
 def _norms_to_estimate(model) -> dict[str, BatchStatisticNorm]:
@@ -252,14 +250,14 @@ def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
     return name.startswith(f"{site.block}.") or site.placement == "pre" or site.sublayer == "final"
 
 
-def _progress(walk: SequentialRunner) -> Iterator[str]:
+def _progress(runner: SequentialRunner) -> Iterator[str]:
     silent = has_ranks() and torch.distributed.get_rank() > 0
-    return iter(tqdm(walk, "Converting", total=sum(map(len, walk.order)), disable=silent))
+    return iter(tqdm(runner, "Converting", total=sum(map(len, runner.order)), disable=silent))
 
 
 @contextmanager
 def _conversion(model, teacher, modules: dict[str, nn.Module], memory_budget: int) -> Iterator[ActivationStore]:
-    """A store for the walks; on an error `modules` are put back as they were."""
+    """A store for the runners; on an error `modules` are put back as they were."""
     states = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
     parts = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
     configs = {id(part.config): part.config for part in parts if isinstance(part, PreTrainedModel)}.values()

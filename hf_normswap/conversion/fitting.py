@@ -87,7 +87,7 @@ class Conversion:
 
     def correct(self, name: str) -> None:
         """Bring the outputs of a linear layer nearer to the original ones, for the inputs that it now gets."""
-        linear, original = (walk.model.get_submodule(name) for walk in (self.student, self.teacher))
+        linear, original = (runner.model.get_submodule(name) for runner in (self.student, self.teacher))
         self._change(name, ((x, original(t) - linear(x), mask) for x, t, mask in self._pairs(name)))
 
     def _correct_feeding(self, site: NormSite, name: str) -> None:

@@ -126,20 +126,20 @@ class SequentialRunner:
         for block, groups in itertools.groupby(self.order, key=lambda group: self._block_of(group[0])):
             groups = list(groups)
             if block and (previous is None or not self._follows(previous, block)):
-                self._keep_block_inputs(block)
+                self._capture_block_inputs(block)
             previous = block
             if block and not self.changes:
-                self._keep_inputs(groups, block)
+                self._capture_inputs(groups, block)
             self._first = groups[0] if block else None
             for group in groups:
                 if self.changes or not block:
-                    self._keep_inputs([group], block)
+                    self._capture_inputs([group], block)
                 visited.append(group)
                 if len(visited) > 2:
                     self._forget(visited.pop(0))
                 yield from group
             if block:
-                self._keep_block_outputs(block)
+                self._capture_block_outputs(block)
         for group in visited:
             self._forget(group)
 
@@ -171,8 +171,8 @@ class SequentialRunner:
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
 
-    def _keep_inputs(self, groups: list[tuple], block: str | None) -> None:
-        def keep(name, index, args, kwargs):
+    def _capture_inputs(self, groups: list[tuple], block: str | None) -> None:
+        def capture(name, index, args, kwargs):
             mask = self._mask if block else given_mask(args, kwargs)
             if block and any(args[0] is other for other in self._others):
                 mask = _source_mask(self.model, self.batches[index], args[0])
@@ -182,20 +182,20 @@ class SequentialRunner:
             self._count[group] = 0
         names = [group[0] for group in groups]
         if block is None:
-            self._reach(names, self._run_model, len(self.batches), keep, self._once)
+            self._reach(names, self._run_model, len(self.batches), capture, self._once)
         else:
-            self._reach(names, functools.partial(self._run_block, block), self._count["hidden"], keep, once=True)
+            self._reach(names, functools.partial(self._run_block, block), self._count["hidden"], capture, once=True)
 
-    def _keep_block_inputs(self, block: str) -> None:
-        def keep(name, index, args, kwargs):
+    def _capture_block_inputs(self, block: str) -> None:
+        def capture(name, index, args, kwargs):
             hidden, *args = args or (kwargs.pop("hidden_states"),)
             self.store[id(self), "call", self._count["hidden"]] = args, kwargs, current_mask(hidden)
             self._add("hidden", hidden)
 
         self._count["hidden"] = 0
-        self._reach([block], self._run_model, len(self.batches), keep, self._once)
+        self._reach([block], self._run_model, len(self.batches), capture, self._once)
 
-    def _keep_block_outputs(self, block: str) -> None:
+    def _capture_block_outputs(self, block: str) -> None:
         for index in range(self._count["hidden"]):
             output = self._run_block(block, index)
             self.store[id(self), "hidden", index] = output[0] if isinstance(output, tuple) else output
@@ -204,8 +204,8 @@ class SequentialRunner:
         self.store[id(self), key, self._count[key]] = values
         self._count[key] += 1
 
-    def _reach(self, names: list[str], run: Callable, runs: int, keep: Callable, once: bool) -> None:
-        """Let `keep` have the arguments of every call of these modules in so many runs.
+    def _reach(self, names: list[str], run: Callable, runs: int, capture: Callable, once: bool) -> None:
+        """Give `capture` the arguments of every call of these modules in so many runs.
 
         Where a run calls each `once`, it ends there: nothing is computed after the last of them.
         """
@@ -214,7 +214,7 @@ class SequentialRunner:
 
             def stop(module, args, kwargs, name, index=index, missing=missing):
                 if name in missing or not once:
-                    keep(name, index, args, dict(kwargs))
+                    capture(name, index, args, dict(kwargs))
                 if name in missing:
                     missing.remove(name)
                 if once and not missing:
