@@ -25,14 +25,8 @@ _HOMES = {
         "update_norm_statistics",
     ],
     "diagnostics.activation_stats": ["ActivationProbe", "ActivationReport", "probe_activations"],
-    "diagnostics.gradients": [
-        "DepthSlope",
-        "DepthStudy",
-        "GradientNorm",
-        "GradientReport",
-        "gradient_norms",
-        "study_depth",
-    ],
+    "diagnostics.depth_study": ["DepthSlope", "DepthStudy", "study_depth"],
+    "diagnostics.gradients": ["GradientNorm", "GradientReport", "gradient_norms"],
     "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
     "fusion.fold": ["FoldReport", "fold_norms"],
     "fusion.onnx": ["OnnxReport", "export_onnx"],
@@ -88,12 +82,12 @@ if TYPE_CHECKING:
     from .diagnostics.activation_stats import ActivationProbe as ActivationProbe
     from .diagnostics.activation_stats import ActivationReport as ActivationReport
     from .diagnostics.activation_stats import probe_activations as probe_activations
-    from .diagnostics.gradients import DepthSlope as DepthSlope
-    from .diagnostics.gradients import DepthStudy as DepthStudy
+    from .diagnostics.depth_study import DepthSlope as DepthSlope
+    from .diagnostics.depth_study import DepthStudy as DepthStudy
+    from .diagnostics.depth_study import study_depth as study_depth
     from .diagnostics.gradients import GradientNorm as GradientNorm
     from .diagnostics.gradients import GradientReport as GradientReport
     from .diagnostics.gradients import gradient_norms as gradient_norms
-    from .diagnostics.gradients import study_depth as study_depth
     from .diagnostics.tid import LayerTid as LayerTid
     from .diagnostics.tid import TidHistory as TidHistory
     from .diagnostics.tid import TidReport as TidReport

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .gradients import DepthStudy
+    from .depth_study import DepthStudy
     from .tid import TidHistory
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito), and lines and markers that do so in grey print.
