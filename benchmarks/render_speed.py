@@ -197,13 +197,13 @@ def render_folder(folder):
     return "\n\n".join(parts)
 
 
-def choose_paths(correctness, norms):
-    """`{(norm, dtype): "cuda"}` where the kernels are to be the default (see `FASTEST` in hf_normswap/kernels).
+def choose_defaults(correctness, norms):
+    """`(norm, dtype)` for which the kernels are to be the default on CUDA (see `FASTEST` in hf_normswap/kernels).
 
     They are correct, and in every variant of the norm the whole interval of their ratio lies below that of PyTorch, in
     the forward, and in forward and backward together, at every number of channels.
     """
-    chosen = {}
+    chosen = set()
     rows = [row for row in norms["rows"] if "both" in row and row["path"] in ("kernels", "pytorch")]
     for norm, dtype in dict.fromkeys((row["norm"].partition(",")[0], row["dtype"]) for row in rows):
 
@@ -219,7 +219,7 @@ def choose_paths(correctness, norms):
         ]
         faster = pairs and all(theirs and ours[1] < theirs[0] for ours, theirs in pairs)
         if checks and all(row.get("correct") for row in checks) and faster:
-            chosen[norm, dtype] = "cuda"
+            chosen.add((norm, dtype))
     return chosen
 
 

@@ -569,3 +569,20 @@ def test_compare(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == table.to_dict()
     (tmp_path / "empty").mkdir()
     assert "run a recipe first" in refusal(capsys, "compare", tmp_path / "empty")
+
+
+def test_the_backends_of_this_machine(capsys, monkeypatch):
+    assert main(["kernels"]) == 0
+    heading, cpu, cuda = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["device", "runs", "as", "when", "state"]
+    assert cpu.split()[0] == "cpu"
+    assert "by default" in cpu
+    assert cuda.split()[0] == "cuda"
+    monkeypatch.setattr("hf_normswap.kernels.load_backend", refuse_backend)
+    assert main(["kernels"]) == 0
+    assert "PyTorch" in (line := capsys.readouterr().out.splitlines()[1])
+    assert "does not work here: there is no compiler" in line
+
+
+def refuse_backend(device):
+    raise OSError("there is no compiler\nand more lines")

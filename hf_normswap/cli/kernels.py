@@ -22,11 +22,11 @@ def run(args: argparse.Namespace) -> None:
 
     from .reports import print_table
 
-    rows = [("device", "backend", "used", "state")]
+    rows = [("device", "runs as", "when", "state")]
     for device in CHOICES["all"]:
-        used = "by default" if device in CHOICES["auto"] else "when HF_NORMSWAP_KERNELS=all"
+        used = "by default" if device in CHOICES["auto"] else "HF_NORMSWAP_KERNELS=all"
         try:
             rows.append((device, load_backend(device).__name__, used, "works"))
         except (ImportError, OSError) as error:
-            rows.append((device, "PyTorch", used, f"does not work: {str(error).splitlines()[0]}"))
+            rows.append((device, "PyTorch", used, f"does not work here: {str(error).splitlines()[0]}"))
     print_table(rows)

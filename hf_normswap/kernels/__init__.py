@@ -18,11 +18,13 @@ from .ops import OperatorBackend
 
 logger = logging.get_logger(__name__)
 
-# The norms and dtypes for which the backend of a device is the default there. The rule: in committed figures of
+# A device, and the norms and dtypes for which its backend is the default there. The rule: in committed figures of
 # hardware (results/gpu) the kernels are correct, and faster than PyTorch in the forward, and in forward and
-# backward together, at every size. `choose_paths` in benchmarks/render_speed.py derives the table; a test compares.
-FASTEST: dict[tuple[str, torch.dtype], str] = {}
+# backward together, at every size. `choose_defaults` in benchmarks/render_speed.py derives the table; a test compares.
+FASTEST: dict[str, set[tuple[str, torch.dtype]]] = {}
+# What `use_kernels` takes: the devices whose backend computes every norm. Compiled graphs there have operators.
 CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}
+# A device: the module of its backend in this folder, and the class.
 _HOMES = {"cpu": ("cpu", "CpuBackend"), "cuda": ("triton", "TritonBackend")}
 
 
@@ -55,9 +57,10 @@ def use_kernels(kernels: str) -> None:
     BACKENDS.clear()
     BACKENDS.update({device: functools.partial(_find, device) for device in CHOICES[kernels]})
     if kernels == "auto":
-        for (norm, _), device in FASTEST.items():
-            dtypes = [dtype for name, dtype in FASTEST if name == norm]
-            BACKENDS[device, norm] = functools.partial(_find, device, dtypes=dtypes)
+        for device, defaults in FASTEST.items():
+            for norm in {norm for norm, _ in defaults}:
+                dtypes = [dtype for name, dtype in defaults if name == norm]
+                BACKENDS[device, norm] = functools.partial(_find, device, dtypes=dtypes)
 
 
 def load_backend(device: str) -> type[ReferenceBackend]:

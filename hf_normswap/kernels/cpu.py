@@ -24,15 +24,16 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 # -ffast-math lets sums be vectorised; NaN and infinity stay what they are.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp")
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS += ("-mprefer-vector-width=512",)  # where there are such, a forward is faster
+    FLAGS += ("-mprefer-vector-width=512",)  # where the CPU has 512-bit vectors, a forward is faster
 TIMEOUT = 300  # seconds
 
-# Functions over tokens: pointers to tensors, rows, channels, groups (or whether it is centered), eps and threads.
+# Functions over tokens take pointers to tensors, then rows, channels, a mode (the number of groups; for batch_norm_*
+# whether it is centered), eps and threads. Here stands the number of pointers.
 _POINTERS = {"moments": 3, "affine_fwd": 7, "affine_bwd": 10}
 _POINTERS |= {"batch_norm_fwd": 6, "batch_norm_bwd": 9, "power_norm_fwd": 7, "power_norm_bwd": 12}
-_FORMS = {"relative": (True, False), "sigma_l2": (False, False), "var_l1": (False, True)}
+_PENALTY_FLAGS = {"relative": (True, False), "sigma_l2": (False, False), "var_l1": (False, True)}
 _SIZES = (*(3 * (ctypes.c_int64,)), ctypes.c_float, ctypes.c_int)
-_OF_CHANNELS = {
+_CHANNEL_SIGNATURES = {
     "update_running": (*(5 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "update_nu": (*(4 * (ctypes.c_void_p,)), ctypes.c_int64, ctypes.c_float),
     "merge_pending": (*(2 * (ctypes.c_void_p,)), ctypes.c_int64),
@@ -48,7 +49,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @functools.cache
 def load_library() -> dict:
-    """The compiled functions: of tokens by name and dtype, and of channels by name; compiled now if need be.
+    """The compiled functions, by `(name, dtype)` where they are over tokens, else by name; compiled now if need be.
 
     Raises:
         OSError: when there is no compiler, it fails, or what it makes cannot be loaded.
@@ -61,7 +62,7 @@ def load_library() -> dict:
         prototype = ctypes.CFUNCTYPE(None, *(pointers * (ctypes.c_void_p,)), *_SIZES)
         for dtype, suffix in _DTYPES.items():
             functions[name, dtype] = prototype(ctypes.c_void_p.in_dll(library, f"{name}_{suffix}").value)
-    for name, arguments in _OF_CHANNELS.items():
+    for name, arguments in _CHANNEL_SIGNATURES.items():
         functions[name] = ctypes.CFUNCTYPE(None, *arguments)((name, library))
     return functions
 
@@ -201,11 +202,11 @@ class CpuBackend(ReferenceBackend):
     @staticmethod
     def penalty_with_grad(moments, mean, var, eps, distance, weights):
         packed, c = moments.packed, len(mean)
-        if distance not in _FORMS or not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
+        if distance not in _PENALTY_FLAGS or not (_are_floats(c, mean, var) and _are_floats(2 * c + 1, packed)):
             return ReferenceBackend.penalty_with_grad(moments, mean, var, eps, distance, weights)
         value, grad_packed = _new(packed), torch.empty_like(packed)
         addresses = _addresses((packed, mean, var, value, grad_packed))
-        load_library()["penalty_with_grad"](*addresses, c, *_FORMS[distance], *weights, eps)
+        load_library()["penalty_with_grad"](*addresses, c, *_PENALTY_FLAGS[distance], *weights, eps)
         return value, grad_packed
 
 

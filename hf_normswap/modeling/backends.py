@@ -2,8 +2,8 @@
 
 `x`, `y`, `g`, `dx`: tokens of shape `(..., C)`. `mask`: of shape `(...)`, True at real tokens, or `None`. Statistics
 and coefficients: of shape `(C,)`, float32 or float64. With `groups` above 0, z is `x` divided by the root mean square
-of each group of channels of its token (the group scaling of PowerNorm), else z is `x`. At pads what has no finite sum
-of squares counts as zero, and gets no gradient.
+of each group of channels of its token (the group scaling of PowerNorm), else z is `x`. At pads NaN, infinity and
+values of at least √max / C, whose squares would overflow, count as zero and get no gradient.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from .moments import Moments, count_tokens, masked_moments, merge_moments, merge
 class GradCoefficients(NamedTuple):
     """Coefficients of the gradient of z in a backward, each of shape `(C,)`.
 
-    The gradient is `grad_scale · g + input_scale · (z − center) + offset` at real tokens, and `pad_grad_scale · g` at
-    pads, whose output is an affine map of their input.
+    At real tokens the gradient of z is `grad_scale · g + input_scale · (z − center) + offset`. At pads, whose output
+    is an affine map of z, it is `pad_grad_scale · g`. The gradient of x follows through the group scaling.
     """
 
     grad_scale: torch.Tensor
@@ -30,14 +30,23 @@ class GradCoefficients(NamedTuple):
 
 
 class ReferenceBackend:
-    """Plain PyTorch, for every device and dtype. A native backend derives from it and has to agree with it.
+    """Plain PyTorch, for every device and dtype. A native backend derives from it and returns the same up to rounding.
 
     The interface has two parts. The passes over the tokens are `moments`, `sum_squares`, `affine_fwd`, `grad_sums` and
     `affine_bwd`: synchronisation over ranks comes between two of them. The norms are made of these: `batch_norm_fwd`,
     `batch_norm_bwd`, `power_norm_fwd`, `power_norm_bwd`, `rms_norm_fwd`, `rms_norm_bwd`, and the updates of their
-    statistics. All can be differentiated, except `penalty_with_grad`, which returns its gradient, and the updates in
-    place.
+    statistics. All can be differentiated, except `penalty_with_grad`, which returns the gradient for the moments, and
+    the updates in place.
+
+    Attributes:
+        dtypes (`tuple` of `torch.dtype`): of the tokens that a native backend takes; the reference takes all.
     """
+
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    @staticmethod
+    def load() -> None:
+        """Compile what the backend needs; raises `OSError` or `ImportError` where it does not work here."""
 
     @staticmethod
     def moments(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
@@ -53,7 +62,10 @@ class ReferenceBackend:
     def affine_fwd(
         x, mask, center, scale, shift, groups, eps, wants_squares
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`y = scale (z − center) + shift` in the dtype of `x`, and the sum of z² over real tokens if wanted."""
+        """`y = scale (z − center) + shift` in the dtype of `x`, and the sum of z² over real tokens if wanted.
+
+        A `center` of `None` is zero.
+        """
         z, _ = scale_groups(_values(x, mask), groups, eps)
         y = torch.addcmul(shift, z if center is None else z - center, scale)
         if y.dtype != x.dtype:  # else y.to() is y, and the gradient that torch 2.11 compiles is zero (pytorch #180642)
@@ -62,7 +74,7 @@ class ReferenceBackend:
 
     @staticmethod
     def grad_sums(g, x, mask, center, groups, eps) -> torch.Tensor:
-        """Sums of g and of g (z − center), over real tokens and over pads, of shape `(4, C)`."""
+        """Four sums, of shape `(4, C)`: of g and g (z − center) over real tokens, then of the same over pads."""
         z, _ = scale_groups(_values(x, mask), groups, eps)
         g = promote(g)
         products = g * (z if center is None else z - center)
@@ -76,7 +88,7 @@ class ReferenceBackend:
     def affine_bwd(
         g, x, mask, center, coefficients, groups, eps, wants_sums
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient of `x` from the [`GradCoefficients`] of that of z; and the `grad_sums` if wanted."""
+        """The gradient of `x`, with the [`GradCoefficients`] of the gradient of z; and the `grad_sums` if wanted."""
         grad_scale, input_scale, offset, pad_grad_scale = coefficients
         values = _values(x, mask)
         z, inverse = scale_groups(values, groups, eps)
@@ -112,7 +124,7 @@ class ReferenceBackend:
 
     @classmethod
     def batch_norm_bwd(cls, g, x, weight, mask, moments, grad_moments, eps, centered, group):
-        """Gradients of x, γ and β from those of y and of the moments, packed as these or `None`."""
+        """Gradients of x, γ and β from those of y and of the packed moments, the latter `None` without one."""
         center = moments.mean if centered else None
         inverse = torch.rsqrt(moments.var + eps)
         sums = cls.grad_sums(g, x, mask, center, 0, eps)
@@ -178,10 +190,10 @@ class ReferenceBackend:
 
     @staticmethod
     def update_running(running: dict[str, torch.Tensor], moments: Moments, updates: torch.Tensor, weight) -> None:
-        """`r ← (1 − weight) r + weight · value` in place, and one more of `updates`.
+        """`r ← (1 − weight) r + weight · value` in place.
 
-        `running` names the property of `moments` that a buffer follows: `mean`, `var`, `power`. Nothing where there
-        are no tokens or a value is not finite.
+        `running` names the property of `moments` that a buffer follows: `mean`, `var`, `power`. `updates` grows by
+        one. Nothing changes where there are no tokens or a value is not finite.
         """
         values, valid = {name: getattr(moments, name) for name in running}, moments.count > 0
         # A sum is finite where all its terms are, but for those near the largest number. One sum for each: with a
@@ -196,7 +208,8 @@ class ReferenceBackend:
     def update_nu(nu, largest_gamma, batch_sums, weight, loss_scale) -> None:
         """PowerNorm's `ν ← ν (1 − s Γ) + s Λ`, `s = min(weight, 1 / Γ)`, in place, and the largest Γ so far.
 
-        `batch_sums` is that of [`ReferenceBackend.power_norm_bwd`], with gradients of a loss times `loss_scale`.
+        Γ is the mean of x̂², Λ that of γ g x̂. `batch_sums` is that of [`ReferenceBackend.power_norm_bwd`], with
+        gradients of a loss times `loss_scale`.
         """
         sums = Moments(batch_sums)  # of the same layout
         count = sums.count
@@ -212,7 +225,7 @@ class ReferenceBackend:
 
     @staticmethod
     def merge_pending(pooled: torch.Tensor, moments: Moments) -> None:
-        """Take `moments` into the `pooled` ones, packed, in place."""
+        """Merge `moments` into the packed `pooled` ones, in place."""
         pooled.copy_(merge_moments(Moments(torch.stack([pooled, moments.packed]))).packed)
 
     @staticmethod
@@ -222,7 +235,7 @@ class ReferenceBackend:
 
 
 def power_moments(x, mask, squares):
-    """Moments about zero, those of norms without a mean, from the sum of squares over real tokens."""
+    """Moments about zero, for norms without a mean: `mean` is 0, and `m2` the sum of squares over real tokens."""
     return Moments.of(count_tokens(x, mask), torch.zeros_like(squares), squares)
 
 
@@ -260,13 +273,13 @@ def scale_groups(x, groups, eps):
 
 # A device type, or a device type and the name of a norm: the function that returns the backend for given tokens, or
 # `None`. `hf_normswap.kernels` enters its backends here; a model that is loaded without the package has none.
-BACKENDS: dict[str | tuple[str, str | None], Callable[[torch.Tensor], type | None]] = {}
+BACKENDS: dict[str | tuple[str, str], Callable[[torch.Tensor], type | None]] = {}
 # A device type: the backend of compiled graphs, whose methods are operators.
 COMPILED_BACKENDS: dict[str, type] = {}
 
 
 def is_traced() -> bool:
-    """Whether a tracer, a transform or a mode looks at single operations: only those of the reference show there."""
+    """Whether a tracer, a transform or a mode records single operations: a native backend is invisible to it."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()

@@ -24,6 +24,7 @@ class Inputs:
             dirt = torch.tensor(DIRT).repeat(dirty.sum())[: dirty.sum()]
             self.x[dirty] = dirt.to(dtype)
         self.center, self.shift, self.scale, self.a, self.b, self.pad = draw(6, shape[-1])
+        self.center = offset + 0.1 * self.center  # near the mean, as in a norm: products around it must not cancel
         if not optional:
             self.center = None
         vars(self).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
