@@ -32,7 +32,7 @@ LAYERS = [
     {"__init__"},
     {"cli", "__main__"},
 ]
-MOST_FILES = 22  # that travel beside the weights
+MOST_FILES = 16  # that travel beside the weights, besides the norms
 
 
 def read(path):
@@ -85,7 +85,8 @@ def test_the_runtime_stands_on_its_own(path):
 
 
 def test_the_runtime_is_flat_and_small():
-    assert 0 < len([path for path in MODELING if path.name != "__init__.py"]) <= MOST_FILES
+    others = [path for path in MODELING if "@register_norm(" not in path.read_text(encoding="utf-8")]
+    assert 0 < len([path for path in others if path.name != "__init__.py"]) <= MOST_FILES
     assert not [path for path in (PACKAGE / "modeling").iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 

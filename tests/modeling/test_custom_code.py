@@ -70,7 +70,7 @@ class Centre(BatchStatisticNorm):
             return x - self.running_mean
         running, is_first_run = self.running_snapshot()
         if is_first_run:
-            self.track(masked_moments(x.detach(), mask))
+            self.update_running(masked_moments(x.detach(), mask))
         return x - running["running_mean"]
 '''
 
