@@ -104,7 +104,7 @@ def other_copy():
     package = types.ModuleType("other_copy")
     package.__path__ = [str(Path(hf_normswap.__file__).parent / "modeling")]
     sys.modules["other_copy"] = package
-    yield importlib.import_module("other_copy.swapped")
+    yield importlib.import_module("other_copy.modeling_normswap")
     for name in [name for name in sys.modules if name.partition(".")[0] == "other_copy"]:
         del sys.modules[name]
 

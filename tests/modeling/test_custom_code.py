@@ -176,7 +176,7 @@ torch.save(returned, folder / "returned.pt")
 """
     run_fresh(LOADING + script, tmp_path, tmp_path)
     returned = torch.load(tmp_path / "returned.pt")
-    assert not list((tmp_path / "empty_modules").rglob("swapped.py"))
+    assert not list((tmp_path / "empty_modules").rglob("modeling_normswap.py"))
     for family in FAMILIES:
         assert same(returned[family], expected[family])
     assert same(returned["double"], pickled_outputs)
@@ -191,7 +191,7 @@ def test_the_installed_classes_win_over_the_code_in_the_folder(models, tmp_path)
 def test_what_lies_beside_the_weights(models, tmp_path):
     models["bert"].save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    assert {"swapped.py", "configuration.py", "norms.py"} <= code
+    assert {"modeling_normswap.py", "configuration_normswap.py", "norms.py"} <= code
     assert {path.name for path in tmp_path.iterdir()} - code == {"config.json", "model.safetensors"}
     for name in code:
         nodes = list(ast.walk(ast.parse((tmp_path / name).read_text())))
