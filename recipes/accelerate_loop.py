@@ -1,5 +1,5 @@
 """
-A training loop of one's own: GLUE with swapped norms under Accelerate, without the Trainer.
+A training loop by hand: GLUE with swapped norms under Accelerate, without the Trainer.
 
     python -m recipes.accelerate_loop --task_name sst2 --norm rbn --model_name_or_path google-bert/bert-base-uncased
     accelerate launch --num_processes 4 -m recipes.accelerate_loop --task_name sst2 --norm rbn ...

@@ -39,7 +39,8 @@ class ModelArguments:
         metadata={"help": "Where the norms of the blocks stand; as in the model if not given.", "choices": PLACEMENTS},
     )
     calibrate: int = field(
-        default=0, metadata={"help": "Fit the swapped norms on the texts of so many training examples; 0 does not."}
+        default=0,
+        metadata={"help": "Training examples whose texts the swapped norms are fitted on; 0 fits none."},
     )
     progressive: float = field(
         default=0.0,
@@ -47,7 +48,9 @@ class ModelArguments:
     )
     early_stopping: int = field(
         default=0,
-        metadata={"help": "Stop after so many evaluations in a row without a better score; 0 does not."},
+        metadata={
+            "help": "Evaluations in a row without a better score that end the training; 0 never does."
+        },
     )
 
     def __post_init__(self):

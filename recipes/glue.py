@@ -66,7 +66,7 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the data set; that of the task's name if not given."}
     )
-    max_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
+    max_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this number of tokens."})
 
     def __post_init__(self):
         if (self.task_name is None) == (self.text_columns is None):

@@ -42,7 +42,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     words_column: str = field(default="tokens", metadata={"help": "Column of lists of words."})
     tags_column: str = field(default="ner_tags", metadata={"help": "Column of lists of tags, one for each word."})
-    max_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many pieces."})
+    max_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this number of pieces."})
     test_split: str | None = field(default=None, metadata={"help": "A split to score in the end too, such as test."})
 
 

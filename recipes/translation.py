@@ -41,7 +41,7 @@ class DataArguments:
     source: str = field(metadata={"help": "Language to translate from, as the data set calls it."})
     target: str = field(metadata={"help": "Language to translate to."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this number of tokens."})
     max_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of a batch and device, in place of a number of sentences."}
     )
@@ -100,7 +100,7 @@ def tokenize(data, tokenizer, data_args):
 
 
 class TranslationTrainer(NormSwapSeq2SeqTrainer):
-    """Trains on batches of so many tokens, if `max_tokens` is given."""
+    """Trains on batches of `max_tokens` tokens, if that is given."""
 
     def __init__(self, *args, max_tokens=None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -54,7 +54,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
         type=count,
         default=0,
         metavar="STEPS",
-        help="then train the model so many steps against the original, on the same texts (default: none)",
+        help="steps of training against the original afterwards, on the same texts (default: none)",
     )
 
 

@@ -20,7 +20,7 @@ from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .sequential import SequentialRunner
 
 
-# A token whose root mean square is so many times the (geometric) mean over all tokens is an attention sink, such as
+# A token whose root mean square is this many times the (geometric) mean over all tokens is an attention sink, as is
 # the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
 # out, it leaves the norm so much too large that what attends to it suffers more.
 SINK_RATIO = 10.0

@@ -205,7 +205,7 @@ class SequentialRunner:
         self._count[key] += 1
 
     def _reach(self, names: list[str], run: Callable, runs: int, capture: Callable, once: bool) -> None:
-        """Give `capture` the arguments of every call of these modules in so many runs.
+        """Give `capture` the arguments of every call of these modules, over `runs` runs.
 
         Where a run calls each `once`, it ends there: nothing is computed after the last of them.
         """

@@ -26,7 +26,7 @@ class ActivationProbe:
         condition (`float`): largest eigenvalue of the covariance of the outputs over the smallest that is not 0, as
             one always is behind LayerNorm; NaN where there are no more tokens than channels. The curvature of the loss
             in the weights of the next linear layer has it as a factor.
-        tokens (`int`): over so many.
+        tokens (`int`): how many tokens were seen.
     """
 
     name: str

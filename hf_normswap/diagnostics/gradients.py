@@ -23,7 +23,7 @@ class GradientNorm:
         layer (`int`, *optional*): index of the block; `None` outside the blocks.
         group (`str`): `"attention"`, `"cross_attention"`, `"ffn"`, `"norm"`, `"embedding"` or `"head"`.
         value (`float`): `‖∇‖₂` over all parameters of the group.
-        parameters (`int`): so many numbers.
+        parameters (`int`): how many numbers they are.
     """
 
     stack: str | None

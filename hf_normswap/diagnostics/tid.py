@@ -27,7 +27,7 @@ class LayerTid:
         name (`str`): path of the norm in the model.
         mean (`float`, *optional*): `E ‖μ_B − μ‖₂ / ‖σ‖₂`; `None` for PN-V and PowerNorm, which have no mean.
         variance (`float`): `E ‖σ_B − σ‖₂ / ‖σ‖₂`; of PN-V and PowerNorm `E ‖ψ_B − ψ‖₂ / ‖ψ‖₂`.
-        batches (`int`): over so many.
+        batches (`int`): how many batches were seen.
     """
 
     name: str

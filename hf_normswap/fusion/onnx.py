@@ -44,7 +44,7 @@ class OnnxReport:
         opset (`int`): version of ONNX's operators.
         norm_nodes (`int`): nodes of the graph that belong to a norm.
         error (`float`): `‖Δ‖₂ / ‖logits‖₂` of ONNX Runtime against PyTorch, for random tokens of another shape than
-            that which the graph was traced with.
+            the batch that the graph was traced with.
     """
 
     path: Path

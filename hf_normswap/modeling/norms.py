@@ -1,4 +1,4 @@
-"""The norms of this package, and what a norm of one's own is made of. Importing this file registers them."""
+"""The norms of this package, and what a user's norm is made of. Importing this file registers them."""
 
 import difflib
 

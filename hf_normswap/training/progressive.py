@@ -76,7 +76,7 @@ class ProgressiveSwapCallback(TrainerCallback):
         self.ratio, self.order, self.statistics_batches = ratio, order, statistics_batches
 
     def shares(self, step: int, max_steps: int, norms: int) -> list[float]:
-        """λ of each of so many norms, in the order of the forward, after `step` optimizer steps of `max_steps`."""
+        """λ of each norm, in the order of the forward, after `step` optimizer steps of `max_steps`."""
         progress = step / (self.ratio * max_steps)
         turns = [0] * norms if self.order == "together" else range(norms)
         speed = 1 if self.order == "together" else norms
