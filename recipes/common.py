@@ -48,9 +48,7 @@ class ModelArguments:
     )
     early_stopping: int = field(
         default=0,
-        metadata={
-            "help": "Evaluations in a row without a better score that end the training; 0 never does."
-        },
+        metadata={"help": "Evaluations in a row without a better score that end the training; 0 never does."},
     )
 
     def __post_init__(self):
