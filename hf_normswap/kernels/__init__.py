@@ -2,7 +2,7 @@
 
 The backend for CPUs is a C++ file that is compiled on first use. The backend for CUDA, in Triton, is used when it is
 asked for, and by default where [`FASTEST`] says so. Where a backend does not work (no compiler, no Triton), the
-reference in PyTorch takes its place, on CPUs in blocks of rows.
+reference in PyTorch takes its place.
 """
 
 import functools
@@ -11,7 +11,7 @@ import importlib
 import torch
 from transformers.utils import logging
 
-from hf_normswap.modeling.backends import BACKENDS, COMPILED_BACKENDS, BlockedBackend, ReferenceBackend
+from hf_normswap.modeling.backends import BACKENDS, COMPILED_BACKENDS, ReferenceBackend
 
 from .ops import OperatorBackend
 
@@ -55,7 +55,6 @@ def use_kernels(kernels: str) -> None:
     COMPILED_BACKENDS.clear()
     COMPILED_BACKENDS.update(dict.fromkeys(CHOICES[kernels], OperatorBackend))
     BACKENDS.clear()
-    BACKENDS["cpu"] = lambda x: BlockedBackend
     BACKENDS.update({device: functools.partial(_find, device) for device in CHOICES[kernels]})
     if kernels == "auto":
         for device, defaults in FASTEST.items():
@@ -78,9 +77,7 @@ def load_backend(device: str) -> type[ReferenceBackend]:
 
 def _find(device: str, x: torch.Tensor, dtypes: list | None = None) -> type | None:
     backend = _load(device)
-    if backend and x.dtype in (dtypes or backend.dtypes):
-        return backend
-    return BlockedBackend if device == "cpu" else None
+    return backend if backend and x.dtype in (dtypes or backend.dtypes) else None
 
 
 @functools.cache

@@ -271,63 +271,9 @@ def scale_groups(x, groups, eps):
     return (_by_group(x, groups) * inverse).flatten(-2), inverse
 
 
-class BlockedBackend(ReferenceBackend):
-    """The reference, one block of rows after the other, for CPUs without compiled code.
-
-    What a block makes on the way stays in the cache, and the C library takes no new pages of memory for it. Of the
-    time over all rows at once, BatchNorm takes a quarter at 16k tokens of 768 channels in bfloat16, and 0.7 at 4k in
-    float32.
-    """
-
-    @staticmethod
-    def moments(x, mask):
-        parts = [ReferenceBackend.moments(*block).packed for _, *block in _blocks(mask, x)]
-        return merge_moments(Moments(torch.stack(parts)))
-
-    @staticmethod
-    def sum_squares(x, mask, groups, eps):
-        return sum(ReferenceBackend.sum_squares(*block, groups, eps) for _, *block in _blocks(mask, x))
-
-    @staticmethod
-    def affine_fwd(x, mask, center, scale, shift, groups, eps, wants_squares):
-        y, squares = torch.empty_like(x, memory_format=torch.contiguous_format), 0
-        for rows, *block in _blocks(mask, x):
-            part, of_part = ReferenceBackend.affine_fwd(*block, center, scale, shift, groups, eps, wants_squares)
-            y.view(-1, x.shape[-1])[rows] = part
-            squares = squares + of_part if wants_squares else None
-        return y, squares
-
-    @staticmethod
-    def grad_sums(g, x, mask, center, groups, eps):
-        return sum(ReferenceBackend.grad_sums(*block, center, groups, eps) for _, *block in _blocks(mask, g, x))
-
-    @staticmethod
-    def affine_bwd(g, x, mask, center, coefficients, groups, eps, wants_sums):
-        dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), 0
-        for rows, *block in _blocks(mask, g, x):
-            part, of_part = ReferenceBackend.affine_bwd(*block, center, coefficients, groups, eps, wants_sums)
-            dx.view(-1, x.shape[-1])[rows] = part
-            sums = sums + of_part if wants_sums else None
-        return dx, sums
-
-
-ELEMENTS = 2**18  # of a block: 1 MiB of float32
-
-
-def _blocks(mask, *tokens):
-    """Slices of rows, with these rows of each of `tokens` and of the `mask`."""
-    tokens = [values.reshape(-1, values.shape[-1]) for values in tokens]
-    mask = None if mask is None else mask.reshape(-1)
-    count, channels = tokens[0].shape
-    step = max(1, ELEMENTS // channels)
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
-        yield rows, *(values[rows] for values in tokens), None if mask is None else mask[rows]
-
-
 # A device type, or a device type and the name of a norm: the function that returns the backend for given tokens, or
-# `None`. `hf_normswap.kernels` enters its backends here.
-BACKENDS: dict[str | tuple[str, str], Callable[[torch.Tensor], type | None]] = {"cpu": lambda x: BlockedBackend}
+# `None`. `hf_normswap.kernels` enters its backends here; a model that is loaded without the package has none.
+BACKENDS: dict[str | tuple[str, str], Callable[[torch.Tensor], type | None]] = {}
 # A device type: the backend of compiled graphs, whose methods are operators.
 COMPILED_BACKENDS: dict[str, type] = {}
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, RMSNorm, kernels, use_kernels
 from hf_normswap.kernels.cpu import CpuBackend
-from hf_normswap.modeling.backends import BACKENDS, BlockedBackend, ReferenceBackend, get_backend
+from hf_normswap.modeling.backends import BACKENDS, ReferenceBackend, get_backend
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -69,10 +69,10 @@ def test_a_path_for_a_norm_and_a_dtype(compiled, paths_as_before, monkeypatch):
     assert get_backend(x.bfloat16(), norm="batchnorm") is not CpuBackend
     assert get_backend(x.bfloat16(), norm="rbn") is CpuBackend
     assert get_backend(x, norm="rbn") is not CpuBackend
-    assert get_backend(x, norm="pnv") is BlockedBackend
-    assert get_backend(x) is BlockedBackend
+    assert get_backend(x, norm="pnv") is ReferenceBackend
+    assert get_backend(x) is ReferenceBackend
     use_kernels("none")
-    assert get_backend(x, norm="batchnorm") is BlockedBackend
+    assert get_backend(x, norm="batchnorm") is ReferenceBackend
 
 
 @pytest.mark.parametrize("chosen", CLASSES)

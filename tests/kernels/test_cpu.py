@@ -11,7 +11,7 @@ import hf_normswap.kernels as kernels
 from hf_normswap import BatchNorm, PowerNorm, PowerNormV, RegularizedBatchNorm, use_kernels
 from hf_normswap.kernels import cpu
 from hf_normswap.kernels.cpu import CpuBackend
-from hf_normswap.modeling.backends import BACKENDS, BlockedBackend, GradCoefficients, ReferenceBackend, get_backend
+from hf_normswap.modeling.backends import BACKENDS, GradCoefficients, ReferenceBackend, get_backend
 from hf_normswap.modeling.discrepancy import DISTANCES
 from hf_normswap.modeling.moments import Moments
 
@@ -87,7 +87,7 @@ def compare(backend, case):
         assert error(value, expected[name]) <= 4 * terms * tolerance, name
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend])
+@pytest.mark.parametrize("backend", [CpuBackend])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("n", "c", "groups"), [(1, 5, 0), (300, 128, 2), (300, 96, 3), (257, 130, 0), (700, 768, 12)])
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -108,11 +108,10 @@ def test_each_pass_is_that_of_pytorch(backend, dtype, n, c, groups, with_mask):
 )
 def test_any_shape_and_number_of_threads(n, width, groups, dtype, with_mask, threads, seed):
     with number_of_threads(threads):
-        for backend in (CpuBackend, BlockedBackend):
-            compare(backend, make_case(n, width * max(groups, 1), groups, dtype, with_mask, seed))
+        compare(CpuBackend, make_case(n, width * max(groups, 1), groups, dtype, with_mask, seed))
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend])
+@pytest.mark.parametrize("backend", [CpuBackend])
 @pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("dirt", [float("nan"), float("inf"), -1e30])
 def test_what_stands_at_a_pad_counts_as_zero(backend, groups, dirt):
@@ -137,7 +136,7 @@ def test_what_stands_at_a_pad_counts_as_zero(backend, groups, dirt):
             assert torch.equal(value, clean[name]), name
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend])
+@pytest.mark.parametrize("backend", [CpuBackend])
 def test_no_real_token_and_no_cancellation(backend):
     x = torch.randn(500, 6) + 1e4
     moments = backend.moments(x, torch.zeros(500, dtype=torch.bool))
@@ -160,7 +159,7 @@ def test_tokens_need_not_be_contiguous():
     strided = list(case)
     strided[0], strided[1] = case[0].t().contiguous().t(), case[1].t().contiguous().t()
     strided[2] = case[2].repeat_interleave(2)[::2]
-    for backend in (CpuBackend, BlockedBackend):
+    for backend in (CpuBackend,):
         found, expected = run_passes(backend, *strided), run_passes(backend, *case)
         assert all(error(found[name], expected[name]) < 1e-5 for name in found)
 
@@ -192,7 +191,7 @@ def zip_names(name, parts, values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend])
+@pytest.mark.parametrize("backend", [CpuBackend])
 @pytest.mark.parametrize("groups", [0, 4])
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_each_step_is_that_of_pytorch(backend, dtype, groups, with_mask):
@@ -206,14 +205,14 @@ def test_each_step_is_that_of_pytorch(backend, dtype, groups, with_mask):
         assert error(value, exact[name]) <= 2 * error(plain[name], exact[name]) + 1e-6, name
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend, ReferenceBackend])
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
 def test_tokens_of_few_bits_are_counted_one_by_one(backend):
     x = torch.randn(999, 8).bfloat16()  # bfloat16 counts 998, 1000
     _, moments = backend.power_norm_fwd(x, torch.ones(8), None, None, torch.ones(8), 0, EPS)
     assert moments.count == 999
 
 
-@pytest.mark.parametrize("backend", [CpuBackend, BlockedBackend])
+@pytest.mark.parametrize("backend", [CpuBackend])
 def test_a_real_token_that_is_not_finite_has_no_finite_gradient(backend):
     x, g, mask, center, _, shift, a, b, pad, groups = make_case(20, 8, 0, torch.float32, True, seed=0)
     mask[:2] = torch.tensor([True, False])
@@ -352,7 +351,7 @@ def test_a_training_is_the_same_on_every_path(name, dtype, warmup_steps):
 
     reference = train({}, torch.float64)
     own_error = 4 * max(map(error_of_rows, train({}, dtype), reference))
-    for backend in (CpuBackend, BlockedBackend):
+    for backend in (CpuBackend,):
         values = train({"cpu": lambda x, backend=backend: backend}, dtype)
         for value, expected in zip(values, reference, strict=True):
             assert error_of_rows(value, expected) <= max(own_error, TOLERANCES[dtype])
@@ -368,14 +367,14 @@ def test_what_takes_which_path(monkeypatch):
     with torch.no_grad():
         assert get_backend(x) is CpuBackend
         assert get_backend(x.bfloat16()) is CpuBackend
-        assert get_backend(x.double()) is BlockedBackend
+        assert get_backend(x.double()) is ReferenceBackend
         assert get_backend(torch.ones(0, 4)) is ReferenceBackend
         assert get_backend(torch.ones(2, 4, device="meta")) is ReferenceBackend
         assert get_backend(x.int()) is ReferenceBackend
     assert get_backend(x, differentiable=True) is ReferenceBackend
     use_kernels("none")
     with torch.no_grad():
-        assert get_backend(x) is BlockedBackend
+        assert get_backend(x) is ReferenceBackend
     with pytest.raises(ValueError, match="auto, all, none"):
         use_kernels("fast")
 
@@ -388,7 +387,7 @@ def test_without_a_compiler_pytorch_takes_over(monkeypatch, tmp_path):
         kernels._load.cache_clear()
         use_kernels("auto")
         with torch.no_grad():
-            assert get_backend(torch.ones(2, 4)) is BlockedBackend
+            assert get_backend(torch.ones(2, 4)) is ReferenceBackend
         BatchNorm(4)(torch.randn(3, 5, 4))
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.undo()
