@@ -13,7 +13,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s"
+    parser.usage = "%(prog)s [--help]"
 
 
 def run(args: argparse.Namespace) -> None:
