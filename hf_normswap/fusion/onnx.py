@@ -74,6 +74,12 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
         ValueError: when the model is in training mode, offloaded or not in float32, the folder is not empty, or ONNX
             Runtime does not return what PyTorch returns, to 1e-4, with `int8` to 0.1. Nothing is written then.
     """
+    check_whole(model)
+    refuse_training(model)
+    if model.dtype != torch.float32:
+        raise ValueError(f"ONNX Runtime wants float32, and the model is {model.dtype}: call model.float() first.")
+    if type(model).__name__.endswith("GPT2ForSequenceClassification") and model.config.pad_token_id is None:
+        raise ValueError("The model takes no batch without a padding token: set model.config.pad_token_id first.")
     try:
         import onnxruntime
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
@@ -82,12 +88,6 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
             f"The export needs onnx, onnxscript, onnxruntime and a recent transformers ({error}): "
             "pip install 'hf_normswap[onnx]'."
         ) from error
-    check_whole(model)
-    refuse_training(model)
-    if model.dtype != torch.float32:
-        raise ValueError(f"ONNX Runtime wants float32, and the model is {model.dtype}: call model.float() first.")
-    if type(model).__name__.endswith("GPT2ForSequenceClassification") and model.config.pad_token_id is None:
-        raise ValueError("The model takes no batch without a padding token: set model.config.pad_token_id first.")
     traced, other, *_ = example_batches(model)
     config = OnnxConfig(dynamic=True)
     if int8:
