@@ -249,13 +249,17 @@ def promote(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _values(x, mask):
-    """`x` in the dtype of statistics, with zeros for what a pad may hold and a gradient could not bear."""
-    values = promote(x)
+def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes pads of no finite sum of squares, whose gradients would be NaN; leaves all other positions alone."""
     if mask is None:
-        return values
-    bound = torch.finfo(values.dtype).max ** 0.5 / x.shape[-1]
-    return torch.where(mask.unsqueeze(-1) | (values.abs() < bound), values, 0)
+        return x
+    bound = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5 / x.shape[-1]
+    return torch.where(mask.unsqueeze(-1) | (x.abs() < bound), x, 0)
+
+
+def _values(x, mask):
+    """`x` in the dtype of statistics, with finite pads."""
+    return select_finite(promote(x), mask)
 
 
 def _by_group(x, groups):

@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from .activation_checkpointing import may_run_again, replay_or_record, snapshot
 from .autograd import NormalizeBatch
-from .backends import get_backend
+from .backends import get_backend, promote, select_finite
 from .discrepancy import Statistics
 from .moments import Moments
 from .padding_mask import find_mask, warn_of_unknown_mask
@@ -75,7 +75,7 @@ class Norm(nn.Module):
 
     def forward_eval(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """What [`Norm.forward`] does in evaluation mode once the mask is known; the output has the dtype of `x`."""
-        values = self.select_finite(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+        values = self.select_finite(promote(x), mask)
         x_hat = self.normalize(values, mask)
         y = x_hat * self.weight if self.bias is None else torch.addcmul(self.bias, x_hat, self.weight)
         return y.to(x.dtype)
@@ -105,13 +105,7 @@ class Norm(nn.Module):
         """`(a, b)` of shape `(C,)` if in evaluation the norm is `y = a ⊙ x + b`, else `None`."""
         return None
 
-    @staticmethod
-    def select_finite(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Zeroes pads of no finite sum of squares, whose gradients would be NaN; leaves all other positions alone."""
-        if mask is None:
-            return x
-        bound = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5 / x.shape[-1]
-        return torch.where(mask.unsqueeze(-1) | (x.abs() < bound), x, 0)
+    select_finite = staticmethod(select_finite)
 
     @classmethod
     def default_options(cls, config) -> dict:
