@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
+from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from hf_normswap import ProgressiveSwapCallback, get_norm
 from hf_normswap.reporting.results import compare_results, describe_environment, write_result
@@ -196,7 +197,7 @@ def one_sentence_errors(kinds=(ImportError, OSError, ValueError)):
     try:
         yield
     except kinds as error:
-        if os.environ.get(DEBUG, "").upper() in ("1", "ON", "TRUE", "YES"):
+        if os.environ.get(DEBUG, "").upper() in ENV_VARS_TRUE_VALUES:
             traceback.print_exception(error)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)

@@ -15,6 +15,8 @@ import os
 import sys
 import traceback
 
+from transformers.utils import ENV_VARS_TRUE_VALUES
+
 from hf_normswap import __version__
 
 from . import calibrate, compare, depth, fold, inspect, kernels, push, swap, tid
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     # Looked up before the arguments are parsed, as parsing may be what fails.
-    is_debug = "--debug" in argv or os.environ.get("HF_NORMSWAP_DEBUG", "").upper() in ("1", "ON", "TRUE", "YES")
+    is_debug = "--debug" in argv or os.environ.get("HF_NORMSWAP_DEBUG", "").upper() in ENV_VARS_TRUE_VALUES
     try:
         args = _make_parser().parse_args(argv)
         args.run(args)
