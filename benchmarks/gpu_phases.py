@@ -64,7 +64,7 @@ TOKENS = 16384
 WARMERS = 7  # processes
 STEPS_OF_A_TURN = 3  # the host runs ahead of the device, as in a training
 # Path: the choice of `use_kernels`, and whether the norm is compiled. Kernels are in Triton, and on a CPU in C++.
-BACKENDS = {"kernels": ("all", False), "pytorch": ("none", False), "compile": ("none", True)}
+PATHS = {"kernels": ("all", False), "pytorch": ("none", False), "compile": ("none", True)}
 PEERS = {
     "nn.LayerNorm": None,
     "nn.RMSNorm": None,
@@ -207,7 +207,7 @@ def wait_for_tests(process, seconds):
 
 def compare_with_float64(norm, path, dtype, shape, args):
     """Relative errors of outputs and gradients, those of LayerNorm, and whether the former are as small."""
-    kernels, compiled = BACKENDS[path]
+    kernels, compiled = PATHS[path]
     use_kernels(kernels)
     torch.compiler.reset()
     torch.use_deterministic_algorithms(path == "kernels", warn_only=True)  # one tiling: the tests are for the others
@@ -262,7 +262,7 @@ def single_norms(args):
 
 def measure_norm(norm, path, dtype, channels, tokens, peers, bandwidth, args):
     """Figures of the forward, and of forward and backward."""
-    kernels, compiled = BACKENDS.get(path, ("none", False))
+    kernels, compiled = PATHS.get(path, ("none", False))
     use_kernels(kernels)
     torch.compiler.reset()
     clock, figures = make_clock(args.device), {}
@@ -317,7 +317,7 @@ def measure_step(name, config, compiled, baseline, args):
     step, before = make_trainer_step(name, config, compiled, args)
     rows = []
     for path in ["pytorch"] if compiled else ["pytorch", "kernels"]:
-        use_kernels(BACKENDS[path][0])
+        use_kernels(PATHS[path][0])
         first, second = take_turns(step, layer_norm, args.turns or 8, HostClock(args.device), name)
         ratio, low, high = median_with_interval((first / second).numpy())
         row = {"path": path, "ratio": ratio, "interval": [low, high]}

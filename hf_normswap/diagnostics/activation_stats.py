@@ -94,7 +94,7 @@ def probe_activations(
         squares = x.square().sum(0, keepdim=True)
         sums[name] += torch.cat([y.T @ y, y.sum(0, keepdim=True), squares, torch.full_like(squares, len(y))])
 
-    is_traced = any(isinstance(site.module, Norm) for site in sites)
+    is_watched = any(isinstance(site.module, Norm) for site in sites)
     watch_masks(model)
     handles = [site.module.register_forward_hook(partial(note, name=site.name)) for site in sites]
     try:
@@ -103,7 +103,7 @@ def probe_activations(
     finally:
         for handle in handles:
             handle.remove()
-        if not is_traced:
+        if not is_watched:
             unwatch_masks(model)
     sums = {name: sum_over_ranks(values) for name, values in sums.items()}
     return ActivationReport(_probe(name, values) for name, values in sums.items() if values[-1, 0])

@@ -91,6 +91,7 @@ def gradient_norms(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Gr
 
 
 def raw_gradients(model, batch: dict, parameters: list) -> tuple:
+    """The gradients of `parameters`, without dropout and with norms as in training; the model stays as it was."""
     with evaluating(model), observing(statistic_norms(model)), torch.enable_grad():
         loss = getattr(run_model(model, batch), "loss", None)
         if loss is None:
