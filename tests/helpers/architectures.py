@@ -431,7 +431,13 @@ _ARCHITECTURES = (
         {"LayerNorm": 4, "LayerNorm (reduced patches)": 1, "LayerNorm (second stage)": 4},
     ),
     _image_classifier(
-        "siglip", {"vision_config": {**_WIDTHS, **_IMAGE, "vision_use_head": False}, **_LABELS}, {"LayerNorm": 5}
+        "siglip",
+        {
+            **_LABELS,
+            "text_config": {**_TOKENS, **_WIDTHS},  # the classifier has no text tower
+            "vision_config": {**_WIDTHS, **_IMAGE, "vision_use_head": False},
+        },
+        {"LayerNorm": 5},
     ),
     # Image with text.
     Architecture(
