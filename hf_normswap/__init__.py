@@ -33,7 +33,7 @@ _HOMES = {
     "fusion.rmsnorm": ["convert_to_rmsnorm"],
     "modeling.activation_checkpointing": ["checkpoint_norms"],
     "modeling.modeling_normswap": ["swapped_class"],
-    "modeling.norm_sites": ["NormSite", "find_norms"],
+    "core.norm_sites": ["NormSite", "find_norms"],
     "modeling.norms": [
         "Affine",
         "BatchNorm",
@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from .conversion.fitting import CalibrationReport as CalibrationReport
     from .conversion.fitting import NormFit as NormFit
     from .core.data import make_batches as make_batches
+    from .core.norm_sites import NormSite as NormSite
+    from .core.norm_sites import find_norms as find_norms
     from .core.statistics import accumulate_norm_statistics as accumulate_norm_statistics
     from .core.statistics import freeze_norm_statistics as freeze_norm_statistics
     from .core.statistics import norm_penalty as norm_penalty
@@ -100,8 +102,6 @@ if TYPE_CHECKING:
     from .kernels import use_kernels as use_kernels
     from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
     from .modeling.modeling_normswap import swapped_class as swapped_class
-    from .modeling.norm_sites import NormSite as NormSite
-    from .modeling.norm_sites import find_norms as find_norms
     from .modeling.norms import Affine as Affine
     from .modeling.norms import BatchNorm as BatchNorm
     from .modeling.norms import BatchStatisticNorm as BatchStatisticNorm

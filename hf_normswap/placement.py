@@ -4,9 +4,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .core.model_state import check_model, restore_transformers_class, set_recorded_swap
+from .core.norm_sites import NormSite, find_norms
 from .modeling.block_placement import place_blocks
 from .modeling.configuration_normswap import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
-from .modeling.norm_sites import NormSite, find_norms
 from .modeling.record import recorded_swap
 
 

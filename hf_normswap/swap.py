@@ -15,8 +15,10 @@ from .core.model_state import (
     set_recorded_swap,
     share_config,
 )
+from .core.norm_sites import NormSite, find_norms, where_names
 from .modeling.base import BatchStatisticNorm, Norm
 from .modeling.layernorm import LayerNorm
+from .modeling.model_norms import norm_width
 from .modeling.modeling_normswap import (
     NormSwapMixin,
     check_checkpointing,
@@ -24,11 +26,10 @@ from .modeling.modeling_normswap import (
     prepare_swapped,
     release_swapped,
 )
-from .modeling.norm_sites import NormSite, find_norms, where_names
 from .modeling.norms import NormSwapConfig
 from .modeling.record import read_record, recorded_swap
 from .modeling.registry import get_norm
-from .modeling.replace import change_class, new_layer_norm, new_norm, place_norms
+from .modeling.replace import change_class, new_norm, new_stock_norm, place_norms
 
 
 logger = logging.get_logger(__name__)
@@ -90,13 +91,13 @@ def swap_norm(
     check_model(model)
     sites = _select(model, where, filter_fn)
     norm_class = get_norm(config.norm)
-    defaults = norm_class.default_options(model.config)
-    if calibrate_on is not None:
-        defaults |= norm_class.calibrated_options
-    options = {**defaults, **config.options}
-    config = NormSwapConfig(config.norm, **options)
     refuse_computed({site.name: site.module for site in sites})
-    norms = {site.name: new_norm(site.module, config) for site in sites}
+    calibrated = norm_class.calibrated_options if calibrate_on is not None else {}
+    norms = {}
+    for site in sites:
+        defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))
+        options = {**defaults, **calibrated, **config.options}
+        norms[site.name] = new_norm(site.module, NormSwapConfig(config.norm, **options))
     check_chunks(model, norms)
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
@@ -110,6 +111,7 @@ def swap_norm(
     before = type(model), model.config
     place_norms(model, norms)
     set_recorded_swap(model, read_record(model))
+    options = norms[sites[0].name].options
     said = f" with {options}" if options else ""
     logger.info(
         f"Swapped {len(sites)} of {len(find_norms(model))} norms of {type(model).__name__} to {config.norm}{said}."
@@ -151,7 +153,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
             f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
         )
     refuse_computed({site.name: site.module for site in norms})
-    place_norms(model, {site.name: new_layer_norm(site.module) for site in norms})
+    place_norms(model, {site.name: new_stock_norm(site.module) for site in norms})
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}
     if "placement" in kept:
@@ -159,6 +161,12 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     else:
         restore_transformers_class(model)
     return model
+
+
+def _config_of(model: PreTrainedModel, name: str):
+    """The configuration of the model, or of the tower of it, that the module `name` is in."""
+    parents = [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
+    return next((parent.config for parent in parents if isinstance(parent, PreTrainedModel)), model.config)
 
 
 def _select(model, where, filter_fn) -> list[NormSite]:

@@ -12,7 +12,7 @@ def print_json(content: dict) -> None:
 
 def print_table(rows: list[tuple]) -> None:
     """Print rows of cells, the first one the heading: through rich in a terminal, as plain text elsewhere."""
-    from hf_normswap.modeling.norm_sites import format_table
+    from hf_normswap.core.norm_sites import format_table
 
     if sys.stdout.isatty():  # rich would fold the columns of a pipe into 80 characters
         try:

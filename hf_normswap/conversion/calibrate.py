@@ -26,11 +26,13 @@ from hf_normswap.core.model_state import (
     swapped_parts,
     unwrap,
 )
+from hf_normswap.core.norm_sites import NormSite, find_norms
+from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.base import BatchStatisticNorm, Norm
 from hf_normswap.modeling.layernorm import LayerNorm
+from hf_normswap.modeling.model_norms import active_modules
 from hf_normswap.modeling.moments import has_ranks
-from hf_normswap.modeling.norm_sites import NormSite, active_modules, find_norms
-from hf_normswap.modeling.replace import new_layer_norm, place_norms
+from hf_normswap.modeling.replace import new_stock_norm, place_norms
 
 from .fitting import (
     CalibrationReport,
@@ -40,7 +42,6 @@ from .fitting import (
     linears_of_blocks,
     places_of_linears,
 )
-from .least_squares import out_features
 from .sequential import ActivationStore, SequentialRunner, call_order
 
 
@@ -137,10 +138,11 @@ def calibrate(
         student = SequentialRunner(model, batches, order, store)
         original = SequentialRunner(teacher, batches, order, store, changes=False)
         conversion = Conversion(student, original)
-        names = list(itertools.chain(*order))
-        feeding = {
-            after: name for name, after in itertools.pairwise(names) if _feeds(corrected, name, sites.get(after))
-        }
+        stream = ResidualStream(model)
+        feeders = {name: stream.feeder(site) for name, site in sites.items()}
+        # Right before the norm: between them nothing else reads the stream.
+        pairs = itertools.pairwise(itertools.chain(*order))
+        feeding = {after: name for name, after in pairs if name in corrected and feeders.get(after) == name}
         for name, _ in zip(_progress(student), original, strict=True):
             if name in sites:
                 report.append(conversion.fit_norm(sites[name], feeding.get(name)))
@@ -239,15 +241,8 @@ def _is_new(norm: Norm) -> bool:
 
 def _with_layer_norms(model, sites: dict) -> PreTrainedModel:
     teacher = copy.deepcopy(model)
-    place_norms(teacher, {name: new_layer_norm(teacher.get_submodule(name)) for name in sites})
+    place_norms(teacher, {name: new_stock_norm(teacher.get_submodule(name)) for name in sites})
     return teacher
-
-
-def _feeds(linears: dict, name: str | None, site: NormSite | None) -> bool:
-    """Whether a linear layer, called right before a norm, adds to the residual stream that the norm reads."""
-    if name not in linears or site is None or out_features(linears[name]) != site.module.num_features:
-        return False
-    return name.startswith(f"{site.block}.") or site.placement == "pre" or site.sublayer == "final"
 
 
 def _progress(runner: SequentialRunner) -> Iterator[str]:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_normswap.core.data import complete_batches, make_batches
 from hf_normswap.core.model_state import check_swapped
+from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.moments import gather_over_ranks, has_ranks, sum_over_ranks
-from hf_normswap.modeling.norm_sites import find_norms
 from hf_normswap.modeling.padding_mask import current_mask
 
 from .fitting import check_teacher, linears_of_blocks, places_of_linears

@@ -8,13 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.model_state import check_whole, refuse_training
-from hf_normswap.core.residual_stream import sublayer_of
+from hf_normswap.core.norm_sites import NormSite, find_norms, format_table
+from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.core.statistics import observing
 from hf_normswap.modeling.backends import promote
 from hf_normswap.modeling.base import BatchStatisticNorm
-from hf_normswap.modeling.layernorm import LayerNorm
 from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ranks
-from hf_normswap.modeling.norm_sites import NormSite, find_norms, format_table
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .sequential import SequentialRunner
@@ -145,15 +144,17 @@ def check_teacher(teacher, names: Iterable[str]) -> None:
     """Raises `ValueError` where `teacher` has no LayerNorm at one of `names`, or cannot be run in evaluation."""
     check_whole(teacher, role="teacher")
     refuse_training(teacher, "teacher")
-    originals = {site.name: site.module for site in find_norms(teacher)}
+    originals = {
+        site.name: site.kind for site in find_norms(teacher) if not isinstance(site.module, BatchStatisticNorm)
+    }
     for name in names:
-        if not isinstance(originals.get(name), nn.LayerNorm | LayerNorm):
+        if originals.get(name) not in ("layernorm", "rmsnorm"):
             raise ValueError(f"The teacher has no LayerNorm {name}: pass a copy of the model from before the swap.")
 
 
 def linears_of_blocks(model) -> dict[str, nn.Module]:
     """The linear layers of the transformer blocks by name."""
-    blocks = dict.fromkeys(site.block for site in find_norms(model) if site.block)
+    blocks = blocks_of_norms(model)
     return {
         f"{block}.{name}": module
         for block in blocks
@@ -164,10 +165,14 @@ def linears_of_blocks(model) -> dict[str, nn.Module]:
 
 def places_of_linears(model) -> dict[str, nn.Module]:
     """What stands where the blocks have their linear layers, by name: these, or what an adapter has put there."""
-    sublayers = [sublayer_of(model, site) for site in find_norms(model) if site.block]
-    names = [name for each in sublayers for name in (*each.readers, *each.source_readers, each.writer)]
-    modules = dict(model.named_modules())
-    return {name: modules[name] for name in names if name in modules}
+    stream = ResidualStream(model)
+    names = [name for block in blocks_of_norms(model) for name in stream.linears_in(block)]
+    return {name: model.get_submodule(name) for name in names}
+
+
+def blocks_of_norms(model) -> list[str]:
+    """The transformer blocks by name."""
+    return list(dict.fromkeys(site.block for site in find_norms(model) if site.block))
 
 
 def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from hf_normswap.core.model_state import device_of, is_composite, swapped_parts
+from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.moments import has_ranks
-from hf_normswap.modeling.norm_sites import find_norms
-from hf_normswap.modeling.padding_mask import current_mask, read_mask
+from hf_normswap.modeling.padding_mask import current_mask, fit_mask, read_mask
 
 
 class ActivationStore:
@@ -176,7 +176,7 @@ class SequentialRunner:
             mask = self._mask if block else given_mask(args, kwargs)
             if block and any(args[0] is other for other in self._others):
                 mask = _source_mask(self.model, self.batches[index], args[0])
-            self._add(self._group[name], (args[0], mask))
+            self._add(self._group[name], (args[0], fit_mask(mask, args[0])))
 
         for group in groups:
             self._count[group] = 0

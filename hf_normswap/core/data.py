@@ -98,7 +98,12 @@ def complete_batches(model: nn.Module, batches: list[dict]) -> list[dict]:
 
 
 def _count_tokens(batch: dict) -> int:
-    ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    if "input_ids" in batch:
+        ids = batch["input_ids"]
+    elif "inputs_embeds" in batch:
+        ids = batch["inputs_embeds"][..., 0]
+    else:  # images or sound, whose tokens the model makes
+        return max(len(values) for values in batch.values())
     tokens = read_mask(batch.get("attention_mask"), (ids.shape[:-1].numel(), ids.shape[-1]))
     return ids.numel() if tokens is None else int(tokens.real.sum())
 
@@ -261,7 +266,7 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
             f"input_ids of a batch is {_describe(batch['input_ids'])}: make it a tensor, as the tokenizer does with "
             "return_tensors='pt', or pass a data set and the tokenizer."
         )
-    elif "inputs_embeds" not in inputs:
+    elif "inputs_embeds" not in inputs and getattr(model, "main_input_name", "input_ids") not in inputs:
         is_text = all(isinstance(value, str) for value in batch.values())
         cure = "the texts themselves, or Dataset.from_list(rows)" if is_text else "inputs of the model"
         raise ValueError(f"A batch has {', '.join(batch)} and no tensor input_ids: pass {cure}.")
@@ -275,7 +280,7 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         )
     if ids.is_floating_point():
         raise ValueError(f"input_ids is {ids.dtype}: token ids are whole numbers, and embeddings go to inputs_embeds.")
-    size = model.config.vocab_size
+    size = model.config.get_text_config(encoder=True).vocab_size
     if ids.numel() and not 0 <= ids.min() <= ids.max() < size:
         raise ValueError(
             f"input_ids go from {ids.min()} to {ids.max()}, and the model has {size} tokens: use the tokenizer of the "

@@ -5,6 +5,7 @@ function needs besides.
 """
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.modeling.configuration_normswap import FORMAT_VERSION
+from hf_normswap.modeling.model_norms import has_hooks, refuse_other_copy, wrapped_attribute
 from hf_normswap.modeling.modeling_normswap import (
     NormSwapMixin,
     prepare_swapped,
@@ -22,8 +24,7 @@ from hf_normswap.modeling.modeling_normswap import (
     stock_class,
     swapped_class,
 )
-from hf_normswap.modeling.norm_sites import find_norms, refuse_other_copy, wrapped_attribute
-from hf_normswap.modeling.replace import change_class, has_hooks
+from hf_normswap.modeling.replace import change_class
 
 
 # What to do where a weight is computed, or where something else comes between a layer and its output.
@@ -79,14 +80,23 @@ def check_whole(model, action: str | None = None, *, role: str = "model", needs_
 def check_model(model) -> None:
     """Raises `ValueError` for a model whose norms cannot be changed."""
     check_whole(model, "swap, restore or move its norms", needs_weights=False)
+    refuse_pair(model)
     if isinstance(model, NormSwapMixin):
         refuse_folded(model)
-    else:
-        find_norms(model)  # says which families there are
     if swapped_class(type(model)) is None:
         raise ValueError(
-            f"{type(model).__name__} derives from no model class of its family: derive it from one, such as the base "
-            "class of transformers' models of this family."
+            f"{type(model).__name__} derives from no model class of transformers, and a folder of it would not load: "
+            "derive it from one, such as the base class of transformers' models of its family."
+        )
+
+
+def refuse_pair(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model that is put together of two others, each with a configuration of its own."""
+    if getattr(model.config, "has_no_defaults_at_init", False):
+        parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+        raise ValueError(
+            f"A {type(model).__name__} is a pair of models: pass its parts, {' and '.join(f'.{n}' for n in parts)}, "
+            "one by one."
         )
 
 
@@ -156,13 +166,25 @@ def refuse_mixture(model: PreTrainedModel) -> None:
 
 def obstacle_of_linear(module: nn.Module) -> str | None:
     """Why a linear layer does not simply multiply by its weight and add its bias, `None` where it does."""
-    if type(module) not in (nn.Linear, Conv1D):
+    if not _is_plain_linear(type(module)):
         return f"is a {type(module).__module__}.{type(module).__name__}"
     if has_hooks(module):
         return "has hooks"
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return "has a forward of its own"
     return None if _has_plain_parameters(module) else "has a weight or a bias that is no plain parameter"
+
+
+@functools.cache
+@torch.no_grad()
+def _is_plain_linear(cls: type) -> bool:
+    """Whether a class of layers computes what `nn.Linear` does, as some of transformers' own do."""
+    if cls in (nn.Linear, Conv1D):
+        return True
+    if not issubclass(cls, nn.Linear) or not cls.__module__.startswith("transformers.models."):
+        return False
+    linear, x = cls(3, 2), torch.ones(1, 3)
+    return torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
 
 
 def refuse_computed(norms: Mapping[str, nn.Module]) -> None:
@@ -183,7 +205,7 @@ def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _has_plain_parameters(module: nn.Module) -> bool:
-    names = ["weight"] if module.bias is None else ["weight", "bias"]
+    names = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
     values = [module._parameters.get(name) for name in names]
     return all(type(value) is nn.Parameter and value.is_floating_point() for value in values)
 

@@ -1,99 +1,200 @@
-"""Which linear layers read the residual stream of a transformer, and which add to it."""
+"""Which layers read what a norm returns, and which add to the residual stream: read off the graph of the forward."""
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from hf_normswap.modeling.configuration_normswap import family_of
-from hf_normswap.modeling.norm_sites import NormSite, find_norms
+from .graph import ADDITION, EMBEDDING, LINEAR, Node
+from .norm_sites import NormSite, ResidualSum, describe
+
+
+# Of what a model returns, what nobody reads but who looks inside.
+_ASIDE = re.compile(r"encoder_last_hidden_state|.*hidden_states|.*attentions|.*_model_output|past_key_values|.*\.\d+")
+
+
+def is_result(name: str) -> bool:
+    """Whether an output of a model, by its name, is what the model is for: no state between its layers."""
+    return not _ASIDE.fullmatch(name)
 
 
 @dataclass(frozen=True)
-class Sublayer:
-    """Linear layers of an attention or a feed-forward network, by their names in the model.
+class Reading:
+    """What reads one value of a forward.
 
     Attributes:
-        readers (tuple of `str`): they read the residual stream, or the norm in front of the sublayer.
-        writer (`str`): its output is added to the stream.
-        source_readers (tuple of `str`): those of cross-attention read the output of the encoder.
+        linears (tuple of `str`): the linear layers, by name.
+        sums (tuple of [`ResidualSum`]): the sums in which it is the stream.
+        obstacle (`str`, *optional*): what else reads it, in words.
     """
 
-    readers: tuple[str, ...]
-    writer: str
-    source_readers: tuple[str, ...] = ()
-
-    def inside(self, block: str) -> "Sublayer":
-        """The same with the names that they have in the model, in `block`."""
-        groups = self.readers, (self.writer,), self.source_readers
-        readers, (writer,), sources = (tuple(f"{block}.{name}" for name in names) for names in groups)
-        return Sublayer(readers, writer, sources)
+    linears: tuple[str, ...] = ()
+    sums: tuple[ResidualSum, ...] = ()
+    obstacle: str | None = None
 
 
-_BERT = {
-    "attention": Sublayer(
-        ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense"
-    ),
-    "cross_attention": Sublayer(
-        ("crossattention.self.query",),
-        "crossattention.output.dense",
-        ("crossattention.self.key", "crossattention.self.value"),
-    ),
-    "ffn": Sublayer(("intermediate.dense",), "output.dense"),
-}
-_SUBLAYERS = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "marian": {
-        "attention": Sublayer(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
-        "cross_attention": Sublayer(
-            ("encoder_attn.q_proj",), "encoder_attn.out_proj", ("encoder_attn.k_proj", "encoder_attn.v_proj")
-        ),
-        "ffn": Sublayer(("fc1",), "fc2"),
-    },
-    "gpt2": {
-        "attention": Sublayer(("attn.c_attn",), "attn.c_proj"),
-        "cross_attention": Sublayer(("crossattention.q_attn",), "crossattention.c_proj", ("crossattention.c_attn",)),
-        "ffn": Sublayer(("mlp.c_fc",), "mlp.c_proj"),
-    },
-}
-# What reads the end of the last stack, in one head or another; those below read the pooler if there is one.
-_HEADS = ("cls.predictions.transform.dense", "lm_head", "lm_head.dense", "score", "classifier.dense")
-_HEADS_WITHOUT_POOLER = ("classifier", "qa_outputs", "multiple_choice_head.summary")
-# What reads the norm of a head.
-_AFTER_HEAD_NORM = ("cls.predictions.decoder", "lm_head.decoder")
-_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+@dataclass(frozen=True)
+class Writing:
+    """The layers whose outputs, added up, are one value of a forward.
+
+    Attributes:
+        linears (tuple of `str`): the linear layers, by name.
+        tables (tuple of `str`): the embedding tables, by name.
+        obstacle (`str`, *optional*): what else there is, in words.
+    """
+
+    linears: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    obstacle: str | None = None
 
 
-def sublayer_of(model: PreTrainedModel, site: NormSite) -> Sublayer:
-    """The sublayer that a norm of a transformer block belongs to."""
-    return _SUBLAYERS[family_of(model.config.model_type)][site.sublayer].inside(site.block)
+class ResidualStream:
+    """The readers and writers around the norms of one model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any.
+
+    Raises:
+        ValueError: when the forward of the model could not be read.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.description = model, describe(model)
+        if self.description.obstacle is not None:
+            raise ValueError(
+                f"The forward of this {type(model).__name__} could not be followed ({self.description.obstacle}), and "
+                "its linear layers are not known: swap and train it without this step."
+            )
+        self.graph, self.sums = self.description.graph, self.description.sums
+        self._norms: dict[str, Node] = {}
+        self._calls: dict[str, int] = {}
+        for node in self.graph.nodes:
+            if node.op == "norm":
+                self._norms.setdefault(node.name, node)
+            if node.op in (LINEAR, EMBEDDING):
+                self._calls[node.name] = self._calls.get(node.name, 0) + 1
+
+    def is_reached(self, site: NormSite) -> bool:
+        """Whether the forward calls a norm."""
+        return site.name in self._norms
+
+    def order(self, site: NormSite) -> int:
+        """Place of a norm in the forward."""
+        return self._norms[site.name].index if site.name in self._norms else -1
+
+    def readers(self, site: NormSite) -> Reading:
+        """What reads the output of a norm."""
+        return self._readers_of(self._norms[site.name].index)
+
+    def readers_before(self, site: NormSite) -> Reading:
+        """What reads the stream in front of the residual sum that a post-norm reads."""
+        total = self.sum_before(site)
+        return Reading(obstacle="it follows no residual sum") if total is None else self._readers_of(total.skip)
+
+    def sum_before(self, site: NormSite) -> ResidualSum | None:
+        """The residual sum that a norm reads."""
+        read = self._read_by(site)
+        return next((each for each in self.sums if each.node == read), None)
+
+    def site_of_stream(self, total: ResidualSum, sites: list[NormSite]) -> NormSite | None:
+        """The norm among `sites` whose output is the stream in a residual sum."""
+        return next((site for site in sites if self.order(site) == total.skip), None)
+
+    def writers(self, total: ResidualSum) -> Writing:
+        """What a residual sum adds to the stream."""
+        return self._writers_of(total.branch)
+
+    def writers_before(self, site: NormSite) -> Writing:
+        """What a norm reads, where that is no residual sum."""
+        return self._writers_of(self._read_by(site))
+
+    def start(self) -> Writing:
+        """What the residual streams start with."""
+        made = {each.node for each in self.sums}
+        starts = {each.skip for each in self.sums} - made
+        writings = [self._writers_of(index) for index in sorted(starts)]
+        obstacles = [writing.obstacle for writing in writings if writing.obstacle]
+        return Writing(
+            tuple(dict.fromkeys(name for writing in writings for name in writing.linears)),
+            tuple(dict.fromkeys(name for writing in writings for name in writing.tables)),
+            next(iter(obstacles), None),
+        )
+
+    def linears_in(self, block: str) -> list[str]:
+        """The places of linear layers in a block that its forward calls, by name; an adapter counts as one."""
+        names = [node.name for node in self.graph.nodes if node.op == LINEAR and node.name.startswith(f"{block}.")]
+        return list(dict.fromkeys(_place(name) for name in names))
+
+    def feeder(self, site: NormSite) -> str | None:
+        """The linear layer whose output comes to a norm, alone or as the last one in a residual sum."""
+        if not self.is_reached(site):
+            return None
+        total = self.sum_before(site)
+        writing = self.writers_before(site) if total is None else self.writers(total)
+        return writing.linears[-1] if writing.linears and writing.obstacle is None else None
+
+    def _read_by(self, site: NormSite) -> int:
+        return self.graph.source(self._norms[site.name].inputs[0])
+
+    def _readers_of(self, value: int) -> Reading:
+        linears, sums, obstacle = [], [], None
+        for node in self.graph.readers(value):
+            total = next((each for each in self.sums if each.node == node.index and each.skip == value), None)
+            if node.op == LINEAR:
+                linears.append(_place(node.name))
+                if self._calls[node.name] > 1:
+                    obstacle = f"{node.name} is called {self._calls[node.name]} times"
+            elif total is not None:
+                sums.append(total)
+            elif not self._is_dead(node):
+                obstacle = f"{_words(node)} reads it"
+        if self._is_returned(value):
+            obstacle = "hidden states leave the model here"
+        return Reading(tuple(dict.fromkeys(linears)), tuple(sums), obstacle)
+
+    def _is_returned(self, value: int) -> bool:
+        passed = self.graph.passed(value)
+        return any(index in passed for name, index in self.graph.outputs.items() if is_result(name))
+
+    def _is_dead(self, node: Node) -> bool:
+        """Whether nothing that the model returns depends on a node."""
+        return not any(self.graph.depends(index, node.index) for index in self.graph.outputs.values())
+
+    def _writers_of(self, value: int) -> Writing:
+        node = self.graph.nodes[self.graph.source(value)]
+        if node.op in ADDITION and len(node.inputs) == 2 and node.index not in {each.node for each in self.sums}:
+            first, second = (self._writers_of(index) for index in node.inputs)
+            obstacle = first.obstacle or second.obstacle
+            return Writing(first.linears + second.linears, first.tables + second.tables, obstacle)
+        others = {user.index for user in self.graph.readers(node.index)}
+        if node.op in (LINEAR, EMBEDDING):
+            name = _place(node.name)
+            obstacle = None
+            if self._calls[node.name] > 1:
+                obstacle = f"{name} is called {self._calls[node.name]} times"
+            elif len(others) > 1 and not self._feeds_sums(node.index):
+                obstacle = f"more than the residual stream reads {name}"
+            return Writing((name,), (), obstacle) if node.op == LINEAR else Writing((), (name,), obstacle)
+        return Writing(obstacle=f"{_words(node)} writes to it")
+
+    def _feeds_sums(self, value: int) -> bool:
+        """Whether a value is itself a stream: what reads it reads the stream."""
+        return any(each.skip == value for each in self.sums)
 
 
-def readers_of_stack(model: PreTrainedModel, stack: str) -> tuple[str, ...]:
-    """What reads the output of a stack inside the model; nothing where it is returned, or for an unknown head."""
-    if model.base_model is model:
-        return ()
-    if stack == "encoder" and model.config.is_encoder_decoder:
-        sites = [site for site in find_norms(model) if site.stack == "decoder" and site.sublayer == "attention"]
-        cross = _SUBLAYERS[family_of(model.config.model_type)]["cross_attention"]
-        return tuple(name for site in sites for name in cross.inside(site.block).source_readers)
-    pooler = f"{model.base_model_prefix}.pooler.dense"
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    names = [*_HEADS, pooler] if pooler in linears else [*_HEADS, *_HEADS_WITHOUT_POOLER]
-    return tuple(name for name in names if name in linears)
+def _place(name: str) -> str:
+    """The name of the layer that an adapter stands for, where it has put the layer inside itself."""
+    return name.removesuffix(".base_layer")
 
 
-def reader_of_head_norm(model: PreTrainedModel) -> str:
-    """The linear layer behind the norm of a language modelling head."""
-    return next(name for name in _AFTER_HEAD_NORM if name in dict(model.named_modules()))
-
-
-def embeddings_of(model: PreTrainedModel, site: NormSite) -> list[str]:
-    """The tables whose sum the norm of an embedding reads."""
-    parent = site.name.rpartition(".")[0]
-    return [f"{parent}.{name}" for name in _EMBEDDINGS if hasattr(model.get_submodule(parent), name)]
+def _words(node: Node) -> str:
+    """A node in words."""
+    if node.op in ("parameter", "buffer"):
+        return f"the {node.op} {node.name}"
+    if node.op == "input":
+        return f"the argument {node.name}"
+    return f"{node.op.strip('_')} in {node.name}" if node.name else node.op
 
 
 def find_tied_head(model: PreTrainedModel) -> str | None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_normswap.modeling.base import BatchStatisticNorm
 from hf_normswap.modeling.discrepancy import Statistics, training_inference_discrepancy
+from hf_normswap.modeling.model_norms import active_modules
 from hf_normswap.modeling.moments import Moments, gather_over_ranks, has_ranks, merge_moments
-from hf_normswap.modeling.norm_sites import active_modules
 from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.modeling.rbn import NO_PENALTY, RegularizedBatchNorm
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_normswap.conversion.sequential import run_model
 from hf_normswap.core.data import complete_batches, make_batches
 from hf_normswap.core.model_state import check_whole, refuse_training, unwrap
+from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.moments import sum_over_ranks
-from hf_normswap.modeling.norm_sites import find_norms, format_table
 from hf_normswap.modeling.padding_mask import current_mask, unwatch_masks, watch_masks
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForTokenClassification
 
-from hf_normswap.modeling.norm_sites import format_table
+from hf_normswap.core.norm_sites import format_table
 from hf_normswap.modeling.norms import NormSwapConfig
 from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.placement import set_norm_placement

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_normswap.conversion.sequential import run_model
 from hf_normswap.core.data import complete_batches, make_batches
 from hf_normswap.core.model_state import check_whole, unwrap
+from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.core.statistics import evaluating, observing, sum_discrepancies
 from hf_normswap.modeling.base import BatchStatisticNorm
 from hf_normswap.modeling.moments import sum_over_ranks
-from hf_normswap.modeling.norm_sites import find_norms, format_table
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from hf_normswap.core.example_inputs import example_inputs, example_source
+from hf_normswap.core.residual_stream import is_result
+
 
 # ‖Δ‖₂/‖logits‖₂ that rounding may cost.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -38,34 +41,34 @@ def apply_if_equivalent(model: PreTrainedModel, change: Callable[[PreTrainedMode
 
 
 def example_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    """Eight batches of one row of random tokens, every other one shorter and with padding."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    longest = min(32, config.max_position_embeddings - 2)  # RoBERTa counts positions from 2
-    decoder_vocab_size = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+    """Eight batches of one row of random inputs; of a text, every other one is shorter and has padding."""
+    # RoBERTa counts positions from 2.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 34
+    longest = min(32, positions - 2)
     batches = []
-    for length, pads in 4 * [(longest, 0), (max(longest - 1, 1), longest // 4)]:
-        batch = {"input_ids": torch.randint(config.vocab_size, (1, length), generator=generator)}
-        batch["attention_mask"] = (torch.arange(length)[None] < length - pads).long()
-        if "MultipleChoice" in type(model).__name__:
-            batch = {name: values[None] for name, values in batch.items()}
-        if config.is_encoder_decoder:
-            batch["decoder_input_ids"] = torch.randint(decoder_vocab_size, (1, length), generator=generator)
-        elif getattr(config, "add_cross_attention", False):
-            states = torch.randn(1, length, config.hidden_size, generator=generator)
-            batch["encoder_hidden_states"] = states.to(model.dtype)
-        batches.append({name: values.to(model.device) for name, values in batch.items()})
+    for index, (length, pads) in enumerate(4 * [(longest, 0), (max(longest - 1, 1), longest // 4)]):
+        batch = example_inputs(model, rows=1, length=length, seed=index)
+        if not model.config.is_encoder_decoder:
+            batch |= example_source(model) if getattr(model.config, "add_cross_attention", False) else {}
+        if pads and "attention_mask" in batch:
+            batch["attention_mask"][..., -pads:] = 0
+        batches.append({name: _like(model, values) for name, values in batch.items()})
     return batches
+
+
+def _like(model: PreTrainedModel, values: torch.Tensor) -> torch.Tensor:
+    return values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
 
 
 @torch.no_grad()
 def compare_outputs(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """`‖Δ‖₂ / ‖y‖₂` of the logits of two models, or of hidden states without a head: the largest, NaN if any is."""
+    """`‖Δ‖₂ / ‖y‖₂` of what two models return, without the states between their layers: the largest, NaN if any is."""
     pairs = {}
     for ours, theirs in zip(example_batches(model), example_batches(other), strict=True):
         before, after = model(**ours, return_dict=True), other(**theirs, return_dict=True)
-        for name in before:
-            if name.endswith("logits") or name in ("last_hidden_state", "pooler_output"):
-                pairs.setdefault(name, []).append((before[name].flatten(), after[name].flatten()))
+        for name, value in before.items():
+            if is_result(name) and isinstance(value, torch.Tensor) and value.is_floating_point():
+                pairs.setdefault(name, []).append((value.flatten(), after[name].flatten()))
     errors = [relative_error(*map(torch.cat, zip(*values, strict=True))) for values in pairs.values()]
     return torch.tensor(errors).max().item()  # max() would lose a NaN
 

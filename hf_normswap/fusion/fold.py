@@ -12,19 +12,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, share_config
-from hf_normswap.core.residual_stream import (
-    embeddings_of,
-    find_tied_head,
-    reader_of_head_norm,
-    readers_of_stack,
-    sublayer_of,
-)
+from hf_normswap.core.norm_sites import NormSite, find_norms, format_table
+from hf_normswap.core.residual_stream import Reading, ResidualStream, find_tied_head
 from hf_normswap.core.statistics import statistic_norms
 from hf_normswap.modeling.affine import Affine
 from hf_normswap.modeling.base import Norm
+from hf_normswap.modeling.model_norms import has_hooks
 from hf_normswap.modeling.modeling_normswap import prepare_swapped, release_swapped
-from hf_normswap.modeling.norm_sites import BLOCK_SUBLAYERS, NormSite, find_norms, format_table
-from hf_normswap.modeling.replace import add_bias, has_hooks, place_norms, remove_norms, untie_head
+from hf_normswap.modeling.replace import add_bias, place_norms, remove_norms, untie_head
 
 from .equivalence import apply_if_equivalent
 
@@ -122,18 +117,18 @@ class _Plan:
         self.weights: dict[str, torch.Tensor] = {}  # (out, in) of linear layers, and whole embedding tables
         self.biases: dict[str, torch.Tensor] = {}
         self.affines: dict[str, tuple] = {}
-        self.sites = find_norms(model)
+        self.stream = ResidualStream(model)
+        self.sites = sorted(find_norms(model), key=self.stream.order)
         tied = [name] if (name := find_tied_head(model)) else []
         untie = untie and any(isinstance(site.module, Norm) for site in self.sites[-1:])  # the one before the head
         self.untied, self.tied = (tied, []) if untie else ([], tied)
-        for stack in dict.fromkeys(site.stack for site in self.sites):
-            sites = [site for site in self.sites if site.stack == stack and site.sublayer != "head"]
-            sites.sort(key=_forward_order)
-            is_post = any(site.placement == "post" for site in sites)
-            (self._fold_post if is_post else self._fold_pre)(sites, readers_of_stack(model, stack))
+        chains = self._find_chains()
+        inside = {site.name for chain in chains for site in chain}
+        for chain in chains:
+            self._fold_chain(chain)
         for site in self.sites:
-            if site.sublayer == "head":
-                self._fold_into(site, (reader_of_head_norm(model),))
+            if site.name not in inside:
+                self._fold_alone(site)
         self._check_range()
 
     def apply(self, model: PreTrainedModel) -> None:
@@ -162,45 +157,66 @@ class _Plan:
         release_swapped(model)
         prepare_swapped(model)
 
-    def _fold_pre(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
-        for site in sites:
-            if site.sublayer == "embedding":
-                self._fold_into_tables(site)
-            else:
-                self._fold_into(site, sublayer_of(self.model, site).readers if site.block else readers)
+    def _find_chains(self) -> list[list[NormSite]]:
+        """Norms behind residual sums, each list along one stream: the next norm reads a sum with the one before it."""
+        chains: list[list[NormSite]] = []
+        for site in self.sites:
+            if site.placement != "post":
+                continue
+            before = self.stream.site_of_stream(self.stream.sum_before(site), self.sites)
+            chain = next((chain for chain in chains if before is chain[-1]), None)
+            if chain is None:
+                chain = [] if before is None else [before]
+                chains.append(chain)
+            chain.append(site)
+        return chains
 
-    def _fold_into_tables(self, site: NormSite) -> None:
-        """Fold the norm of the embeddings, whose output is the residual stream."""
-        affine, tables = self._map(site), self._tables(site)
+    def _fold_alone(self, site: NormSite) -> None:
+        """Fold a norm whose output is no stream of a post-norm model."""
+        affine = self._map(site)
         if affine is None:
             return
-        if not tables:
-            self._keep(site, *affine, "the embeddings in front of it are needed as they are")
-            return
+        if not self.stream.is_reached(site):
+            return self._keep(site, *affine, "the forward does not reach it")
+        if site.calls > 1:
+            return self._keep(site, *affine, f"it is called {site.calls} times")
+        reading = self.stream.readers(site)
+        if site.placement == "sandwich":
+            return self._fold_into_writer(site, affine)
+        if reading.sums:
+            return self._fold_into_tables(site, affine)
+        if reason := self._obstacle(reading):
+            return self._keep(site, *affine, reason)
+        self._scale_inputs(reading.linears, *affine)
+        self.report.folded.append(site.name)
+
+    def _fold_into_tables(self, site: NormSite, affine: tuple) -> None:
+        """Fold the norm of the embeddings, whose output is the residual stream."""
+        if not (tables := self._tables(site)):
+            return self._keep(site, *affine, "the embeddings in front of it are needed as they are")
         self._scale_tables(tables, affine[0])
         self._shift_stream(site, affine[1])
         self.report.folded.append(site.name)
 
-    def _fold_into(self, site: NormSite, readers: tuple[str, ...]) -> None:
-        """Fold a norm that nothing reads but linear layers."""
-        affine = self._map(site)
-        if affine is None:
-            return
-        if reason := self._obstacle(readers):
-            self._keep(site, *affine, reason)
-        else:
-            self._scale_inputs(readers, *affine)
-            self.report.folded.append(site.name)
+    def _fold_into_writer(self, site: NormSite, affine: tuple) -> None:
+        """Fold a norm at the end of a sublayer into the linear layer in front of it."""
+        writing = self.stream.writers_before(site)
+        gain, shift = affine
+        if writing.obstacle or len(writing.linears) != 1:
+            return self._keep(site, gain, shift, writing.obstacle or "no linear layer stands right in front of it")
+        self._scale_outputs(writing.linears[0], 1 / gain)
+        self._add_bias(writing.linears[0], shift)
+        self.report.folded.append(site.name)
 
-    def _fold_post(self, sites: list[NormSite], readers: tuple[str, ...]) -> None:
+    def _fold_chain(self, sites: list[NormSite]) -> None:
         """Fold the norms of the residual stream `x = scale ⊙ s`, where s is what the folded model computes."""
         maps = [self._map(site) for site in sites]
         scale = torch.ones(sites[0].module.weight.shape[0], dtype=torch.float64)
         for index, site in enumerate(sites):
-            if site.block:
-                sublayer = sublayer_of(self.model, site)
-                self._scale_inputs(sublayer.readers, scale)
-                self._scale_outputs(sublayer.writer, scale)
+            if index:
+                self._scale_inputs(self.stream.readers_before(site).linears, scale)
+                for writer in self.stream.writers(self.stream.sum_before(site)).linears:
+                    self._scale_outputs(writer, scale)
             if maps[index] is None:
                 continue
             gain, shift = maps[index]
@@ -210,8 +226,9 @@ class _Plan:
             rest = zip(sites[index + 1 :], maps[index + 1 :], strict=True)
             following = [affine for other, affine in rest if affine is None or not self._is_optional(other)]
             scale = gain * scale
-            as_it_is = self._reason_for_x(following, readers)
+            as_it_is = self._reason_for_x(site, sites[index + 1 :], following)
             reason, tables = as_it_is or self._misfit(scale), self._tables(site)
+            reason = reason or self._reason_for_shift(site, shift)
             if reason or tables:
                 new = torch.ones_like(scale) if as_it_is else self._centre(following)
                 if tables:
@@ -222,14 +239,29 @@ class _Plan:
             if tables or not reason:
                 self._shift_stream(site, shift / scale)
                 self.report.folded.append(site.name)
-        if not self._obstacle(readers):
-            self._scale_inputs(readers, scale)
+        if not self._obstacle(reading := self.stream.readers(sites[-1])) and not reading.sums:
+            self._scale_inputs(reading.linears, scale)
 
-    def _reason_for_x(self, following: list[tuple | None], readers: tuple[str, ...]) -> str | None:
-        """Why x itself is needed behind a norm of the stream that has these `following` it."""
+    def _reason_for_x(self, site: NormSite, rest: list[NormSite], following: list[tuple | None]) -> str | None:
+        """Why x itself is needed behind a norm of the stream that has these norms, and maps, `following` it."""
+        reading = self.stream.readers(site)
+        if not rest:
+            return self._obstacle(reading)
+        if reading.obstacle or len(reading.sums) != 1:
+            return reading.obstacle or "several residual sums read it"
+        if obstacle := self.stream.writers(self.stream.sum_before(rest[0])).obstacle:
+            return obstacle
         if not following:
-            return self._obstacle(readers)
+            return self._obstacle(self.stream.readers(rest[-1]))
         return "the LayerNorm after the next sublayer stays" if following[0] is None else None
+
+    def _reason_for_shift(self, site: NormSite, shift: torch.Tensor) -> str | None:
+        """Why a shift cannot be added to the stream in front of a norm."""
+        total = self.stream.sum_before(site)
+        writing = self.stream.writers_before(site) if total is None else self.stream.writers(total)
+        if (shift == 0).all() or writing.tables or (writing.linears and not writing.obstacle):
+            return None
+        return writing.obstacle or "no linear layer writes to it"
 
     def _is_optional(self, site: NormSite) -> bool:
         """Whether the sublayer runs only where the decoder is given the output of an encoder."""
@@ -248,11 +280,11 @@ class _Plan:
         self.affines[site.name] = gain, shift
         self.report.kept[site.name] = reason
 
-    def _obstacle(self, readers: tuple[str, ...]) -> str | None:
-        """Why what `readers` read has to stay as it is."""
-        if not readers:
-            return "hidden states leave the model here"
-        tied = [name for name in readers if name in self.tied]
+    def _obstacle(self, reading: Reading) -> str | None:
+        """Why what `reading` reads has to stay as it is."""
+        if reading.obstacle or not reading.linears:
+            return reading.obstacle or "hidden states leave the model here"
+        tied = [name for name in reading.linears if name in self.tied]
         return f"{tied[0]} shares its weights with the embeddings" if tied else None
 
     def _misfit(self, scale: torch.Tensor) -> str | None:
@@ -280,24 +312,34 @@ class _Plan:
 
     def _tables(self, site: NormSite) -> list[str]:
         """The embedding tables in front of a norm, if there are some and nothing else needs them as they are."""
-        names = embeddings_of(self.model, site) if site.sublayer == "embedding" and not self.tied else []
-        tables = [self.model.get_submodule(name) for name in names]
-        return names if all(type(table) is nn.Embedding and not has_hooks(table) for table in tables) else []
+        writing = self.stream.writers_before(site)
+        if site.sublayer != "embedding" or self.tied or writing.obstacle or writing.linears:
+            return []
+        tables = [self.model.get_submodule(name) for name in writing.tables]
+        return (
+            list(writing.tables)
+            if all(type(table) is nn.Embedding and not has_hooks(table) for table in tables)
+            else []
+        )
 
     def _scale_tables(self, names: list[str], gain: torch.Tensor) -> None:
         for name in names:
             self.weights[name] = self.model.get_submodule(name).weight.to("cpu", torch.float64) * gain
 
     def _shift_stream(self, site: NormSite, shift: torch.Tensor) -> None:
-        """Add `shift` to every token where the norm was: with the sublayer's output, or with the token's position."""
-        if site.block:
-            writer = sublayer_of(self.model, site).writer
-            _, bias = self._linear(writer)
-            self.biases[writer] = shift if bias is None else bias + shift
-        else:
-            name = next(name for name in embeddings_of(self.model, site) if name.endswith("position_embeddings"))
-            table = self.model.get_submodule(name).weight.to("cpu", torch.float64)
-            self.weights[name] = self.weights.get(name, table) + shift
+        """Add `shift` to every token where the norm was: with the sublayer's output, or with the smallest table."""
+        total = self.stream.sum_before(site)
+        if total is not None:
+            return self._add_bias(self.stream.writers(total).linears[-1], shift)
+        names = self.stream.writers_before(site).tables
+        name = min(names, key=lambda name: self.model.get_submodule(name).num_embeddings)
+        table = self.model.get_submodule(name).weight.to("cpu", torch.float64)
+        self.weights[name] = self.weights.get(name, table) + shift
+
+    def _add_bias(self, name: str, shift: torch.Tensor) -> None:
+        _, bias = self._linear(name)
+        if bias is not None or (shift != 0).any():
+            self.biases[name] = shift if bias is None else bias + shift
 
     def _scale_inputs(self, names: tuple[str, ...], gain: torch.Tensor, shift: torch.Tensor | None = None) -> None:
         for name in names:
@@ -323,7 +365,7 @@ class _Plan:
     def _affine(self, model: PreTrainedModel, name: str) -> Affine:
         old = model.get_submodule(name)
         new = Affine(old.num_features, device=old.weight.device, dtype=old.weight.dtype)
-        new.replaced_eps = old.replaced_eps
+        new.stock, vars(new)["replaced"] = old.stock, old.replaced
         for parameter, value in zip((new.weight, new.bias), self.affines[name], strict=True):
             parameter.copy_(value)
             parameter.requires_grad_(old.weight.requires_grad)
@@ -338,13 +380,6 @@ class _Plan:
                 raise ValueError(
                     f"Folded, {name} would leave the range of {_name(dtype)}: use a wider dtype, as in model.float()."
                 )
-
-
-def _forward_order(site: NormSite) -> tuple:
-    """Place in the forward; modules of GPT-2 stand in another order."""
-    if site.layer is None:
-        return (-1,) if site.sublayer == "embedding" else (math.inf,)
-    return site.layer, BLOCK_SUBLAYERS.index(site.sublayer)
 
 
 def _check_norms(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_normswap.core.files import atomic_directory
 from hf_normswap.core.model_state import check_whole, refuse_training
-from hf_normswap.modeling.norm_sites import find_norms
+from hf_normswap.core.norm_sites import find_norms
 
 from .equivalence import example_batches, relative_error
 

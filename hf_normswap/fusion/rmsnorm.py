@@ -4,10 +4,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_normswap.core.model_state import PLAIN, check_whole, obstacle_of_linear, refuse_training
+from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.core.residual_stream import find_tied_head, sublayer_of
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import family_of
-from hf_normswap.modeling.norm_sites import find_norms
 from hf_normswap.modeling.norms import NormSwapConfig
 from hf_normswap.modeling.replace import untie_head
 from hf_normswap.swap import swap_norm

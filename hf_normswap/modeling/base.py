@@ -39,6 +39,8 @@ class Norm(nn.Module):
     norm_name: str  # set by register_norm
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
     options: dict = {}  # those it was made with in a swap
+    stock = None  # the StockNorm that it replaced in a swap
+    replaced: nn.Module | None = None  # that module, without parameters
     calibrated_options: dict = {}  # defaults in a swap that is calibrated
     earlier_defaults: dict = {}  # what a record without these options means; from now on they are always recorded
 
@@ -90,7 +92,7 @@ class Norm(nn.Module):
             if not self.training:
                 return None
             is_known, mask = find_mask(x)
-            if not is_known and isinstance(self, BatchStatisticNorm) and hasattr(self, "replaced_eps"):
+            if not is_known and isinstance(self, BatchStatisticNorm) and self.stock is not None:
                 warn_of_unknown_mask()
             return mask
         if mask.shape != x.shape[:-1]:
@@ -108,8 +110,8 @@ class Norm(nn.Module):
     select_finite = staticmethod(select_finite)
 
     @classmethod
-    def default_options(cls, config) -> dict:
-        """Options that depend on the transformers `config` of the model whose norms are swapped."""
+    def default_options(cls, config, num_features: int) -> dict:
+        """Options that depend on the transformers `config` of the model, and on the width of the norm."""
         return {}
 
     @classmethod

@@ -1,9 +1,12 @@
 """Configurations of swapped models: those of transformers and one field, `norm_swap`, that says what was swapped."""
 
+import functools
+import types
 from collections.abc import Collection, Mapping
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig, GPT2Config, MarianConfig, RobertaConfig
+from transformers import PreTrainedConfig
 
 
 FORMAT_VERSION = 1
@@ -24,17 +27,18 @@ STOCK_CLASS_GUARD = (
     "trust_remote_code=True"
 )
 PLACEMENTS = ("post", "pre")
-# Where the models of transformers have the norms of their blocks.
+# Where the norms of the blocks stand in the models that `set_norm_placement` can change.
 STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
+_PREFIX, _TYPE_PREFIX = "NormSwap", "normswap_"
 
 
 def family_of(model_type: str) -> str:
     """`"bert"` for `"bert"` and for its swapped `"normswap_bert"`."""
-    return model_type.removeprefix("normswap_")
+    return model_type.removeprefix(_TYPE_PREFIX)
 
 
 def auto_heads(config_class: type) -> dict[str, str]:
-    """Auto class name → swapped class name, for every head that transformers has for the family."""
+    """Auto class name → swapped class name, for every head that transformers has for the model type."""
     from transformers.models.auto import modeling_auto  # takes long to import, and few need it
 
     family = family_of(config_class.model_type)
@@ -42,7 +46,8 @@ def auto_heads(config_class: type) -> dict[str, str]:
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and family in mapping._model_mapping:
-            heads[name] = "NormSwap" + mapping._model_mapping[family]
+            head = mapping._model_mapping[family]
+            heads[name] = _PREFIX + (head if isinstance(head, str) else head[0])
     return heads
 
 
@@ -55,10 +60,10 @@ def auto_map(config_class: type) -> dict[str, str]:
     return {auto: f"modeling_normswap.{name}" for auto, name in classes.items()}
 
 
-def placement_of(config) -> str:
-    """`"post"` or `"pre"`: where the norms of the blocks stand in a model with this configuration."""
+def placement_of(config) -> str | None:
+    """`"post"` or `"pre"`: where the norms stand in a model of a family that `set_norm_placement` can change."""
     record = getattr(config, "norm_swap", None) or {}
-    return record.get("placement", STOCK_PLACEMENTS[family_of(config.model_type)])
+    return record.get("placement", STOCK_PLACEMENTS.get(family_of(config.model_type or "")))
 
 
 def layer_norm_eps(config) -> float:
@@ -137,8 +142,8 @@ class NormSwapConfigMixin:
         swapped = {path for entry in record["norms"] for path in entry["modules"]}
         check_layer_norm_shares(record.get("layer_norm_share", {}), swapped)
 
-    @staticmethod
-    def register_models():
+    @classmethod
+    def register_models(cls):
         """Called with every configuration: the installed package enters the model classes in the Auto classes."""
 
     def to_dict(self):
@@ -156,36 +161,31 @@ class NormSwapConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-@strict
-class NormSwapBertConfig(NormSwapConfigMixin, BertConfig):
-    """[`BertConfig`] of a swapped model."""
+@functools.cache
+def config_class_of(stock: type) -> type:
+    """The configuration class of swapped models for one of transformers: `NormSwapBertConfig` for `BertConfig`.
 
-    model_type = "normswap_bert"
-    norm_swap: dict | None = None
+    It is an attribute of this module, where pickle and the loader of the Hub look for it.
+    """
+    name = _PREFIX + stock.__name__
 
+    def fill(body):
+        body["__module__"], body["__qualname__"] = __name__, name
+        body["__doc__"] = f"[`{stock.__name__}`] of a swapped model."
+        body["__annotations__"] = {"norm_swap": dict | None}
+        body["model_type"], body["norm_swap"] = _TYPE_PREFIX + stock.model_type, None
 
-@strict
-class NormSwapRobertaConfig(NormSwapConfigMixin, RobertaConfig):
-    """[`RobertaConfig`] of a swapped model."""
-
-    model_type = "normswap_roberta"
-    norm_swap: dict | None = None
-
-
-@strict
-class NormSwapMarianConfig(NormSwapConfigMixin, MarianConfig):
-    """[`MarianConfig`] of a swapped model."""
-
-    model_type = "normswap_marian"
-    norm_swap: dict | None = None
+    globals()[name] = strict(types.new_class(name, (NormSwapConfigMixin, stock), {}, fill))
+    return globals()[name]
 
 
-@strict
-class NormSwapGPT2Config(NormSwapConfigMixin, GPT2Config):
-    """[`GPT2Config`] of a swapped model."""
-
-    model_type = "normswap_gpt2"
-    norm_swap: dict | None = None
+def find_config_class(name: str) -> type | None:
+    """The configuration class of swapped models that has this name."""
+    stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    return config_class_of(stock) if isinstance(stock, type) and issubclass(stock, PreTrainedConfig) else None
 
 
-CONFIGS = (NormSwapBertConfig, NormSwapRobertaConfig, NormSwapMarianConfig, NormSwapGPT2Config)
+def __getattr__(name: str):
+    if (cls := find_config_class(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return cls

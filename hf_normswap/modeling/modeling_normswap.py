@@ -3,20 +3,24 @@
 They are made on first use, as attributes of this module, where pickle and the Hub's loader look for them.
 """
 
+import ast
 import functools
-import importlib
+import inspect
+import textwrap
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .activation_checkpointing import CHECKPOINTING, checkpoint_norms
 from .base import BatchStatisticNorm, Norm
 from .block_placement import place_blocks
-from .configuration_normswap import CONFIGS, auto_heads, family_of
-from .norm_sites import find_norms
+from .configuration_normswap import auto_heads, config_class_of, find_config_class
+from .model_norms import swapped_norms
 from .padding_mask import unwatch_masks, watch_masks
 from .rbn import RegularizedBatchNorm
 from .record import check_record, fold_as_recorded, norms_of_record, read_record
@@ -25,8 +29,7 @@ from .replace import blend_norm, place_norms
 
 logger = logging.get_logger(__name__)
 
-_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "marian": "Marian", "gpt2": "GPT2"}
-_READS_ITEM_COUNT = ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel")
+_PREFIX = "NormSwap"
 
 
 class NormSwapMixin:
@@ -46,9 +49,9 @@ class NormSwapMixin:
         place_norms(self, norms)
         fold_as_recorded(self, record)
         shares = record.get("layer_norm_share", {})
-        for site in find_norms(self):
-            if site.path in shares:
-                blend_norm(site.module, shares[site.path])
+        for path, norm in swapped_norms(self).items():
+            if path in shares:
+                blend_norm(norm, shares[path])
         prepare_swapped(self)
 
     @classmethod
@@ -119,12 +122,22 @@ def swapped_class(stock_class: type) -> type | None:
     """
     if issubclass(stock_class, NormSwapMixin):
         return stock_class
-    for base in stock_class.__mro__:
-        for family, prefix in _FAMILIES.items():
-            if base.__module__ == _modeling(family) and base.__name__.startswith(prefix):
-                if base is stock_class:
-                    return _make_class("NormSwap" + stock_class.__name__)
-                return _derive_class(stock_class, family)
+    base = class_of_transformers(stock_class)
+    if base is None:
+        return None
+    return _make_class(base.__name__) if base is stock_class else _derive_class(stock_class, base)
+
+
+def class_of_transformers(cls: type) -> type | None:
+    """The first class of a model of transformers among a class and its bases.
+
+    That may be the base class of all models of a family, for a class that a user has derived from it.
+    """
+    for base in cls.__mro__:
+        if base.__module__.startswith("transformers.models.") and issubclass(base, PreTrainedModel):
+            is_known = getattr(transformers, base.__name__, None) is base and base.config_class is not None
+            is_abstract = base is cls and base.__name__.endswith("PreTrainedModel")
+            return base if is_known and not is_abstract else None
     return None
 
 
@@ -133,21 +146,26 @@ def stock_class(swapped: type) -> type | None:
     return swapped.__bases__[1] if swapped.__bases__[0] is NormSwapMixin else None
 
 
+def stock_class_of(cls: type) -> type:
+    """The class of transformers that a swapped class was made from; any other class as it is."""
+    return (issubclass(cls, NormSwapMixin) and stock_class(cls)) or cls
+
+
 @functools.cache
-def _derive_class(stock_class: type, family: str) -> type:
+def _derive_class(stock_class: type, base: type) -> type:
     """The swapped class of a user's class, which has no place in a module where pickle would find it."""
+    name = _PREFIX + stock_class.__name__
     body = {
         "__module__": stock_class.__module__,
-        "__qualname__": f"NormSwap{stock_class.__name__}",
+        "__qualname__": name,
         "__doc__": f"`{stock_class.__name__}` with swapped norms.",
         "__reduce_ex__": lambda self, protocol: (_new_of, (stock_class,), self.__getstate__()),
-        "config_class": _config_class(family),
+        "config_class": config_class_of(base.config_class),
         "stock_class": stock_class,
     }
-    base = next(base for base in stock_class.__mro__ if base.__module__ == _modeling(family))
     if stock_class.forward is base.forward:
-        body["accepts_loss_kwargs"] = base.__name__ in _READS_ITEM_COUNT
-    return type(f"NormSwap{stock_class.__name__}", (NormSwapMixin, stock_class), body)
+        body["accepts_loss_kwargs"] = _reads_item_count(base)
+    return type(name, (NormSwapMixin, stock_class), body)
 
 
 def _new_of(stock_class: type):
@@ -156,53 +174,67 @@ def _new_of(stock_class: type):
 
 
 def __getattr__(name: str):
-    configs = {config.__name__: config for config in CONFIGS}  # the loader finds these here too: see auto_map
-    cls = configs.get(name) or _make_class(name)
+    cls = _make_class(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+    cls = cls or find_config_class(name)  # the loader finds these here: see auto_map
     if cls is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return cls
 
 
-def _modeling(family: str) -> str:
-    return f"transformers.models.{family}.modeling_{family}"
-
-
-def _make_class(name: str) -> type | None:
+def _make_class(stock_name: str) -> type | None:
+    name, stock = _PREFIX + stock_name, getattr(transformers, stock_name, None)
     if name in globals():
         return globals()[name]
-    stock_name = name.removeprefix("NormSwap")
-    family = next((family for family, prefix in _FAMILIES.items() if stock_name.startswith(prefix)), None)
-    if stock_name == name or family is None:
+    if (
+        not isinstance(stock, type)
+        or not issubclass(stock, PreTrainedModel)
+        or class_of_transformers(stock) is not stock
+    ):
         return None
-    module = importlib.import_module(_modeling(family))
-    stock = getattr(module, stock_name, None) if stock_name in module.__all__ else None
-    if not isinstance(stock, type) or not issubclass(stock, PreTrainedModel) or stock_name.endswith("PreTrainedModel"):
-        return None
-    _enter_name(family, stock_name)
+    config_class = config_class_of(stock.config_class)
+    _enter_name(stock.config_class.model_type, stock_name)
+    _enter_renaming(stock_name, name)
+    _enter_renaming(stock.config_class.model_type, config_class.model_type)
     globals()[name] = type(
         name,
         (NormSwapMixin, stock),
         {
             "__module__": __name__,
             "__doc__": f"`{stock_name}` with swapped norms.",
-            "config_class": _config_class(family),
-            # Most heads take **kwargs, ignore the number of items in the batch and return a plain mean. Trainer takes
-            # them at their signature, does not divide by the accumulation steps, and the gradient comes out too large.
-            "accepts_loss_kwargs": stock_name in _READS_ITEM_COUNT,
+            "config_class": config_class,
+            "accepts_loss_kwargs": _reads_item_count(stock),
         },
     )
     return globals()[name]
 
 
-def _config_class(family: str) -> type:
-    return next(config for config in CONFIGS if family_of(config.model_type) == family)
+def _reads_item_count(stock: type) -> bool:
+    """Whether the forward of a model hands its keyword arguments on to the loss function.
+
+    Most heads take them, ignore the number of items in the batch and return a plain mean. Trainer takes them at their
+    signature, does not divide by the accumulation steps, and the gradient comes out too large.
+    """
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(stock.forward)))
+    return any(
+        isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") == "loss_function"
+        and any(keyword.arg is None for keyword in node.keywords)
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def _enter_renaming(stock_key: str, key: str) -> None:
+    """Let weights be renamed on loading as those of the model of transformers are, by a class name or a model type."""
+    renaming = get_checkpoint_conversion_mapping(stock_key)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(key, renaming, overwrite=True)
 
 
 def _enter_name(family: str, stock_name: str) -> None:
     # By class name Trainer shifts labels under label smoothing, and names the task in its card.
     for title, table in vars(modeling_auto).items():
         if title.startswith("MODEL_") and title.endswith("_NAMES") and table.get(family) == stock_name:
-            table.setdefault(f"normswap_{family}", "NormSwap" + stock_name)
+            table.setdefault(f"normswap_{family}", _PREFIX + stock_name)
 
 
 def prepare_swapped(model: PreTrainedModel) -> None:
@@ -240,11 +272,14 @@ def release_swapped(model: PreTrainedModel) -> None:
 
 def check_chunks(model: PreTrainedModel, norms: dict[str, Norm]) -> None:
     """Raises `ValueError` where one of `norms`, by the name that it has or shall have, would see a batch in parts."""
-    for site in find_norms(model):
-        is_chunked = site.sublayer == "ffn" and getattr(model.get_submodule(site.block), "chunk_size_feed_forward", 0)
-        if is_chunked and isinstance(norms.get(site.name), BatchStatisticNorm):
+    blocks = [name for name, module in model.named_modules() if getattr(module, "chunk_size_feed_forward", 0)]
+    for name, norm in norms.items():
+        # The attention of a block, and what follows it there, sees the whole batch.
+        inside = [name[len(block) :] for block in blocks if name.startswith(f"{block}.")]
+        is_chunked = any("attention" not in part and "attn" not in part for part in inside)
+        if is_chunked and isinstance(norm, BatchStatisticNorm):
             raise ValueError(
-                f"chunk_size_feed_forward > 0 calls {site.name} once per chunk, where a {norms[site.name].norm_name} "
+                f"chunk_size_feed_forward > 0 calls {name} once per chunk, where a {norm.norm_name} "
                 "needs the whole batch: build or load the model with chunk_size_feed_forward=0."
             )
 

@@ -126,10 +126,12 @@ class padding_mask:
 
 
 def current_mask(x: torch.Tensor) -> torch.Tensor | None:
-    """Token mask for activations `x` of shape `(B, T, C)` in the model call or [`padding_mask`] that is running.
+    """Token mask for activations `x` in the model call or [`padding_mask`] that is running.
+
+    `x` has the shape `(B, T, C)`, `(B·T, C)` where a model flattens its tokens, or `(B, T, heads, C)`.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, True at real tokens, or `None` where all tokens count.
+        `torch.Tensor` of the shape of `x` without its channels, True at real tokens, or `None` where all tokens count.
 
     Raises:
         ValueError: when the mask of a [`padding_mask`] has another shape.
@@ -142,16 +144,15 @@ def find_mask(x: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
     tokens = SCOPE.masks[-1].stack.tokens if SCOPE.masks else None
     if tokens is None or tokens.real is None:
         return tokens is not None, None
-    if x.dim() == 3:
-        real = _columns_of_call(tokens, x.shape[:2])
-        if real is not None:
-            return True, real.to(x.device)
-        if tokens.is_binding:
-            raise ValueError(
-                f"The mask of padding_mask has shape {tuple(tokens.real.shape)} and a norm inside it gets tokens of "
-                f"shape {tuple(x.shape[:-1])}: give one entry for each token, and a padding_mask to each part of the "
-                "forward that has other tokens."
-            )
+    real = _fit_to(tokens, x.shape[:-1])
+    if real is not None:
+        return True, real.to(x.device)
+    if tokens.is_binding and x.dim() in (3, 4):
+        raise ValueError(
+            f"The mask of padding_mask has shape {tuple(tokens.real.shape)} and a norm inside it gets tokens of "
+            f"shape {tuple(x.shape[:-1])}: give one entry for each token, and a padding_mask to each part of the "
+            "forward that has other tokens."
+        )
     return False, None
 
 
@@ -357,6 +358,21 @@ def read_mask(mask, shape: tuple | None) -> TokenMask | None:
     if shape is not None and real.shape[0] == 1:
         real = real.expand(shape[0], -1)  # one mask for all rows
     return TokenMask(real, has_past=True)
+
+
+def _fit_to(tokens: TokenMask, shape: tuple) -> torch.Tensor | None:
+    """The mask of tokens of this shape, `None` where it does not fit."""
+    if len(shape) == 1 and shape[0] == tokens.real.numel():
+        return tokens.real.reshape(-1)
+    if len(shape) not in (2, 3):
+        return None
+    real = _columns_of_call(tokens, shape[:2])
+    return real if real is None or len(shape) == 2 else real[..., None].expand(shape)
+
+
+def fit_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """A token mask for activations `x`; `None` where these are no tokens that it is for, such as a table."""
+    return None if mask is None else _fit_to(TokenMask(mask), x.shape[:-1])
 
 
 def _columns_of_call(tokens: TokenMask, shape: tuple) -> torch.Tensor | None:

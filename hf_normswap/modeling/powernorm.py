@@ -1,5 +1,7 @@
 """Power normalisation: running quadratic mean in the forward, running gradient statistic in the backward."""
 
+import math
+
 import torch
 
 from .activation_checkpointing import replay_or_record, snapshot
@@ -97,8 +99,10 @@ class PowerNorm(PowerStatisticNorm):
         return {name: default for name, default in super().option_defaults().items() if name != "momentum"}
 
     @classmethod
-    def default_options(cls, config):
-        return {"num_groups": config.num_attention_heads, "group_scaling": True}
+    def default_options(cls, config, num_features):
+        # As many groups as heads; in a norm of another width, or in a model without heads, as many of them as fit.
+        heads = getattr(config, "num_attention_heads", None)
+        return {"num_groups": math.gcd(heads, num_features) if isinstance(heads, int) else 1, "group_scaling": True}
 
     def affine_map(self):
         return None if self.group_scaling else super().affine_map()

@@ -1,6 +1,7 @@
 """`norm_swap` in a configuration: read off the modules of a model, and applied to the modules of a new one."""
 
 import copy
+import re
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from transformers.utils import logging
 
 from .base import Norm
 from .configuration_normswap import FORMAT_VERSION, layer_norm_eps, placement_of
-from .norm_sites import WRAPPED, NormSite, find_norms, is_site, path_of
+from .model_norms import WRAPPED, active_modules, path_of, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
 from .replace import add_bias, layer_norm_shares, new_norm, pass_through, remove_norms, untie_head
@@ -33,9 +34,8 @@ def read_record(model: PreTrainedModel) -> dict:
     record, norms = recorded_swap(model), []
     parts = {_part(path_of(model, name)) for name, _ in model.named_modules()}
     found = [
-        (site.kind, options_of(site.module, layer_norm_eps(model.config)), site.path)
-        for site in find_norms(model)
-        if isinstance(site.module, Norm)
+        (norm.norm_name, options_of(norm, layer_norm_eps(model.config)), path)
+        for path, norm in swapped_norms(model).items()
     ]
     found += [
         (entry["norm"], recorded_options(entry), path)
@@ -76,8 +76,10 @@ def options_of(norm: Norm, replaced_eps: float) -> dict:
         value = value if isinstance(value, bool | int | float | str) else given
         if name == "eps" and norm.keeps_eps:
             is_told = value != replaced_eps
+        elif name == "bias":
+            is_told = value != (norm.stock is None or norm.stock.has_shift)
         else:
-            is_told = value != default or (name in norm.options and name != "bias") or name in norm.earlier_defaults
+            is_told = value != default or name in norm.options or name in norm.earlier_defaults
         if is_told:
             options[name] = value
     return options
@@ -100,13 +102,6 @@ def check_record(model: PreTrainedModel, record: dict) -> None:
 
     It is built on the meta device, which takes no memory.
     """
-    names = {site.name for site in find_norms(model)}
-    for name, module in model.named_modules():
-        if isinstance(module, Norm) and name not in names:
-            raise ValueError(
-                f"{name} is a {module.norm_name} where a {type(model).__name__} has no norm, and it would be lost: "
-                "save a model without it."
-            )
     config = copy.deepcopy(model.config)
     config.norm_swap = {name: record[name] for name in ("format_version", "placement") if name in record}
     config.norm_swap["norms"] = []
@@ -119,6 +114,12 @@ def check_record(model: PreTrainedModel, record: dict) -> None:
     for path in {**ours, **theirs}:
         mine, other = ours.get(path, "missing"), theirs.get(path, "missing")
         if mine is not None and mine != other:
+            norm = swapped_norms(model).get(path)
+            if norm is not None and norm.stock is None and other == "missing":
+                raise ValueError(
+                    f"{path} is a {norm.norm_name} where a {type(model).__name__} has no norm, and it would be lost: "
+                    "save a model without it."
+                )
             raise ValueError(
                 f"This {type(model).__name__} would not load as it is, since {path} is {mine}, and {other} in a model "
                 "of its configuration: give the configuration the number of blocks that the model has, and all blocks "
@@ -128,10 +129,13 @@ def check_record(model: PreTrainedModel, record: dict) -> None:
 
 def _places(model: PreTrainedModel) -> dict[str, str]:
     """Every norm by its path, with the class of the block that it is in."""
-    return {
-        site.path: f"in a {_class_name(model.get_submodule(site.block))}" if site.block else "there"
-        for site in find_norms(model)
-    }
+    places = {}
+    for name, module in active_modules(model):
+        if isinstance(module, Norm) or read_norm(module) is not None:
+            block = re.match(r"(.*\.\d+)\.", name)  # an element of a list of modules
+            where = f"in a {_class_name(model.get_submodule(block[1]))}" if block else "there"
+            places[path_of(model, name)] = where
+    return places
 
 
 def _class_name(block: nn.Module) -> str:
@@ -147,32 +151,33 @@ def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:
     A checkpoint of one head opens in another: parts that this model has not, such as another head, are left out.
 
     Raises:
-        ValueError: when a listed module is missing from a part that the model has, or no norm of the family at all.
+        ValueError: when a listed module is missing from a part that the model has, or is no norm.
     """
     norms = {}
     for entry in record.get("norms", []):
         config = NormSwapConfig(entry["norm"], **recorded_options(entry))
-        sites = _find_recorded(model, entry["modules"])
-        norms |= {site.name: new_norm(site.module, config, on_default_device=True) for site in sites}
+        found = _find_recorded(model, entry["modules"])
+        norms |= {name: new_norm(module, config, on_default_device=True) for name, module in found.items()}
     return norms
 
 
-def _find_recorded(model: PreTrainedModel, paths: list[str]) -> list[NormSite]:
-    sites = {site.path: site for site in find_norms(model)}
-    parts = {_part(path) for path in sites}
+def _find_recorded(model: PreTrainedModel, paths: list[str]) -> dict[str, nn.Module]:
+    """The modules of `paths` by their names in this model."""
+    modules = {path_of(model, name): (name, module) for name, module in active_modules(model)}
+    parts = {_part(path) for path in modules}
     for path in paths:
-        if path in sites:
-            continue
-        if not is_site(model, path):
+        # Another head may have a norm that this one lacks; blocks are in the part that all have in common.
+        is_foreign = path.split(".")[0] != model.base_model_prefix and any(part.isdigit() for part in path.split("."))
+        if read_norm(modules[path][1]) is None if path in modules else is_foreign:
             raise ValueError(
                 f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
             )
-        if _part(path) in parts:
+        if path not in modules and _part(path) in parts:
             raise ValueError(
                 f"The configuration swaps {path!r}, which this {type(model).__name__} does not have: "
                 "load it with the number of layers that it was saved with."
             )
-    return [sites[path] for path in paths if path in sites]
+    return dict(modules[path] for path in paths if path in modules)
 
 
 def _part(path: str) -> str:
@@ -181,8 +186,10 @@ def _part(path: str) -> str:
 
 def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
     """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
-    gone = [site.name for site in _find_recorded(model, record.get("folded", []))]
-    ends = {site.stack: site.name for site in find_norms(model)}.values()  # the last norm of each stack
+    gone = list(_find_recorded(model, record.get("folded", [])))
+    # The last norm of the model, or of each of its two stacks.
+    names = [name for name, module in active_modules(model) if isinstance(module, Norm) or read_norm(module)]
+    ends = {name.split(".")[0] if model.config.is_encoder_decoder else "": name for name in names}.values()
     if model.base_model is model and not set(ends).isdisjoint(gone):
         logger.warning(
             "This checkpoint was folded with a head, and the hidden states that it returns without one are in "

@@ -1,70 +1,95 @@
 """One norm in place of another: the same parameters, hooks, device, dtype and training flag."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .base import Norm
 from .configuration_normswap import check_layer_norm_shares
-from .norm_sites import find_norms
+from .model_norms import HOOKS, StockNorm, norm_width, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called along with `module`."""
-    return any(getattr(module, hooks) for hooks in _HOOKS if hooks.endswith("_hooks"))
-
-
 def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool = False) -> Norm:
     """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag.
+
+    A gain that is stored minus 1 becomes a new parameter, and a norm without gain gets one. There is a shift where the
+    old norm has one, or where the option `bias` asks for it.
 
     A model under construction makes its buffers `on_default_device`, as every module of it does: its parameters may
     have gone to the meta device meanwhile, to be loaded. Running values that are not loaded with them stay NaN:
     accelerate's `load_checkpoint_and_dispatch` leaves buffers of what goes to disk out, unless `offload_buffers=True`.
     """
     cls = get_norm(config.norm)
+    stock = stock_of(old)
     options = dict(config.options)
     if cls.keeps_eps:
-        options.setdefault("eps", old.eps)
-    options["bias"] = options.get("bias", True) and old.bias is not None
-    device = None if on_default_device else old.weight.device
-    norm = cls(old.weight.shape[0], device=device, dtype=old.weight.dtype, **options)
-    norm.options, norm.replaced_eps = options, old.eps
-    if on_default_device and old.weight.is_meta:
+        options.setdefault("eps", stock.eps)
+    options.setdefault("bias", getattr(old, "bias", None) is not None)
+    weight = next(iter(old.parameters()), None)
+    like = {} if weight is None else {"dtype": weight.dtype}
+    device = None if on_default_device or weight is None else weight.device
+    norm = cls(norm_width(old), device=device, **like, **options)
+    norm.options, norm.stock = options, stock
+    # Not by setattr, which would make it a part of the model.
+    vars(norm)["replaced"] = old.replaced if isinstance(old, Norm) else _without_parameters(old)
+    if on_default_device and weight is not None and weight.is_meta:
         for running in getattr(norm, "running", ()):
             getattr(norm, running).fill_(torch.nan)
-    return _take_over(old, norm)
+    places = ["weight"] if norm.bias is None else ["weight", "bias"]
+    return _take_over(old, norm, places, 0.0 if isinstance(old, Norm) else stock.offset)
 
 
-def new_layer_norm(old: Norm) -> nn.LayerNorm:
-    """The LayerNorm that `old` replaced."""
+def new_stock_norm(old: Norm) -> nn.Module:
+    """The norm of transformers that `old` replaced, with the gain and the shift that `old` has now."""
     unblend_norm(old)  # its hooks go over to the new one
-    norm = nn.LayerNorm(old.num_features, eps=old.replaced_eps, device=old.weight.device, dtype=old.weight.dtype)
-    return _take_over(old, norm)
+    new = copy.copy(old.replaced)
+    new._parameters = dict(new._parameters)
+    places = new._parameters.keys() - (set() if old.stock.has_shift else {"bias"})
+    _take_over(old, new, places, -old.stock.offset)
+    if old.stock.has_shift and new.bias is None:
+        new.bias = nn.Parameter(torch.zeros_like(old.weight))
+    return new
 
 
-def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    new.weight = old.weight  # the parameter itself: an optimizer built before, and ties, go on working
-    if new.bias is not None and old.bias is not None:
-        new.bias = old.bias
-    for hooks in _HOOKS:
+def stock_of(norm: nn.Module) -> StockNorm:
+    """What the norm of transformers computes that `norm` is, or that it has replaced.
+
+    Raises:
+        ValueError: when `norm` is none.
+    """
+    stock = norm.stock if isinstance(norm, Norm) else read_norm(norm)
+    if stock is None:
+        raise ValueError(f"A {type(norm).__name__} is neither a LayerNorm nor an RMSNorm, and cannot be replaced.")
+    return stock
+
+
+def _without_parameters(norm: nn.Module) -> nn.Module:
+    """A copy that can be put back once it is given parameters: it knows its class and its settings."""
+    shell = copy.copy(norm)
+    shell.__dict__.pop("forward", None)
+    shell._parameters = dict.fromkeys(norm._parameters)
+    for hooks in HOOKS:
+        setattr(shell, hooks, None if hooks == "_is_full_backward_hook" else type(getattr(norm, hooks))())
+    return shell
+
+
+def _take_over(old: nn.Module, new: nn.Module, places: Collection[str], offset: float) -> nn.Module:
+    """Give `new` the parameters, hooks and training flag of `old`; `offset` is added to the gain."""
+    for name in places:
+        parameter = getattr(old, name, None)
+        if parameter is None:
+            continue
+        if name == "weight" and offset:
+            parameter = nn.Parameter(parameter.detach() + offset, requires_grad=parameter.requires_grad)
+        # Else the parameter itself: an optimizer built before, and ties, go on working.
+        new._parameters[name] = parameter
+    for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     return new.train(old.training)
 
@@ -137,8 +162,7 @@ class LayerNormBlend:
 
     def _mix(self, norm, output, x, mask=None):
         x = norm.select_finite(x, norm.token_mask(x, mask))
-        layer_norm = functional.layer_norm(x, (norm.num_features,), norm.weight, norm.bias, norm.replaced_eps)
-        return self.share * layer_norm + (1 - self.share) * output
+        return self.share * norm.stock.apply(x, norm.weight, norm.bias) + (1 - self.share) * output
 
 
 def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -> None:
@@ -169,7 +193,7 @@ def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -
 
     ```
     """
-    norms = {site.path: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
+    norms = swapped_norms(model)
     if not norms or "folded" in model.config.norm_swap:
         raise ValueError(f"This {type(model).__name__} has no swapped norms: call swap_norm(model, ...) first.")
     given = share if isinstance(share, Mapping) else dict.fromkeys(norms, share)
@@ -188,7 +212,7 @@ def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -
 
 def layer_norm_shares(model: nn.Module) -> dict[str, float]:
     """λ of each norm of `model` in which LayerNorm has a share, by [`NormSite`] path."""
-    blends = {site.path: _blend_of(site.module) for site in find_norms(model)}
+    blends = {path: _blend_of(norm) for path, norm in swapped_norms(model).items()}
     shares = {path: blend.share.item() for path, blend in blends.items() if blend is not None}
     return {path: share for path, share in shares.items() if share}
 

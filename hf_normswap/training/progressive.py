@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from hf_normswap.core.data import make_batches
 from hf_normswap.core.model_state import refuse_folded, refuse_offloaded, swapped_parts, unwrap
+from hf_normswap.core.norm_sites import BLOCK_SUBLAYERS, STACKS, NormSite, find_norms
 from hf_normswap.core.statistics import evaluating, statistic_norms
 from hf_normswap.modeling.base import Norm
-from hf_normswap.modeling.norm_sites import BLOCK_SUBLAYERS, STACKS, NormSite, find_norms, refuse_other_copy
+from hf_normswap.modeling.model_norms import refuse_other_copy
 from hf_normswap.modeling.replace import layer_norm_shares, set_layer_norm_share
 
 

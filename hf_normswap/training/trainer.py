@@ -23,8 +23,8 @@ from hf_normswap.core.statistics import (
 )
 from hf_normswap.diagnostics.tid import TidHistory, has_mean
 from hf_normswap.modeling.base import BatchStatisticNorm, Norm
+from hf_normswap.modeling.model_norms import refuse_other_copy
 from hf_normswap.modeling.moments import has_ranks
-from hf_normswap.modeling.norm_sites import refuse_other_copy
 from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.modeling.rbn import RegularizedBatchNorm
 from hf_normswap.reporting.card import add_tags, card_of_model, drop_local_base

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_normswap import find_norms, swap_norm
-from hf_normswap.modeling.norm_sites import where_names
+from hf_normswap.core.norm_sites import where_names
 from tests.helpers.models import FAMILIES, all_heads, tiny_model
 from tests.helpers.persistence import is_one_sentence
 from tests.helpers.sites import STANDS_FOR, full_model, layer_norms

@@ -1,0 +1,243 @@
+"""
+What can be done with the norms of each architecture of transformers, step by step, on tiny models.
+
+    PYTHONPATH=. python benchmarks/architectures.py --output results/architectures.json
+    PYTHONPATH=. python benchmarks/architectures.py --only vit t5 --steps find swap fold
+
+Each step starts from the stock model. A step either succeeds, or it is refused in one sentence, or it fails.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from hf_normswap import calibrate, export_onnx, find_norms, fold_norms, swap_norm
+from hf_normswap.modeling.base import BatchStatisticNorm
+from tests.helpers.architectures import Architecture, architectures, norm_modules
+
+
+NORMS = ("batchnorm", "rbn", "powernorm", "rmsnorm")
+
+
+@dataclass
+class Arguments:
+    only: list[str] | None = field(default=None, metadata={"help": "Architectures; all if not given."})
+    steps: list[str] | None = field(default=None, metadata={"help": "Steps; all if not given."})
+    output: str | None = field(default=None, metadata={"help": "Result file."})
+    debug: bool = field(default=False, metadata={"help": "Show the traceback of what fails."})
+
+
+def outputs_of(model, inputs: dict) -> list[torch.Tensor]:
+    """The tensors that a model returns, without its loss."""
+    with torch.no_grad():
+        output = model(**inputs, return_dict=True)
+    return [value for name, value in output.items() if isinstance(value, torch.Tensor) and name != "loss"]
+
+
+def find(architecture: Architecture) -> str:
+    """Finds the norms, counted by hand in the modelling file."""
+    model = architecture.model()
+    sites = find_norms(model)
+    if sites.obstacle:
+        raise AssertionError(sites.obstacle)
+    expected, found = norm_modules(model), {site.name for site in sites}
+    if sum(architecture.norms.values()) != len(expected):
+        raise AssertionError(f"{len(expected)} modules, {architecture.norms} in the modelling file")
+    rest = Counter(type(module).__name__ for name, module in expected.items() if name not in found)
+    if found - expected.keys():
+        raise AssertionError(f"found what is no norm: {sorted(found - expected.keys())}")
+    left = "".join(f"; {count} {name} left alone" for name, count in rest.items())
+    return f"{len(sites)} of {len(expected)} norms{left}"
+
+
+def swap(architecture: Architecture) -> str:
+    """Swaps all norms, for each of four norms, and trains one step."""
+    counts = []
+    for norm in NORMS:
+        model = swap_norm(architecture.model(), norm, where="all").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        loss = model(**architecture.inputs()).loss
+        loss.backward()
+        optimizer.step()
+        swapped = [site for site in find_norms(model) if site.kind == norm]
+        if not loss.isfinite() or not swapped:
+            raise AssertionError(f"{norm}: loss {loss.item()}, {len(swapped)} norms")
+        silent = [
+            site.name for site in swapped if isinstance(site.module, BatchStatisticNorm) and not site.module.records
+        ]
+        if silent:
+            raise AssertionError(f"{norm}: no statistics of {silent}")
+        counts.append(len(swapped))
+    return f"{counts[0]} norms"
+
+
+def pads(architecture: Architecture) -> str:
+    """What stands at pads changes neither the outputs at real tokens nor any statistic."""
+    if not architecture.takes_mask:
+        return "no mask"
+    inputs = architecture.inputs()
+    other, is_pad = dict(inputs), inputs["attention_mask"] == 0
+    other["input_ids"] = torch.where(is_pad, 7 + 0 * inputs["input_ids"], inputs["input_ids"])
+    model = architecture.model()
+    part = model.get_encoder() if model.config.is_encoder_decoder else getattr(model, "text_model", model.base_model)
+    names = ("input_ids", "attention_mask")
+    hidden = [outputs_of(part, {name: batch[name] for name in names})[0][~is_pad] for batch in (inputs, other)]
+    if not torch.allclose(*hidden, atol=1e-5):
+        return "the model's own layers read pads"
+    states = []
+    for batch in (inputs, other):
+        model = swap_norm(architecture.model(), "batchnorm", where="all").train()
+        model(**batch)
+        states.append({name: value for name, value in model.named_buffers() if "running" in name})
+    for name, value in states[0].items():
+        if not torch.allclose(value, states[1][name], atol=1e-6):
+            raise AssertionError(f"{name} depends on pads")
+    return f"{len(states[0])} statistics"
+
+
+def dtypes(architecture: Architecture) -> str:
+    """Statistics are float32 in models of 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = swap_norm(architecture.model(), "batchnorm", where="all").to(dtype)
+        kinds = {value.dtype for name, value in model.named_buffers() if "running" in name}
+        if kinds != {torch.float32}:
+            raise AssertionError(f"{dtype}: {kinds}")
+    inputs = {
+        name: value.to(torch.bfloat16) if is_float(value) else value for name, value in architecture.inputs().items()
+    }
+    model = swap_norm(architecture.model(), "batchnorm", where="all").to(torch.bfloat16).train()
+    if not model(**inputs).loss.isfinite():
+        raise AssertionError("the loss is not finite in bfloat16")
+    return "float32"
+
+
+def is_float(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def save(architecture: Architecture) -> str:
+    """Saves a swapped model, and loads it in a fresh process with the Auto class: equal bits."""
+    model = swap_norm(architecture.model(), "batchnorm", where="all").train()
+    model(**architecture.inputs())
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        torch.save((architecture.inputs(), outputs_of(model, architecture.inputs())), f"{folder}/expected.pt")
+        code = LOAD.format(auto=architecture.auto, folder=folder)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+        if run.returncode:
+            raise AssertionError(run.stderr.strip().splitlines()[-1])
+    return "equal bits"
+
+
+LOAD = """
+import torch, transformers, hf_normswap
+from benchmarks.architectures import outputs_of
+inputs, expected = torch.load("{folder}/expected.pt", weights_only=False)
+model = transformers.{auto}.from_pretrained("{folder}").eval()
+assert type(model).__name__.startswith("NormSwap"), type(model)
+found = outputs_of(model, inputs)
+assert len(found) == len(expected) and all(map(torch.equal, found, expected)), "other outputs"
+"""
+
+
+def batches_of(architecture: Architecture) -> list[dict]:
+    batches = [architecture.inputs(seed) for seed in range(8)]
+    return [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in batches]
+
+
+def converted(architecture: Architecture):
+    model = swap_norm(architecture.model(), "batchnorm", where="all")
+    return model, calibrate(model, batches_of(architecture))
+
+
+def calibrated(architecture: Architecture) -> str:
+    """Calibrates all norms."""
+    model, report = converted(architecture)
+    if not all(value.isfinite().all() for value in outputs_of(model, architecture.inputs())):
+        raise AssertionError("outputs are not finite")
+    return f"{len(report)} norms, median R² {sorted(fit.r2 for fit in report)[len(report) // 2]:.2f}"
+
+
+def fold(architecture: Architecture) -> str:
+    """Folds the calibrated norms."""
+    model, _ = converted(architecture)
+    before = outputs_of(copy.deepcopy(model).double(), architecture.inputs())
+    report = fold_norms(model, untie=True)
+    after = outputs_of(model, architecture.inputs())
+    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(after, before, strict=True))
+    if not error <= 1e-5:
+        raise AssertionError(f"error {error:.1e}")
+    return f"{len(report.folded)} folded, {len(report.kept)} kept, error {error:.0e}"
+
+
+def onnx(architecture: Architecture) -> str:
+    """Exports the folded model to ONNX and runs it in ONNX Runtime."""
+    model, _ = converted(architecture)
+    fold_norms(model, untie=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_onnx(model, f"{folder}/onnx")
+    return f"{report.norm_nodes} nodes of norms, error {report.error:.0e}"
+
+
+STEPS = {
+    "find": find,
+    "swap": swap,
+    "pads": pads,
+    "dtypes": dtypes,
+    "save": save,
+    "calibrate": calibrated,
+    "fold": fold,
+    "onnx": onnx,
+}
+
+
+def run_step(step, architecture: Architecture, debug: bool) -> tuple[str, str]:
+    """`"done"`, `"refused"` or `"failed"`, and what there is to say."""
+    torch.manual_seed(0)
+    try:
+        return "done", step(architecture)
+    except ValueError as error:
+        if debug:
+            traceback.print_exc()
+        return "refused", str(error)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {error}"[:300]
+
+
+def main(argv=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    results, counts = {}, Counter()
+    for architecture in architectures():
+        if args.only and architecture.name not in args.only:
+            continue
+        for name in args.steps or STEPS:
+            outcome, text = run_step(STEPS[name], architecture, args.debug)
+            results.setdefault(architecture.name, {})[name] = {"outcome": outcome, "text": text}
+            counts[outcome] += 1
+            print(f"{architecture.name:22}{name:10}{outcome:9}{text}", flush=True)
+    print(dict(counts))
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

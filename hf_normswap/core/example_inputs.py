@@ -1,0 +1,69 @@
+"""Random inputs for any model of transformers, made from its configuration and the signature of its forward."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+
+ROWS, LENGTH, AUDIO_SAMPLES = 2, 8, 4000
+
+
+def example_inputs(
+    model: PreTrainedModel, forward: Callable | None = None, *, rows: int = ROWS, length: int = LENGTH, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of a forward of `model`, on the CPU, in float32 where they are no token ids.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): of text, images or sound, or of several of them.
+        forward (callable, *optional*): the function that reads them; that of the model if not given.
+        rows (`int`, *optional*, defaults to 2): batch size.
+        length (`int`, *optional*, defaults to 8): tokens of a text.
+        seed (`int`, *optional*, defaults to 0): of the random values.
+
+    Raises:
+        ValueError: when the model takes none of these inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    taken = inspect.signature(forward or model.forward).parameters
+    config, inputs = model.config, {}
+    main = getattr(model, "main_input_name", "input_ids")
+    if "input_ids" in taken and main in ("input_ids", "pixel_values"):
+        text = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
+        inputs["input_ids"] = torch.randint(_vocabulary(text), (rows, length), generator=generator)
+        if "attention_mask" in taken:
+            inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+    if "pixel_values" in taken and (main == "pixel_values" or hasattr(config, "vision_config")):
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None) or 64
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(vision, "num_channels", 3)
+        inputs["pixel_values"] = torch.randn(rows, channels, height, width, generator=generator)
+    if main == "input_features":
+        bins = getattr(config, "num_mel_bins", 80)
+        frames = 2 * getattr(config, "max_source_positions", 100)
+        inputs["input_features"] = torch.randn(rows, bins, frames, generator=generator)
+    if main == "input_values":
+        inputs["input_values"] = torch.randn(rows, AUDIO_SAMPLES, generator=generator)
+    if not inputs:
+        raise ValueError(f"A {type(model).__name__} reads {main}, which is neither text nor images nor sound.")
+    if "decoder_input_ids" in taken:
+        vocabulary = getattr(config, "decoder_vocab_size", None) or _vocabulary(config.get_text_config(decoder=True))
+        inputs["decoder_input_ids"] = torch.randint(vocabulary, (rows, length), generator=generator)
+    if "MultipleChoice" in type(model).__name__:
+        inputs = {name: values[:, None] for name, values in inputs.items()}
+    return inputs
+
+
+def example_source(model: PreTrainedModel, forward: Callable | None = None) -> dict[str, torch.Tensor]:
+    """What a decoder by itself attends to: the states of an encoder; nothing for a model that takes none."""
+    taken = inspect.signature(forward or model.forward).parameters
+    if "encoder_hidden_states" not in taken or model.config.is_encoder_decoder and "decoder_input_ids" in taken:
+        return {}
+    width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
+    return {"encoder_hidden_states": torch.randn(ROWS, LENGTH, width, generator=torch.Generator().manual_seed(0))}
+
+
+def _vocabulary(config) -> int:
+    return config.vocab_size
