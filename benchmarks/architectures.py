@@ -24,6 +24,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from hf_normswap import calibrate, export_onnx, find_norms, fold_norms, swap_norm
+from hf_normswap.core.residual_stream import is_result
 from hf_normswap.modeling.base import BatchStatisticNorm
 from tests.helpers.architectures import Architecture, architectures, norm_modules
 
@@ -40,10 +41,11 @@ class Arguments:
 
 
 def outputs_of(model, inputs: dict) -> list[torch.Tensor]:
-    """The tensors that a model returns, without its loss."""
+    """The tensors that a model is for, without its loss."""
+    inputs = {name: value.to(model.dtype) if is_float(value) else value for name, value in inputs.items()}
     with torch.no_grad():
         output = model(**inputs, return_dict=True)
-    return [value for name, value in output.items() if isinstance(value, torch.Tensor) and name != "loss"]
+    return [value for name, value in output.items() if is_float(value) and is_result(name) and name != "loss"]
 
 
 def find(architecture: Architecture) -> str:
@@ -174,7 +176,10 @@ def calibrated(architecture: Architecture) -> str:
 def fold(architecture: Architecture) -> str:
     """Folds the calibrated norms."""
     model, _ = converted(architecture)
-    before = outputs_of(copy.deepcopy(model).double(), architecture.inputs())
+    exact = copy.deepcopy(model)
+    # Products over groups of experts know no float64.
+    exact = exact if architecture.name == "mixtral" else exact.double()
+    before = outputs_of(exact, architecture.inputs())
     report = fold_norms(model, untie=True)
     after = outputs_of(model, architecture.inputs())
     error = max(((a - b).norm() / b.norm()).item() for a, b in zip(after, before, strict=True))

@@ -103,7 +103,9 @@ class Conversion:
             return torch.where(usable, (layer_norm(t) - shift) / torch.where(usable, gain, 1), t)
 
         pairs = zip(self.student.inputs(name), self._pairs(site.name))
-        change = self._change(name, ((inputs, wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs))
+        # A layer may get its tokens in one row, where the norm behind it has them row by row.
+        tokens = ((_like(inputs, x), wanted(t) - x, mask) for (inputs, _), (x, t, mask) in pairs)
+        change = self._change(name, tokens)
         self.student.add(site.name, (change(inputs) for inputs, _ in self.student.inputs(name)))
 
     def _change(self, name: str, tokens: Iterable) -> Callable:
@@ -193,6 +195,11 @@ def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:
 def _check_finite(name: str, *values: torch.Tensor) -> None:
     if not all(value.isfinite().all() for value in values):
         raise ValueError(f"The activations that reach {name} are not finite: check the data, and the model's dtype.")
+
+
+def _like(inputs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`inputs` with the tokens in the shape that those of `x` have."""
+    return inputs.reshape(*x.shape[:-1], inputs.shape[-1])
 
 
 def _select(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

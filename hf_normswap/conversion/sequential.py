@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -92,6 +93,12 @@ class _OnDisk:
         return values.view(self.shape)
 
 
+class _Value(NamedTuple):
+    """What is no tensor, in a tree of tensors."""
+
+    value: object
+
+
 class _Reached(Exception):
     """Ends a forward at the last module that is visited in it."""
 
@@ -119,6 +126,7 @@ class SequentialRunner:
         self._group = {name: group for group in order for name in group}
         self._count: Counter = Counter()  # inputs that are kept, of a group and of the block that is running
         self._first = None  # what is visited first in the block, if there is one
+        self._calls: dict = {}  # what else a block is called with, by block and input
         self._mask, self._others = None, []  # of the block call that is running
 
     def __iter__(self) -> Iterator[str]:
@@ -126,7 +134,7 @@ class SequentialRunner:
         for block, groups in itertools.groupby(self.order, key=lambda group: self._block_of(group[0])):
             groups = list(groups)
             if block and (previous is None or not self._follows(previous, block)):
-                self._capture_block_inputs(block)
+                self._capture_calls(block)
             previous = block
             if block and not self.changes:
                 self._capture_inputs(groups, block)
@@ -154,7 +162,7 @@ class SequentialRunner:
         is_block_input = self._group[name] == self._first
         for index, change in enumerate(changes):
             values, mask = self.store[id(self), self._group[name], index]
-            values = values + change.to(values)
+            values = values + change.to(values).view_as(values)
             self.store[id(self), self._group[name], index] = values, mask
             if is_block_input:
                 self.store[id(self), "hidden", index] = values
@@ -165,8 +173,13 @@ class SequentialRunner:
 
     def _follows(self, previous: str, block: str) -> bool:
         """Whether a block reads what the previous one returns: none between them was left out, nor a stack ended."""
-        is_next = self._blocks.index(block) == self._blocks.index(previous) + 1
-        return is_next and block.rpartition(".")[0] == previous.rpartition(".")[0]
+        return block in self._row_of(previous)[1:2] and (block, 0) in self._calls
+
+    def _row_of(self, block: str) -> list[str]:
+        """A block, and those behind it in the same list of modules."""
+        rest = self._blocks[self._blocks.index(block) :]
+        parent = block.rpartition(".")[0]
+        return list(itertools.takewhile(lambda other: other.rpartition(".")[0] == parent, rest))
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
@@ -186,14 +199,68 @@ class SequentialRunner:
         else:
             self._reach(names, functools.partial(self._run_block, block), self._count["hidden"], capture, once=True)
 
-    def _capture_block_inputs(self, block: str) -> None:
+    def _capture_calls(self, block: str) -> None:
+        """Keep the inputs of a block, and what this one and those behind it are called with besides.
+
+        That may differ from block to block, as the masks of models with windows do. A block that reads something else
+        than what the one before it returned is left out here, and gets its turn when it is reached.
+        """
+        row = self._row_of(block)
+        kept: list[torch.Tensor] = []  # tensors of the running batch: most are the same for all blocks
+        returned: dict = {}
+
         def capture(name, index, args, kwargs):
             hidden, *args = args or (kwargs.pop("hidden_states"),)
-            self.store[id(self), "call", self._count["hidden"]] = args, kwargs, current_mask(hidden)
-            self._add("hidden", hidden)
+            if name == block:
+                kept.clear()
+                returned.clear()
+                self._add("hidden", hidden)
+            elif returned.get("block") != row[row.index(name) - 1] or returned["states"] is not hidden:
+                return
+            call = self._count["hidden"] - 1
+            self._calls[name, call] = (
+                self._keep_shared((args, kwargs), call, kept),
+                fit_mask(current_mask(hidden), hidden),
+            )
+
+        def note(module, args, output, name):
+            returned.update(block=name, states=output[0] if isinstance(output, tuple) else output)
 
         self._count["hidden"] = 0
-        self._reach([block], self._run_model, len(self.batches), capture, self._once)
+        self._calls.clear()
+        names = row if self._once else [block]
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(functools.partial(note, name=name)) for name in names
+        ]
+        try:
+            self._reach(names, self._run_model, len(self.batches), capture, self._once)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep_shared(self, tree, index: int, kept: list) -> tuple:
+        """A tree of which the tensors are in the store, each of them once."""
+        leaves, spec = pytree.tree_flatten(tree)
+        places = []
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                places.append(_Value(leaf))
+                continue
+            place = next((place for place, other in enumerate(kept) if other is leaf), None)
+            if place is None:
+                place = len(kept)
+                kept.append(leaf)
+                self.store[id(self), "shared", index, place] = leaf
+            places.append(place)
+        return places, spec
+
+    def _load_shared(self, shared: tuple, index: int):
+        places, spec = shared
+        leaves = [
+            place.value if isinstance(place, _Value) else self.store[id(self), "shared", index, place]
+            for place in places
+        ]
+        return pytree.tree_unflatten(leaves, spec)
 
     def _capture_block_outputs(self, block: str) -> None:
         for index in range(self._count["hidden"]):
@@ -243,8 +310,9 @@ class SequentialRunner:
         run_model(self.model, self.batches[index])
 
     def _run_block(self, block: str, index: int):
-        kept = self.store[id(self), "hidden", index], *self.store[id(self), "call", index]
-        hidden, args, kwargs, self._mask = send_to_device(kept, self.device)
+        shared, mask = self._calls[block, index]
+        kept = self.store[id(self), "hidden", index], self._load_shared(shared, index), mask
+        hidden, (args, kwargs), self._mask = send_to_device(kept, self.device)
         self._others = pytree.tree_leaves((args, kwargs))  # such as the encoder's output
         return self.model.get_submodule(block)(hidden, *args, **kwargs)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import read_mask
 
+from .example_inputs import text_config
 from .model_state import device_of, is_composite, unwrap
 
 
@@ -280,7 +281,7 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         )
     if ids.is_floating_point():
         raise ValueError(f"input_ids is {ids.dtype}: token ids are whole numbers, and embeddings go to inputs_embeds.")
-    size = model.config.get_text_config(encoder=True).vocab_size
+    size = text_config(model).vocab_size
     if ids.numel() and not 0 <= ids.min() <= ids.max() < size:
         raise ValueError(
             f"input_ids go from {ids.min()} to {ids.max()}, and the model has {size} tokens: use the tokenizer of the "

@@ -30,8 +30,7 @@ def example_inputs(
     config, inputs = model.config, {}
     main = getattr(model, "main_input_name", "input_ids")
     if "input_ids" in taken and main in ("input_ids", "pixel_values"):
-        text = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
-        inputs["input_ids"] = torch.randint(_vocabulary(text), (rows, length), generator=generator)
+        inputs["input_ids"] = torch.randint(text_config(model).vocab_size, (rows, length), generator=generator)
         if "attention_mask" in taken:
             inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     if "pixel_values" in taken and (main == "pixel_values" or hasattr(config, "vision_config")):
@@ -49,7 +48,7 @@ def example_inputs(
     if not inputs:
         raise ValueError(f"A {type(model).__name__} reads {main}, which is neither text nor images nor sound.")
     if "decoder_input_ids" in taken:
-        vocabulary = getattr(config, "decoder_vocab_size", None) or _vocabulary(config.get_text_config(decoder=True))
+        vocabulary = getattr(config, "decoder_vocab_size", None) or config.get_text_config(decoder=True).vocab_size
         inputs["decoder_input_ids"] = torch.randint(vocabulary, (rows, length), generator=generator)
     if "MultipleChoice" in type(model).__name__:
         inputs = {name: values[:, None] for name, values in inputs.items()}
@@ -65,5 +64,7 @@ def example_source(model: PreTrainedModel, forward: Callable | None = None) -> d
     return {"encoder_hidden_states": torch.randn(ROWS, LENGTH, width, generator=torch.Generator().manual_seed(0))}
 
 
-def _vocabulary(config) -> int:
-    return config.vocab_size
+def text_config(model: PreTrainedModel):
+    """The configuration of the part of a model that reads `input_ids`."""
+    config = model.config
+    return config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()

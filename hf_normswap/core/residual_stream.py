@@ -1,5 +1,6 @@
 """Which layers read what a norm returns, and which add to the residual stream: read off the graph of the forward."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -126,12 +127,41 @@ class ResidualStream:
         names = [node.name for node in self.graph.nodes if node.op == LINEAR and node.name.startswith(f"{block}.")]
         return list(dict.fromkeys(_place(name) for name in names))
 
+    def sites_of_linears(self, sites: list[NormSite]) -> dict[str, NormSite]:
+        """For each linear layer of the blocks, by name, the norm of the sublayer that it belongs to."""
+        inside = [site for site in sites if site.block and self.is_reached(site)]
+        found = {}
+        for node in self.graph.nodes:
+            if node.op != LINEAR:
+                continue
+            block = [site for site in inside if node.name.startswith(f"{site.block}.")]
+            pre = [
+                site for site in block if site.placement == "pre" and self.graph.depends(node.index, self.order(site))
+            ]
+            total = next((each for each in self.sums if self.graph.depends(each.branch, node.index)), None)
+            others = (
+                []
+                if total is None
+                else [site for site in block if total in (self.sum_before(site), self._sum_after(site))]
+            )
+            if site := max(pre, key=self.order, default=next(iter(others), None)):
+                found[_place(node.name)] = site
+        return found
+
+    def _sum_after(self, site: NormSite) -> ResidualSum | None:
+        """The residual sum around the sublayer that reads a pre-norm."""
+        read = self._read_by(site)
+        return next((each for each in self.sums if each.skip == read), None) if site.placement == "pre" else None
+
     def feeder(self, site: NormSite) -> str | None:
         """The linear layer whose output comes to a norm, alone or as the last one in a residual sum."""
         if not self.is_reached(site):
             return None
         total = self.sum_before(site)
         writing = self.writers_before(site) if total is None else self.writers(total)
+        given = self.graph.nodes[self._norms[site.name].inputs[0]]
+        if math.prod(given.shape[:-1]) != math.prod(self.graph.nodes[self._read_by(site)].shape[:-1]):
+            return None  # it reads a part of the tokens
         return writing.linears[-1] if writing.linears and writing.obstacle is None else None
 
     def _read_by(self, site: NormSite) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_normswap.conversion.sequential import run_model
 from hf_normswap.core.model_state import check_whole, unwrap
 from hf_normswap.core.norm_sites import find_norms, format_table
-from hf_normswap.core.residual_stream import sublayer_of
+from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.core.statistics import evaluating, norm_penalty, observing, statistic_norms
 
 
@@ -103,12 +103,8 @@ def _groups(model) -> dict[str, tuple]:
     """`(stack, layer, group)` of every parameter by its name."""
     groups = {}
     sites = find_norms(model)
-    linears = {}
-    for site in sites:
-        if site.block:
-            sublayer = sublayer_of(model, site)
-            for name in (*sublayer.readers, *sublayer.source_readers, sublayer.writer):
-                linears[name] = site.stack, site.layer, site.sublayer
+    owners = ResidualStream(model).sites_of_linears(sites)
+    linears = {name: (site.stack, site.layer, site.sublayer) for name, site in owners.items()}
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             site = next((site for site in sites if site.name == module_name), None)

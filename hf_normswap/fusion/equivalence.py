@@ -43,7 +43,9 @@ def apply_if_equivalent(model: PreTrainedModel, change: Callable[[PreTrainedMode
 def example_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     """Eight batches of one row of random inputs; of a text, every other one is shorter and has padding."""
     # RoBERTa counts positions from 2.
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 34
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions")
+    positions = min([value for name in names if (value := getattr(config, name, None))], default=34)
     longest = min(32, positions - 2)
     batches = []
     for index, (length, pads) in enumerate(4 * [(longest, 0), (max(longest - 1, 1), longest // 4)]):

@@ -228,7 +228,7 @@ class _Plan:
             scale = gain * scale
             as_it_is = self._reason_for_x(site, sites[index + 1 :], following)
             reason, tables = as_it_is or self._misfit(scale), self._tables(site)
-            reason = reason or self._reason_for_shift(site, shift)
+            reason = reason or self._reason_for_shift(site)
             if reason or tables:
                 new = torch.ones_like(scale) if as_it_is else self._centre(following)
                 if tables:
@@ -255,13 +255,13 @@ class _Plan:
             return self._obstacle(self.stream.readers(rest[-1]))
         return "the LayerNorm after the next sublayer stays" if following[0] is None else None
 
-    def _reason_for_shift(self, site: NormSite, shift: torch.Tensor) -> str | None:
-        """Why a shift cannot be added to the stream in front of a norm."""
+    def _reason_for_shift(self, site: NormSite) -> str | None:
+        """Why nothing can be added to the stream in front of a norm."""
         total = self.stream.sum_before(site)
-        writing = self.stream.writers_before(site) if total is None else self.stream.writers(total)
-        if (shift == 0).all() or writing.tables or (writing.linears and not writing.obstacle):
-            return None
-        return writing.obstacle or "no linear layer writes to it"
+        if total is None:
+            return None if self._table_of_shift(site) else "the embeddings in front of it are needed as they are"
+        writing = self.stream.writers(total)
+        return writing.obstacle or (None if writing.linears else "no linear layer writes to it")
 
     def _is_optional(self, site: NormSite) -> bool:
         """Whether the sublayer runs only where the decoder is given the output of an encoder."""
@@ -312,15 +312,28 @@ class _Plan:
 
     def _tables(self, site: NormSite) -> list[str]:
         """The embedding tables in front of a norm, if there are some and nothing else needs them as they are."""
+        tables = self._plain_tables(site)
+        return tables if not self.tied and len(tables) == len(self.stream.writers_before(site).tables) else []
+
+    def _plain_tables(self, site: NormSite) -> list[str]:
+        """The embedding tables in front of a norm that do no more than look up, and have their weights alone."""
         writing = self.stream.writers_before(site)
-        if site.sublayer != "embedding" or self.tied or writing.obstacle or writing.linears:
+        if site.sublayer != "embedding" or writing.obstacle or writing.linears:
             return []
-        tables = [self.model.get_submodule(name) for name in writing.tables]
-        return (
-            list(writing.tables)
-            if all(type(table) is nn.Embedding and not has_hooks(table) for table in tables)
-            else []
-        )
+        shared = self.model.get_output_embeddings()
+        modules = {name: self.model.get_submodule(name) for name in writing.tables}
+        return [
+            name
+            for name, table in modules.items()
+            if type(table) is nn.Embedding
+            and not has_hooks(table)
+            and not (self.tied and shared is not None and table.weight is shared.weight)
+        ]
+
+    def _table_of_shift(self, site: NormSite) -> str | None:
+        """The smallest table in front of a norm: each token reads one of its rows."""
+        names = self._plain_tables(site)
+        return min(names, key=lambda name: self.model.get_submodule(name).num_embeddings, default=None)
 
     def _scale_tables(self, names: list[str], gain: torch.Tensor) -> None:
         for name in names:
@@ -331,8 +344,7 @@ class _Plan:
         total = self.stream.sum_before(site)
         if total is not None:
             return self._add_bias(self.stream.writers(total).linears[-1], shift)
-        names = self.stream.writers_before(site).tables
-        name = min(names, key=lambda name: self.model.get_submodule(name).num_embeddings)
+        name = self._table_of_shift(site)
         table = self.model.get_submodule(name).weight.to("cpu", torch.float64)
         self.weights[name] = self.weights.get(name, table) + shift
 

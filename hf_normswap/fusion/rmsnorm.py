@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from hf_normswap.core.model_state import PLAIN, check_whole, obstacle_of_linear, refuse_training
 from hf_normswap.core.norm_sites import find_norms
-from hf_normswap.core.residual_stream import find_tied_head, sublayer_of
+from hf_normswap.core.residual_stream import ResidualStream, find_tied_head
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import family_of
 from hf_normswap.modeling.norms import NormSwapConfig
@@ -68,7 +68,8 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
 
 def _writers(model: PreTrainedModel) -> list[str]:
     """The linear layers that write to the residual stream."""
-    return list(dict.fromkeys(sublayer_of(model, site).writer for site in find_norms(model) if site.block))
+    stream = ResidualStream(model)
+    return list(dict.fromkeys(name for total in stream.sums for name in stream.writers(total).linears))
 
 
 def _convert(model: PreTrainedModel) -> None:
