@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.model_state import check_whole, refuse_training
 from hf_normswap.core.norm_sites import NormSite, find_norms, format_table
-from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.core.statistics import observing
 from hf_normswap.modeling.backends import promote
 from hf_normswap.modeling.base import BatchStatisticNorm
@@ -167,9 +166,19 @@ def linears_of_blocks(model) -> dict[str, nn.Module]:
 
 def places_of_linears(model) -> dict[str, nn.Module]:
     """What stands where the blocks have their linear layers, by name: these, or what an adapter has put there."""
-    stream = ResidualStream(model)
-    names = [name for block in blocks_of_norms(model) for name in stream.linears_in(block)]
-    return {name: model.get_submodule(name) for name in names}
+    places: dict[str, nn.Module] = {}
+    for block in blocks_of_norms(model):
+        for name, module in model.get_submodule(block).named_modules():
+            is_inside = any(f"{block}.{name}".startswith(f"{place}.") for place in places)
+            # In place of a layer there may be an adapter, or one with quantized weights.
+            is_linear = hasattr(module, "in_features") or _is_matrix(getattr(module, "weight", None))
+            if is_linear and not is_inside and not isinstance(module, nn.Embedding):
+                places[f"{block}.{name}"] = module
+    return places
+
+
+def _is_matrix(weight) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
 def blocks_of_norms(model) -> list[str]:

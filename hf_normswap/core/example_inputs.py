@@ -55,13 +55,15 @@ def example_inputs(
     return inputs
 
 
-def example_source(model: PreTrainedModel, forward: Callable | None = None) -> dict[str, torch.Tensor]:
+def example_source(
+    model: PreTrainedModel, forward: Callable | None = None, rows: int = ROWS
+) -> dict[str, torch.Tensor]:
     """What a decoder by itself attends to: the states of an encoder; nothing for a model that takes none."""
     taken = inspect.signature(forward or model.forward).parameters
     if "encoder_hidden_states" not in taken or model.config.is_encoder_decoder and "decoder_input_ids" in taken:
         return {}
     width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
-    return {"encoder_hidden_states": torch.randn(ROWS, LENGTH, width, generator=torch.Generator().manual_seed(0))}
+    return {"encoder_hidden_states": torch.randn(rows, LENGTH, width, generator=torch.Generator().manual_seed(0))}
 
 
 def text_config(model: PreTrainedModel):

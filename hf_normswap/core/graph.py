@@ -26,6 +26,8 @@ PASSED = frozenset(
 )
 # Layers that multiply by a weight. Nothing else makes new channels of those that it reads.
 ATTENTION = "_scaled_dot_product"
+# They read the shape of a tensor, and nothing of what is in it.
+SHAPE_ALONE = frozenset("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like".split())
 _GROUPED = "_grouped_mm"
 LINEAR, CONVOLUTION, EMBEDDING, NORM = "linear", "convolution", "embedding", "norm"
 WEIGHTED = frozenset({LINEAR, CONVOLUTION, "mm", "addmm", _GROUPED})
@@ -293,7 +295,7 @@ class _Recorder(TorchDispatchMode):
                     self.graph.outputs[f"{name}.{index}" if index else name] = self._made[id(leaf)]
 
     def _record(self, op, args, kwargs, output, name=None) -> None:
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs)) if op not in SHAPE_ALONE else ()
         sources = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         inputs = tuple(index for leaf in sources if (index := self._node_of(leaf)) is not None)
         for leaf in pytree.tree_leaves(output):

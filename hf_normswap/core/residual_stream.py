@@ -122,11 +122,6 @@ class ResidualStream:
             next(iter(obstacles), None),
         )
 
-    def linears_in(self, block: str) -> list[str]:
-        """The places of linear layers in a block that its forward calls, by name; an adapter counts as one."""
-        names = [node.name for node in self.graph.nodes if node.op == LINEAR and node.name.startswith(f"{block}.")]
-        return list(dict.fromkeys(_place(name) for name in names))
-
     def sites_of_linears(self, sites: list[NormSite]) -> dict[str, NormSite]:
         """For each linear layer of the blocks, by name, the norm of the sublayer that it belongs to."""
         inside = [site for site in sites if site.block and self.is_reached(site)]
@@ -184,8 +179,11 @@ class ResidualStream:
         return Reading(tuple(dict.fromkeys(linears)), tuple(sums), obstacle)
 
     def _is_returned(self, value: int) -> bool:
-        passed = self.graph.passed(value)
-        return any(index in passed for name, index in self.graph.outputs.items() if is_result(name))
+        passed, outputs = self.graph.passed(value), self.graph.outputs
+        names = [name for name in outputs if is_result(name)]
+        if "last_hidden_state" in outputs:  # a model without head, which hands on the states of its encoder, too
+            names.append("encoder_last_hidden_state")
+        return any(outputs.get(name) in passed for name in names)
 
     def _is_dead(self, node: Node) -> bool:
         """Whether nothing that the model returns depends on a node."""

@@ -51,7 +51,7 @@ def example_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     for index, (length, pads) in enumerate(4 * [(longest, 0), (max(longest - 1, 1), longest // 4)]):
         batch = example_inputs(model, rows=1, length=length, seed=index)
         if not model.config.is_encoder_decoder:
-            batch |= example_source(model) if getattr(model.config, "add_cross_attention", False) else {}
+            batch |= example_source(model, rows=1) if getattr(model.config, "add_cross_attention", False) else {}
         if pads and "attention_mask" in batch:
             batch["attention_mask"][..., -pads:] = 0
         batches.append({name: _like(model, values) for name, values in batch.items()})

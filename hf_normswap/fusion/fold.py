@@ -400,7 +400,10 @@ def _check_norms(model: PreTrainedModel) -> None:
         if not isinstance(norm, Norm):
             continue
         if name not in sites:
-            raise ValueError(f"The norm {name} is inside of an adapter: merge it into the model, or remove it, first.")
+            raise ValueError(
+                f"The forward does not call the norm {name}, as one of an adapter that is out of use: merge the "
+                "adapter into the model, or remove it, first."
+            )
         if norm.affine_map() is None:
             raise ValueError(
                 f"{name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: fold "

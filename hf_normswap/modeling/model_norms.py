@@ -50,11 +50,13 @@ def read_norm(module: nn.Module) -> StockNorm | None:
     The module is tried, not its name: a copy with random gains runs on random tokens. Modules of one class with the
     same settings are tried once.
     """
-    if isinstance(module, Norm):
-        return None
     width = norm_width(module)
-    if width is None:
+    if width is None or isinstance(module, Norm):
         return None
+    if type(module).forward in _OF_PYTORCH:
+        kind = _OF_PYTORCH[type(module).forward]
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return StockNorm(kind, eps, has_shift=getattr(module, "bias", None) is not None)
     key = (type(module), width, tuple(module._parameters), module.bias is None if hasattr(module, "bias") else None)
     key += tuple((name, value) for name, value in vars(module).items() if isinstance(value, float | int | str | bool))
     if key not in _READ:
@@ -62,6 +64,8 @@ def read_norm(module: nn.Module) -> StockNorm | None:
     return _READ[key]
 
 
+# Their weights may be computed, by pruning or a parametrization.
+_OF_PYTORCH = {nn.LayerNorm.forward: "layernorm", nn.RMSNorm.forward: "rmsnorm"}
 _READ: dict[tuple, StockNorm | None] = {}
 
 
@@ -69,6 +73,8 @@ def norm_width(module: nn.Module) -> int | None:
     """Number of channels of a norm, or of a module that may be one by its parameters; `None` of any other module."""
     if isinstance(module, Norm):
         return module.num_features
+    if type(module).forward in _OF_PYTORCH:
+        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else None
     if module._modules or not ("norm" in type(module).__name__.lower() or "weight" in module._parameters):
         return None
     if not module._parameters.keys() <= {"weight", "bias"} or module._buffers:

@@ -43,11 +43,13 @@ class TokenMask(NamedTuple):
         real (`torch.Tensor` of shape `(B, T)`, *optional*): True at real tokens; `None` when all are.
         has_past (`bool`): whether columns for the tokens of a cache may stand in front.
         is_binding (`bool`): whether it comes from [`padding_mask`]: it must fit, and no other mask replaces it.
+        recording (`PreTrainedModel`, *optional*): a model that makes its tokens of the samples that `real` is for.
     """
 
     real: torch.Tensor | None
     has_past: bool = False
     is_binding: bool = False
+    recording: PreTrainedModel | None = None
 
 
 NO_PADDING = TokenMask(None)
@@ -147,6 +149,8 @@ def find_mask(x: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
     real = _fit_to(tokens, x.shape[:-1])
     if real is not None:
         return True, real.to(x.device)
+    if x.dim() == 2 and len(x) == len(tokens.real):  # one vector for each row of the batch, which all count
+        return True, None
     if tokens.is_binding and x.dim() in (3, 4):
         raise ValueError(
             f"The mask of padding_mask has shape {tuple(tokens.real.shape)} and a norm inside it gets tokens of "
@@ -172,7 +176,7 @@ def watch_masks(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel) or _watcher_of(module) is not None:
             continue
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        if "attention_mask" in names or "decoder_attention_mask" in names:
+        if {"attention_mask", "decoder_attention_mask"} & set(names) or not _reads_text(module):
             module.register_forward_pre_hook(_Watcher(names), with_kwargs=True)
             module.register_forward_hook(_leave_model, with_kwargs=True, always_call=True)
 
@@ -234,12 +238,16 @@ class _Watcher:
         mask, shape = given.get("attention_mask"), _token_shape(given)
         if _settles(outer, mask):
             return _Stack(outer.tokens, mask)
+        if not _reads_text(model):  # its tokens are others than those of the model around it
+            makes_mask = mask is not None and hasattr(model, "_get_feature_vector_attention_mask")
+            return _Stack(TokenMask(mask, recording=model) if makes_mask else NO_PADDING, mask)
         # What a model computes for its decoder may count the last label as an input, and a mask of who sees whom tells
         # less about padding than that of the model around it.
         inherited = _inherit(outer.tokens, shape)
         if inherited is not None and (is_decoder or not _is_of_tokens(mask)):
             return _Stack(inherited, mask)
-        tokens = NO_PADDING if mask is None else read_mask(mask, shape)
+        has_past = given.get("past_key_values") is not None
+        tokens = NO_PADDING if mask is None else read_mask(mask, shape, has_past)
         if tokens is not None and not _is_of_tokens(mask):
             self._search_padding(model, given.get("input_ids"), tokens)
         return _Stack(tokens, mask)
@@ -266,6 +274,16 @@ class _Watcher:
                 "attention_mask, or wrap the call in `with hf_normswap.padding_mask(mask):`, where padding_mask(None) "
                 "says that there is no padding."
             )
+
+
+def _reads_text(model: PreTrainedModel) -> bool:
+    """Whether a model reads token ids, or states; not one of images or sound alone, as a tower of CLIP is."""
+    names = inspect.signature(type(model).forward).parameters.keys()
+    return bool(names & {"input_ids", "inputs_embeds"}) or not names & {
+        "pixel_values",
+        "input_features",
+        "input_values",
+    }
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -346,10 +364,13 @@ def _flatten_choices(mask: torch.Tensor) -> torch.Tensor:
     return mask.reshape(-1, mask.shape[-1]).bool()  # (B, choices, T) of multiple choice is flattened by the model
 
 
-def read_mask(mask, shape: tuple | None) -> TokenMask | None:
-    """What an attention mask says about tokens of `shape`, `None` where that is not known."""
+def read_mask(mask, shape: tuple | None, has_past: bool = False) -> TokenMask | None:
+    """What an attention mask says about tokens of `shape`, `None` where that is not known.
+
+    Where the call `has_past`, tokens in a cache, the first columns of the mask may be theirs.
+    """
     if _is_of_tokens(mask):
-        return TokenMask(_flatten_choices(mask), has_past=True)
+        return TokenMask(_flatten_choices(mask), has_past)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return None
     # (B, heads, queries, keys): what no query may see is padding.
@@ -357,17 +378,28 @@ def read_mask(mask, shape: tuple | None) -> TokenMask | None:
     real = seen.flatten(1, 2).any(1)
     if shape is not None and real.shape[0] == 1:
         real = real.expand(shape[0], -1)  # one mask for all rows
-    return TokenMask(real, has_past=True)
+    return TokenMask(real, has_past)
 
 
 def _fit_to(tokens: TokenMask, shape: tuple) -> torch.Tensor | None:
     """The mask of tokens of this shape, `None` where it does not fit."""
+    if tokens.recording is not None:
+        return _read_recording(tokens, shape)
     if len(shape) == 1 and shape[0] == tokens.real.numel():
         return tokens.real.reshape(-1)
     if len(shape) not in (2, 3):
         return None
     real = _columns_of_call(tokens, shape[:2])
     return real if real is None or len(shape) == 2 else real[..., None].expand(shape)
+
+
+def _read_recording(tokens: TokenMask, shape: tuple) -> torch.Tensor | None:
+    """The mask of the tokens of a recording, of which the model knows how many samples each one has."""
+    rows, samples = tokens.real.shape
+    count = int(tokens.recording._get_feat_extract_output_lengths(samples))
+    if tuple(shape) != (rows, count):
+        return None
+    return tokens.recording._get_feature_vector_attention_mask(shape[1], tokens.real).bool()
 
 
 def fit_mask(mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -397,7 +429,7 @@ def _inherit(outer: TokenMask | None, shape: tuple | None) -> TokenMask | None:
     """What is known around a call, if that is about tokens of exactly this shape."""
     if outer is None or outer.real is None or shape not in (None, tuple(outer.real.shape)):
         return None
-    return TokenMask(outer.real, has_past=False, is_binding=outer.is_binding)
+    return TokenMask(outer.real, False, outer.is_binding, outer.recording)
 
 
 def _settles(outer: _Stack, mask: torch.Tensor | None) -> bool:
@@ -420,7 +452,8 @@ def _read_decoder(config, given: dict, outer: _Stack) -> _Stack:
     """Training code almost never passes `decoder_attention_mask`: derive it from what it does pass."""
     mask, labels, ids = (given.get(name) for name in ("decoder_attention_mask", "labels", "decoder_input_ids"))
     shape = _token_shape(given, "decoder_")
-    tokens = outer.tokens if _settles(outer, mask) else read_mask(mask, shape)
+    has_past = given.get("past_key_values") is not None
+    tokens = outer.tokens if _settles(outer, mask) else read_mask(mask, shape, has_past)
     if tokens is None and labels is not None and labels.dim() == 2 and shape in (None, tuple(labels.shape)):
         tokens = TokenMask(labels.ne(-100))  # position t predicts labels[t]
     # The model with a head saw the labels, the one inside does not.

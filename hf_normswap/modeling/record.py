@@ -166,9 +166,7 @@ def _find_recorded(model: PreTrainedModel, paths: list[str]) -> dict[str, nn.Mod
     modules = {path_of(model, name): (name, module) for name, module in active_modules(model)}
     parts = {_part(path) for path in modules}
     for path in paths:
-        # Another head may have a norm that this one lacks; blocks are in the part that all have in common.
-        is_foreign = path.split(".")[0] != model.base_model_prefix and any(part.isdigit() for part in path.split("."))
-        if read_norm(modules[path][1]) is None if path in modules else is_foreign:
+        if read_norm(modules[path][1]) is None if path in modules else _is_foreign(model, path, parts):
             raise ValueError(
                 f"norm_swap in the configuration lists {path!r}, which is no norm of this family: remove it."
             )
@@ -178,6 +176,17 @@ def _find_recorded(model: PreTrainedModel, paths: list[str]) -> dict[str, nn.Mod
                 "load it with the number of layers that it was saved with."
             )
     return dict(modules[path] for path in paths if path in modules)
+
+
+def _is_foreign(model: PreTrainedModel, path: str, parts: set[str]) -> bool:
+    """Whether no model of the family can have a norm at a path that this one lacks.
+
+    Another head may have one. Blocks are in the part that all have in common, which may lack one of two stacks.
+    """
+    first, *rest = path.split(".")
+    if first != model.base_model_prefix:
+        return any(part.isdigit() for part in rest)
+    return _part(path) not in parts and rest[0] not in ("encoder", "decoder")
 
 
 def _part(path: str) -> str:

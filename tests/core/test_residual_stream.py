@@ -6,13 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap import find_norms
-from hf_normswap.core.residual_stream import (
-    embeddings_of,
-    find_tied_head,
-    reader_of_head_norm,
-    readers_of_stack,
-    sublayer_of,
-)
+from hf_normswap.core.residual_stream import ResidualStream, find_tied_head
 from tests.helpers.calibration import stock
 from tests.helpers.models import FAMILIES, all_heads, tiny_batch
 from tests.helpers.sites import full_model
@@ -39,24 +33,34 @@ def test_a_sublayer_reads_the_stream_and_adds_to_it(family):
     if family == "gpt2":
         inputs["encoder_hidden_states"] = torch.randn(2, 5, 16, dtype=torch.float64)
     _, given, returned = run(model, **inputs)
+    stream = ResidualStream(model)
     sites = [site for site in find_norms(model) if site.block]
     sites.sort(key=lambda site: list(given).index(site.name))  # in the order of their calls
+    assert sites == sorted(sites, key=stream.order)
     assert {site.sublayer for site in sites} >= {"attention", "ffn"}
+    owners = stream.sites_of_linears(sites)
     for site, following in zip(sites, [*sites[1:], None]):
-        sublayer = sublayer_of(model, site)
-        read = {name: given[name] for name in sublayer.readers}
         if site.placement == "pre":
-            assert all(value is returned[site.name] for value in read.values())
-            stream = given[site.name]
-            after = given[following.name] if following else given["transformer.ln_f"]
+            reading = stream.readers(site)
+            assert all(given[name] is returned[site.name] for name in reading.linears)
+            before, after = given[site.name], given[following.name] if following else given["transformer.ln_f"]
+            total = next(each for each in stream.sums if each.skip == stream.graph.source(stream._read_by(site)))
         else:
-            stream, after = next(iter(read.values())), given[site.name]
-            assert all(torch.equal(value, stream) for value in read.values())
-        torch.testing.assert_close(after, stream + returned[sublayer.writer], rtol=1e-12, atol=1e-12)
-        if site.sublayer == "cross_attention":
-            source = inputs.get("encoder_hidden_states", returned.get("model.encoder.layers.1"))
-            assert all(torch.equal(given[name], source) for name in sublayer.source_readers)
-        assert bool(sublayer.source_readers) == (site.sublayer == "cross_attention")
+            reading = stream.readers_before(site)
+            before, after = given[reading.linears[0]], given[site.name]
+            assert all(torch.equal(given[name], before) for name in reading.linears)
+            total = stream.sum_before(site)
+        assert reading.linears
+        assert reading.obstacle is None
+        (writer,) = stream.writers(total).linears
+        torch.testing.assert_close(after, before + returned[writer], rtol=1e-12, atol=1e-12)
+        # Of the sublayer are what reads the stream, what writes to it, and what reads the encoder in between.
+        own = [name for name, owner in owners.items() if owner is site]
+        assert {*reading.linears, writer} <= set(own)
+        sources = set(own) - {*reading.linears, writer}
+        assert bool(sources) == (site.sublayer == "cross_attention")
+        source = inputs.get("encoder_hidden_states", returned.get("model.encoder.layers.1"))
+        assert all(torch.equal(given[name], source) for name in sources)
 
 
 def rows_are_from(values, states):
@@ -70,30 +74,40 @@ def rows_are_from(values, states):
 @pytest.mark.parametrize(("family", "head"), all_heads())
 def test_what_reads_the_end_of_a_stack(family, head):
     model = stock(family, head)
-    if model.base_model is model:  # which returns it
-        assert readers_of_stack(model, "encoder") == readers_of_stack(model, "decoder") == ()
+    stream = ResidualStream(model)
+    ends = {}
+    for site in sorted(find_norms(model), key=stream.order):
+        if site.sublayer != "head":
+            ends[site.stack] = site
+    returns = "hidden states leave the model here" if model.base_model is model else None
+    if returns:
+        assert {
+            stream.readers(site).obstacle for stack, site in ends.items() if stack == "decoder" or len(ends) == 1
+        } == {returns}
         return
     output, given, _ = run(model, output_hidden_states=True)
     if "encoder_last_hidden_state" in output:
-        ends = {"encoder": output.encoder_last_hidden_state, "decoder": output.decoder_hidden_states[-1]}
+        states = {"encoder": output.encoder_last_hidden_state, "decoder": output.decoder_hidden_states[-1]}
     else:
-        ends = {find_norms(model).pop().stack: output.hidden_states[-1]}
+        states = {next(iter(ends)): output.hidden_states[-1]}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    for stack, states in ends.items():
-        reading = {name for name in linears & given.keys() if rows_are_from(given[name], states)}
-        assert reading
-        assert set(readers_of_stack(model, stack)) == reading, stack
+    for stack, values in states.items():
+        read = {name for name in linears & given.keys() if rows_are_from(given[name], values)}
+        assert read
+        assert set(stream.readers(ends[stack]).linears) == read, stack
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "BertForMaskedLM"), ("roberta", "RobertaForMaskedLM")])
 def test_what_stands_around_the_norms_of_embeddings_and_heads(family, head):
     model = stock(family, head)
     _, given, returned = run(model)
+    stream = ResidualStream(model)
     embedding, *_, of_head = find_norms(model)
-    tables = embeddings_of(model, embedding)
+    tables = stream.writers_before(embedding).tables
     assert len(tables) == 3
     torch.testing.assert_close(given[embedding.name], sum(returned[name] for name in tables))
-    assert given[reader_of_head_norm(model)] is returned[of_head.name]
+    (reader,) = stream.readers(of_head).linears
+    assert given[reader] is returned[of_head.name]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_normswap import BatchNorm, available_norms, find_norms, get_norm, restore_norm, swap_norm
+from hf_normswap.modeling.model_norms import StockNorm
 from hf_normswap.modeling.replace import LayerNormBlend, blend_norm, layer_norm_shares, set_layer_norm_share
 from tests.helpers import reference
 from tests.helpers.models import FAMILIES, tiny_batch, tiny_model
@@ -84,7 +85,7 @@ def test_with_share_0_nothing_is_left(family):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_follows_the_formula(name, share):
     norm = get_norm(name)(6, dtype=torch.float64).eval()
-    norm.replaced_eps = 1e-3
+    norm.stock = StockNorm("layernorm", 1e-3)
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.uniform_(norm.bias)
     x = 2 + torch.randn(3, 4, 6, dtype=torch.float64)
@@ -138,7 +139,7 @@ def test_what_stands_at_pads_reaches_nothing(content, as_keyword):
     results = []
     for filler in (0.0, content):
         norm = BatchNorm(4)
-        norm.replaced_eps = 1e-5
+        norm.stock = StockNorm("layernorm", 1e-5)
         blend_norm(norm, 0.5)
         x = torch.linspace(-2, 3, 24).reshape(2, 3, 4)
         x = torch.where(mask.unsqueeze(-1), x, filler).requires_grad_()
