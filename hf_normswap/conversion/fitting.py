@@ -170,8 +170,10 @@ def places_of_linears(model) -> dict[str, nn.Module]:
     for block in blocks_of_norms(model):
         for name, module in model.get_submodule(block).named_modules():
             is_inside = any(f"{block}.{name}".startswith(f"{place}.") for place in places)
-            # In place of a layer there may be an adapter, or one with quantized weights.
-            is_linear = hasattr(module, "in_features") or _is_matrix(getattr(module, "weight", None))
+            # In place of a layer there may be an adapter, or one with quantized weights. A router has a matrix, too.
+            is_of_model = type(module).__module__.startswith("transformers.models.")
+            is_linear = hasattr(module, "in_features")
+            is_linear = is_linear or not is_of_model and _is_matrix(getattr(module, "weight", None))
             if is_linear and not is_inside and not isinstance(module, nn.Embedding):
                 places[f"{block}.{name}"] = module
     return places
