@@ -13,11 +13,14 @@ from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DistilBertForMaskedLM,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MarianMTModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaForMaskedLM,
+    T5ForConditionalGeneration,
 )
 
 from hf_normswap.metrics import SacrebleuMetric
@@ -46,6 +49,17 @@ class Task:
 
 
 def gpt2(data, args):
+    """GPT-2, as in [`packed_language_model`]."""
+    return packed_language_model(data, args, GPT2LMHeadModel, {})
+
+
+def llama(data, args):
+    """Llama, whose norms are RMSNorms, as in [`packed_language_model`]."""
+    config = {"intermediate_size": 3 * args.hidden_size, "num_key_value_heads": args.heads}
+    return packed_language_model(data, args, LlamaForCausalLM, config)
+
+
+def packed_language_model(data, args, model_class, config):
     """Language model: perplexity per token of the test split, packed into blocks."""
     tokenizer, lines = tokenize(data, "$A </s>", args)
 
@@ -62,10 +76,21 @@ def gpt2(data, args):
     def score(model):
         return perplexity(model, blocks["test"], tokenizer)
 
-    return Task(GPT2LMHeadModel, {}, tokenizer, collator, blocks["train"], inputs, score)
+    return Task(model_class, config, tokenizer, collator, blocks["train"], inputs, score)
 
 
 def roberta(data, args):
+    """RoBERTa, as in [`masked_language_model`]."""
+    config = {"intermediate_size": 4 * args.hidden_size, "type_vocab_size": 1}
+    return masked_language_model(data, args, RobertaForMaskedLM, config)
+
+
+def distilbert(data, args):
+    """DistilBERT, as in [`masked_language_model`]."""
+    return masked_language_model(data, args, DistilBertForMaskedLM, {"hidden_dim": 4 * args.hidden_size})
+
+
+def masked_language_model(data, args, model_class, config):
     """Masked language model: perplexity per masked token of the test split, with the same masks for every model."""
     tokenizer, lines = tokenize(data, "<s> $A </s>", args)
 
@@ -74,7 +99,6 @@ def roberta(data, args):
         fixed.create_rng()  # transformers 5.17 takes seed 0 for none
         return rows.map(lambda row: {name: value[0] for name, value in fixed([row]).items()}, desc="Masking")
 
-    config = {"intermediate_size": 4 * args.hidden_size, "type_vocab_size": 1}
     sample = draw(lines, args)
     inputs = {"masked lines": mask(sample), "lines": sample}
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
@@ -83,23 +107,33 @@ def roberta(data, args):
     def score(model):
         return perplexity(model, test, tokenizer)
 
-    return Task(RobertaForMaskedLM, config, tokenizer, collator, lines["train"], inputs, score)
+    return Task(model_class, config, tokenizer, collator, lines["train"], inputs, score)
 
 
 def marian(data, args):
-    """Translation from German to English: BLEU of greedy decoding on the test split, loss on the validation split."""
-    if "translation" in data["train"].column_names:
-        data = data.map(lambda row: row["translation"], remove_columns="translation")
-    tokenizer, pairs = tokenize(data, "$A </s>", args, "de", "en")
+    """Marian, as in [`translation_model`]."""
     config = {
         "scale_embedding": True,
         "decoder_layers": args.layers,
         "decoder_attention_heads": args.heads,
         "encoder_ffn_dim": 4 * args.hidden_size,
         "decoder_ffn_dim": 4 * args.hidden_size,
-        "decoder_start_token_id": tokenizer.pad_token_id,
-        "forced_eos_token_id": tokenizer.eos_token_id,
     }
+    return translation_model(data, args, MarianMTModel, config)
+
+
+def t5(data, args):
+    """T5 with pre-norm blocks of RMSNorms, as in [`translation_model`]."""
+    config = {"d_kv": args.hidden_size // args.heads, "d_ff": 4 * args.hidden_size, "dropout_rate": 0.1}
+    return translation_model(data, args, T5ForConditionalGeneration, config)
+
+
+def translation_model(data, args, model_class, config):
+    """Translation from German to English: BLEU of greedy decoding on the test split, loss on the validation split."""
+    if "translation" in data["train"].column_names:
+        data = data.map(lambda row: row["translation"], remove_columns="translation")
+    tokenizer, pairs = tokenize(data, "$A </s>", args, "de", "en")
+    config |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
     sample = draw(pairs, args)
     inputs = {"pairs": sample, "sources": sample.remove_columns("labels")}
     test = pairs["test"].add_column("reference", data["test"]["en"][:])
@@ -108,7 +142,7 @@ def marian(data, args):
         loss = perplexity(model, pairs["validation"], tokenizer)["loss"]
         return {"bleu": bleu(model, test, tokenizer), "validation_loss": loss}
 
-    return Task(MarianMTModel, config, tokenizer, DataCollatorForSeq2Seq(tokenizer), pairs["train"], inputs, score)
+    return Task(model_class, config, tokenizer, DataCollatorForSeq2Seq(tokenizer), pairs["train"], inputs, score)
 
 
 PTB = {"dataset_name": "ptb-text-only/ptb_text_only", "layers": 4}
@@ -118,6 +152,9 @@ FAMILIES = {
     "gpt2": (gpt2, {**PTB, "batch_size": 8, "max_steps": 2000, "examples": [64, 256, 1024]}),
     "roberta": (roberta, {**PTB, "batch_size": 32, "max_steps": 3000, "examples": [256, 1024, 4096]}),
     "marian": (marian, {**MULTI30K, "batch_size": 32, "max_steps": 2800, "examples": [256, 1024, 4096]}),
+    "llama": (llama, {**PTB, "batch_size": 8, "max_steps": 2000, "examples": [256]}),
+    "distilbert": (distilbert, {**PTB, "batch_size": 32, "max_steps": 2000, "examples": [1024]}),
+    "t5": (t5, {**MULTI30K, "batch_size": 32, "max_steps": 2000, "examples": [1024]}),
 }
 
 

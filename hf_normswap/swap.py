@@ -92,7 +92,8 @@ def swap_norm(
     sites = _select(model, where, filter_fn)
     norm_class = get_norm(config.norm)
     refuse_computed({site.name: site.module for site in sites})
-    calibrated = norm_class.calibrated_options if calibrate_on is not None else {}
+    # An RMSNorm has no shift, and the affine map that is nearest to it has one.
+    calibrated = {"bias": True, **norm_class.calibrated_options} if calibrate_on is not None else {}
     norms = {}
     for site in sites:
         defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))

@@ -182,7 +182,7 @@ def test_a_card_is_of_a_swapped_model():
 def test_a_run_of_an_earlier_version_has_the_defaults_of_its_time():
     """The record of that version has no weights of RBN's penalty, which were 0.1."""
     card = str(render([make_result("rbn", 0, 0.7)], norm="rbn"))
-    assert "`lambda_mean=7.5`, `lambda_var=7.5`" in card
+    assert "`lambda_mean=0.1`, `lambda_var=0.1`" in card
     told = make_result("rbn", 0, 0.7)
     told["norm_swap"]["norms"][0]["options"] = {"lambda_mean": 8.0, "lambda_var": 4.0}
     assert "`lambda_mean=8.0`, `lambda_var=4.0`" in str(render([told], norm="rbn"))
