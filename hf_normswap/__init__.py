@@ -29,6 +29,7 @@ _HOMES = {
     "diagnostics.gradients": ["GradientNorm", "GradientReport", "gradient_norms"],
     "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
     "fusion.fold": ["FoldReport", "fold_norms"],
+    "fusion.gains": ["fold_gains"],
     "fusion.onnx": ["OnnxReport", "export_onnx"],
     "fusion.rmsnorm": ["convert_to_rmsnorm"],
     "modeling.activation_checkpointing": ["checkpoint_norms"],
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from .diagnostics.tid import measure_tid as measure_tid
     from .fusion.fold import FoldReport as FoldReport
     from .fusion.fold import fold_norms as fold_norms
+    from .fusion.gains import fold_gains as fold_gains
     from .fusion.onnx import OnnxReport as OnnxReport
     from .fusion.onnx import export_onnx as export_onnx
     from .fusion.rmsnorm import convert_to_rmsnorm as convert_to_rmsnorm

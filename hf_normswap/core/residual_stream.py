@@ -172,8 +172,8 @@ class ResidualStream:
                     obstacle = f"{node.name} is called {self._calls[node.name]} times"
             elif total is not None:
                 sums.append(total)
-            elif not self._is_dead(node):
-                obstacle = f"{_words(node)} reads it"
+            elif not self.is_dead(node):
+                obstacle = f"{in_words(node)} reads it"
         if self._is_returned(value):
             obstacle = "hidden states leave the model here"
         return Reading(tuple(dict.fromkeys(linears)), tuple(sums), obstacle)
@@ -185,7 +185,7 @@ class ResidualStream:
             names.append("encoder_last_hidden_state")
         return any(outputs.get(name) in passed for name in names)
 
-    def _is_dead(self, node: Node) -> bool:
+    def is_dead(self, node: Node) -> bool:
         """Whether nothing that the model returns depends on a node."""
         return not any(self.graph.depends(index, node.index) for index in self.graph.outputs.values())
 
@@ -204,7 +204,7 @@ class ResidualStream:
             elif len(others) > 1 and not self._feeds_sums(node.index):
                 obstacle = f"more than the residual stream reads {name}"
             return Writing((name,), (), obstacle) if node.op == LINEAR else Writing((), (name,), obstacle)
-        return Writing(obstacle=f"{_words(node)} writes to it")
+        return Writing(obstacle=f"{in_words(node)} writes to it")
 
     def _feeds_sums(self, value: int) -> bool:
         """Whether a value is itself a stream: what reads it reads the stream."""
@@ -216,7 +216,7 @@ def _place(name: str) -> str:
     return name.removesuffix(".base_layer")
 
 
-def _words(node: Node) -> str:
+def in_words(node: Node) -> str:
     """A node in words."""
     if node.op in ("parameter", "buffer"):
         return f"the {node.op} {node.name}"

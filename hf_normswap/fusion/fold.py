@@ -32,7 +32,8 @@ class FoldReport:
     """What became of each norm.
 
     Attributes:
-        folded (list of `str`): paths, in the model, of the norms that are gone.
+        folded (list of `str`):
+            paths, in the model, of the norms that are gone, or that have neither gain nor shift any more.
         kept (`dict[str, str]`): path of each norm that stays, and why.
         error (`float`): `‖Δ‖₂ / ‖logits‖₂`, before against after, on a batch of random tokens.
     """
@@ -46,6 +47,10 @@ class FoldReport:
         folded = [("yes", name, None) for name in self.folded]
         kept = [("no", name, reason) for name, reason in self.kept.items()]
         return [("folded", "norm", "kept because"), *folded, *kept]
+
+    def reasons(self) -> str:
+        """Each reason for which norms are kept, and how often."""
+        return "; ".join(f"{count} × {reason}" for reason, count in Counter(self.kept.values()).items())
 
     def __str__(self):
         return format_table(self.rows())
@@ -97,9 +102,8 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
     _check_norms(model)
     plan = _Plan(model, untie)
     if not plan.report.folded:
-        reasons = Counter(plan.report.kept.values())
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
-        raise ValueError(f"No norm can be folded ({reasons or 'none is of this package'}): swap more of them first.")
+        reasons = plan.report.reasons() or "none is of this package"
+        raise ValueError(f"No norm can be folded ({reasons}): swap more of them first.")
     if unseen := [norm for norm in statistic_norms(model) if norm.num_batches_tracked == 0]:
         logger.warning(
             f"The running statistics of {len(unseen)} norms are those of a new norm, and are folded as they are: "
