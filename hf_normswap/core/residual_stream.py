@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .graph import ADDITION, EMBEDDING, LINEAR, Node
 from .norm_sites import NormSite, ResidualSum, describe
@@ -147,6 +148,12 @@ class ResidualStream:
         """The residual sum around the sublayer that reads a pre-norm."""
         read = self._read_by(site)
         return next((each for each in self.sums if each.skip == read), None) if site.placement == "pre" else None
+
+    def idle_linears(self, block: str) -> list[str]:
+        """The linear layers in a block that this forward left out, such as an expert that no token went to."""
+        modules = self.model.get_submodule(block).named_modules(prefix=block)
+        linears = (name for name, module in modules if isinstance(module, nn.Linear | Conv1D))
+        return [name for name in linears if name not in self._calls]
 
     def feeder(self, site: NormSite) -> str | None:
         """The linear layer whose output comes to a norm, alone or as the last one in a residual sum."""

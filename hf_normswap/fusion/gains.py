@@ -1,7 +1,6 @@
 """Stock norms without gain and shift: these go into the linear layers that read them."""
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -132,9 +131,8 @@ class _Plan:
                     return reason
             elif shared := self._shared(name):
                 return shared
-        if idle := self._idle_linear(site):
-            return f"{idle}, which the forward did not call, may read it too"
-        return None
+        idle = self.stream.idle_linears(site.block) if site.block else []
+        return f"{idle[0]}, which its forward can leave out, may read it too" if idle else None
 
     def _shared(self, name: str) -> str | None:
         """Where else the forward reads the parameters of a layer."""
@@ -146,14 +144,6 @@ class _Plan:
                 if other in self.read:
                     return f"more than {name} reads its weights"
         return None
-
-    def _idle_linear(self, site: NormSite) -> str | None:
-        """A linear layer in the block of a norm that the forward did not call, such as an expert of few tokens."""
-        if site.block is None:
-            return None
-        modules = self.model.get_submodule(site.block).named_modules(prefix=site.block)
-        linears = (name for name, module in modules if isinstance(module, nn.Linear | Conv1D))
-        return next((name for name in linears if name not in self.called), None)
 
     def _fold(self, site: NormSite) -> str | None:
         """Plan the new parameters of a norm and its readers; returns why that cannot be."""

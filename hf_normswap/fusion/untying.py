@@ -16,8 +16,10 @@ def obstacle_of_untying(model: PreTrainedModel, head: str) -> str | None:
         built = _build_untied(model)
     except TypeError:
         return f"a {type(model).__name__} is not made from its configuration alone"
-    names = next(names for names in _names_of_parameters(built) if f"{head}.weight" in names)
-    return f"{head} shares its weights with the embeddings in every {type(model).__name__}" if len(names) > 1 else None
+    names = next((names for names in _names_of_parameters(built) if f"{head}.weight" in names), ())
+    return (
+        None if len(names) == 1 else f"{head} of every {type(model).__name__} shares its weights with the embeddings"
+    )
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -28,13 +30,14 @@ def untie(model: PreTrainedModel) -> None:
     built = _build_untied(model)
     parts = {name: names[0] for names in _names_of_parameters(built) for name in names}
     for names in _names_of_parameters(model):
-        shared = {parts[names[0]]: model.get_parameter(names[0])}
+        old = model.get_parameter(names[0])
+        shared = {parts.get(names[0]): old}
         for name in names:
             owner, _, key = name.rpartition(".")
-            old = model.get_parameter(name)
-            if parts[name] not in shared:
-                shared[parts[name]] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-            model.get_submodule(owner)._parameters[key] = shared[parts[name]]
+            part = parts.get(name, parts.get(names[0]))
+            if part not in shared:
+                shared[part] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            model.get_submodule(owner)._parameters[key] = shared[part]
     for name, module in built.named_modules():
         if isinstance(module, PreTrainedModel):
             model.get_submodule(name).all_tied_weights_keys = dict(module.all_tied_weights_keys)
