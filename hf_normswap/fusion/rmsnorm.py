@@ -146,9 +146,6 @@ class _Plan:
         try:
             for site in streams:
                 self._spread(site.name)
-            for block in dict.fromkeys(site.block for site in streams if site.block):
-                if idle := self.stream.idle_linears(block):
-                    raise _Obstacle(f"{idle[0]}, which its forward can leave out, may write to it")
             self._check_writers(untie)
         except _Obstacle as obstacle:
             raise ValueError(

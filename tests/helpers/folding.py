@@ -10,6 +10,7 @@ from hf_normswap import (
     find_norms,
     swap_norm,
 )
+from tests.helpers.architectures import norm_modules, tiny_architecture
 from tests.helpers.models import tiny_model
 
 
@@ -25,6 +26,21 @@ def swapped(family, head=None, norm="batchnorm", where="all", dtype=torch.float6
             for statistic in getattr(site.module, "running", ()):
                 getattr(site.module, statistic).uniform_(0.3, 2.0, generator=generator)
     return model.to(dtype).eval()
+
+
+def architecture_of(name, dtype=torch.float64):
+    """A model of any architecture with its own norms, all its parameters anything, and a batch of its dtype."""
+    model, batch = tiny_architecture(name)
+    generator = torch.Generator().manual_seed(0)
+    norms = {id(parameter) for norm in norm_modules(model).values() for parameter in norm.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in norms:
+            parameter.data += torch.empty_like(parameter).uniform_(-0.1, 0.2, generator=generator)
+    batch = {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in batch.items()
+    }
+    return model.to(dtype), batch
 
 
 def norms_in(model):
