@@ -407,6 +407,21 @@ def test_fold(tmp_path, texts, capsys):
     assert AutoTokenizer.from_pretrained(folded)("w7")["input_ids"] == [7]
 
 
+def test_fold_gains(tmp_path, capsys):
+    """The norms stay, and the class."""
+    stock, folded = (str(tmp_path / name) for name in ("stock", "folded"))
+    save_stock(stock, "gpt2")
+    assert main(["fold", stock, folded, "--gains", "--untie", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["folded"]) == 5
+    before, after = (AUTO_CLASSES["gpt2"].from_pretrained(each) for each in (stock, folded))
+    assert type(after) is type(before)
+    norms = [site.module for site in find_norms(after)]
+    assert all((norm.weight == 1).all() for norm in norms)
+    assert [bool((norm.bias == 0).all()) for norm in norms] == [True, True, True, True, False]  # the head has no bias
+    assert distance(after, before) < 1e-5
+
+
 def test_distillation_brings_it_nearer(tmp_path, texts):
     stock = save_stock(tmp_path / "stock")
     options = ["--norm", "batchnorm", "--where", "all", "--texts", texts]
@@ -423,6 +438,8 @@ def test_distillation_brings_it_nearer(tmp_path, texts):
         (["--norm", "rbn"], "which needs texts"),
         (["--distillation_steps", "5"], "which needs texts"),
         (["--int8"], "pass --onnx too"),
+        (["--gains", "--norm", "rbn"], "leave the options of a conversion out"),
+        (["--gains", "--texts", "TEXTS"], "leave the options of a conversion out"),
         ([], "has LayerNorms: pass --norm"),
         (["--norm", "rmsnorm", "--texts", "TEXTS"], "statistics of each token"),
     ],

@@ -1,12 +1,14 @@
 """Fold the norms of a model away, after converting its LayerNorms if need be.
 
 A model that is swapped and calibrated, or trained, is folded as it is. One with LayerNorms becomes one without norms
-in a single command: with --norm and texts it is swapped and calibrated first.
+in a single command: with --norm and texts it is swapped and calibrated first. With --gains a model keeps its own
+norms, without gains and shifts.
 
 Examples:
 
     normswap fold ./my-calibrated-model ./my-folded-model
     normswap fold ./my-gpt2-pn ./my-folded-gpt2 --untie --onnx
+    normswap fold ./my-llama ./my-llama-without-gains --gains
     normswap fold textattack/bert-base-uncased-SST-2 ./sst2-without-norms --norm batchnorm --where all \\
         --texts reviews.txt --distillation_steps 400 --onnx
 """
@@ -32,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give a head that shares its weights with the embeddings its own, to fold the norm in front of it too",
     )
+    parser.add_argument(
+        "--gains",
+        action="store_true",
+        help="fold the gains and shifts of a model that has its own norms, and keep the norms: see fold_gains",
+    )
     parser.add_argument("--onnx", action="store_true", help="write an ONNX graph too, into OUTPUT/onnx")
     parser.add_argument("--int8", action="store_true", help="with weights of 8 bits in the graph")
     add_conversion_arguments(parser, required=False)
@@ -53,17 +60,19 @@ def run(args: argparse.Namespace) -> None:
     """Convert if asked to, fold, save, and print the report."""
     has_texts = args.texts is not None or args.dataset_name is not None
     given = [name for name in _OF_A_CONVERSION if getattr(args, name)]
+    if args.gains and (has_texts or given):
+        raise ValueError("gains are those of a model with its own norms: leave the options of a conversion out.")
     if given and not has_texts:
         raise ValueError(f"{given[0]} is for a conversion, which needs texts: pass --texts or --dataset_name too.")
     if args.int8 and not args.onnx:
         raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
-    from hf_normswap import export_onnx, fold_norms
+    from hf_normswap import export_onnx, fold_gains, fold_norms
 
     with atomic_directory(args.output) as folder:
         model, tokenizer = convert(args)[:2] if has_texts else load_checkpoint(args.model)
-        if getattr(model.config, "norm_swap", None) is None:
+        if not args.gains and getattr(model.config, "norm_swap", None) is None:
             raise ValueError(f"{args.model} has LayerNorms: pass --norm and --texts, to convert them first.")
-        report = fold_norms(model.eval(), untie=args.untie)
+        report = (fold_gains if args.gains else fold_norms)(model.eval(), untie=args.untie)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         onnx = export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None

@@ -62,9 +62,9 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
     Example:
 
     ```python
-    >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+    >>> from transformers import GPT2Config, GPT2Model
     >>> from hf_normswap import convert_to_rmsnorm, find_norms
-    >>> model = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval()
+    >>> model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval()
     >>> [site.kind for site in find_norms(convert_to_rmsnorm(model))]
     ['rmsnorm', 'rmsnorm', 'rmsnorm']
 

@@ -26,6 +26,7 @@ from hf_normswap import (
     distill,
     export_onnx,
     find_norms,
+    fold_gains,
     fold_norms,
     freeze_norm_statistics,
     gradient_norms,
@@ -230,6 +231,7 @@ def test_an_offloaded_model_is_refused_and_goes_on_working(name, where, tmp_path
 def test_more_that_refuses_an_offloaded_model(tmp_path):
     model = offloaded(tiny_model("gpt2").eval(), tmp_path)
     refused(model, lambda model: convert_to_rmsnorm(model, untie=True), "The model is offloaded")
+    refused(model, fold_gains, "The model is offloaded")
     refused(model, lambda model: set_norm_placement(model, "post", drop_final=True), "The model is offloaded")
     refused(model, lambda model: export_onnx(model, tmp_path / "onnx"), "The model is offloaded")
     assert not (tmp_path / "onnx").exists()

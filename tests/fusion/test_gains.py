@@ -43,6 +43,7 @@ COUNTS = {
     "dinov2": (4, 1),
     "segformer": (4, 5),
     "clip": (10, 1),
+    "whisper": (12, 0),
     "wav2vec2": (6, 2),
 }
 # Their norms compute in float32, or their experts know no float64.

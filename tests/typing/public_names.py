@@ -50,6 +50,7 @@ from hf_normswap import (
     distill,
     export_onnx,
     find_norms,
+    fold_gains,
     fold_norms,
     freeze_norm_statistics,
     get_norm,
@@ -119,6 +120,7 @@ def conversion(model: PreTrainedModel, teacher: PreTrainedModel, texts: list[str
     reestimate_statistics(model, make_batches(model, texts))
     assert_type(distill(model, teacher, texts, steps=10), list[float])
     assert_type(fold_norms(model, untie=True), FoldReport)
+    assert_type(fold_gains(model, untie=True), FoldReport)
     assert_type(convert_to_rmsnorm(model), PreTrainedModel)
     assert_type(export_onnx(model, Path("onnx")), OnnxReport)
 
