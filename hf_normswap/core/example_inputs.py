@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-ROWS, LENGTH, AUDIO_SAMPLES = 2, 8, 4000
+ROWS, LENGTH, AUDIO_SAMPLES = 1, 8, 4000
 
 
 def example_inputs(
@@ -18,7 +18,7 @@ def example_inputs(
     Args:
         model ([`~transformers.PreTrainedModel`]): of text, images or sound, or of several of them.
         forward (callable, *optional*): the function that reads them; that of the model if not given.
-        rows (`int`, *optional*, defaults to 2): batch size.
+        rows (`int`, *optional*, defaults to 1): batch size.
         length (`int`, *optional*, defaults to 8): tokens of a text.
         seed (`int`, *optional*, defaults to 0): of the random values.
 
