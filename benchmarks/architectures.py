@@ -23,7 +23,18 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from hf_normswap import calibrate, export_onnx, find_norms, fold_norms, swap_norm
+from hf_normswap import (
+    calibrate,
+    distill,
+    export_onnx,
+    find_norms,
+    fold_norms,
+    gradient_norms,
+    measure_tid,
+    norm_penalty,
+    probe_activations,
+    swap_norm,
+)
 from hf_normswap.core.residual_stream import is_result
 from hf_normswap.modeling.base import BatchStatisticNorm
 from tests.helpers.architectures import Architecture, architectures, norm_modules
@@ -155,6 +166,45 @@ assert len(found) == len(expected) and all(map(torch.equal, found, expected)), "
 """
 
 
+def checkpoint(architecture: Architecture) -> str:
+    """Trains with activation checkpointing: the same loss, gradients and statistics."""
+    seen = []
+    for is_on in (False, True):
+        model = swap_norm(architecture.model(), "rbn", where="blocks").train()
+        if is_on:
+            if not model.supports_gradient_checkpointing:
+                return "transformers has none for it"
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        (model(**architecture.inputs()).loss + norm_penalty(model)).backward()
+        state = {name: value for name, value in model.named_buffers() if "running" in name}
+        seen.append(state | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, value in seen[0].items():
+        if not (seen[1][name] - value).norm() <= 1e-4 * value.norm() + 1e-6:
+            raise AssertionError(f"{name} differs")
+    return f"{len(seen[0])} equal tensors"
+
+
+def probes(architecture: Architecture) -> str:
+    """Measures the TID, gradients by sublayer, and activations."""
+    model = swap_norm(architecture.model(), "batchnorm", where="blocks").train()
+    batch = batches_of(architecture)[0] | ({"return_loss": True} if architecture.name == "clip" else {})
+    model(**batch)
+    tid, gradients = measure_tid(model.eval(), batches_of(architecture)), gradient_norms(model, batch)
+    activations = probe_activations(model, batches_of(architecture)[:1])
+    if not (tid and gradients and activations):
+        raise AssertionError("a report is empty")
+    return f"TID of {len(tid)} norms, {len(gradients)} groups of gradients, {len(activations)} activations"
+
+
+def distilled(architecture: Architecture) -> str:
+    """Distils the converted model against the original one, five steps."""
+    model, _ = converted(architecture)
+    distill(model, architecture.model(), batches_of(architecture), steps=5)
+    if not all(value.isfinite().all() for value in outputs_of(model, architecture.inputs())):
+        raise AssertionError("outputs are not finite")
+    return "5 steps"
+
+
 def batches_of(architecture: Architecture) -> list[dict]:
     batches = [architecture.inputs(seed) for seed in range(8)]
     return [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in batches]
@@ -203,7 +253,10 @@ STEPS = {
     "pads": pads,
     "dtypes": dtypes,
     "save": save,
+    "checkpoint": checkpoint,
+    "probes": probes,
     "calibrate": calibrated,
+    "distill": distilled,
     "fold": fold,
     "onnx": onnx,
 }
@@ -238,7 +291,7 @@ def main(argv=None):
             outcome, text = run_step(STEPS[name], architecture, args.debug)
             results.setdefault(architecture.name, {})[name] = {"outcome": outcome, "text": text}
             counts[outcome] += 1
-            print(f"{architecture.name:22}{name:10}{outcome:9}{text}", flush=True)
+            print(f"{architecture.name:22}{name:12}{outcome:9}{text}", flush=True)
     print(dict(counts))
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -41,14 +41,16 @@ def checkpoint_norms(function: Callable, refuse_compile: bool = True) -> Callabl
                     "turn one of the two off."
                 )
             return function(block, *args, **kwargs)
-        masks, recorded, runs = list(SCOPE.masks), [], 0
+        # Inside of another checkpointed block, as the blocks of a stage of Swin are, the record is a part of its.
+        recorded, is_first = replay_or_record(list) if SCOPE.recompute is not None else ([], True)
+        masks = list(SCOPE.masks)
 
         def run(*args, **kwargs):
-            nonlocal runs
-            runs += 1
+            nonlocal is_first
             outer = SCOPE.masks, SCOPE.recompute
             SCOPE.masks = list(masks)
-            SCOPE.recompute = ("record", recorded) if runs == 1 else ("replay", list(recorded))
+            SCOPE.recompute = ("record", recorded) if is_first else ("replay", list(recorded))
+            is_first = False
             try:
                 return block(*args, **kwargs)
             finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from hf_normswap import calibrate, find_norms, fold_norms, restore_norm, swap_norm
+from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, swap_norm
 from hf_normswap.core.residual_stream import is_result
 from tests.helpers.architectures import architectures, tiny_architecture
 from tests.helpers.persistence import is_one_sentence, run_fresh
@@ -66,6 +66,23 @@ def test_other_norms_train_too(name):
         loss = swap_norm(model, norm, where="all").train()(**inputs).loss
         loss.backward()
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpointing_changes_nothing(name):
+    """In Swin a stage is checkpointed, and each of its blocks once more."""
+    seen = []
+    for is_on in (False, True):
+        model, inputs = tiny_architecture(name)
+        swap_norm(model, "rbn", where="blocks").train()
+        if is_on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        (model(**inputs).loss + norm_penalty(model)).backward()
+        seen.append({key: value for key, value in model.named_buffers() if "running" in key or "tracked" in key})
+        seen[-1] |= {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+    assert seen[0].keys() == seen[1].keys()
+    for key, value in seen[0].items():
+        assert (seen[1][key] - value).float().norm() <= 1e-4 * value.float().norm() + 1e-6, key
 
 
 @functools.cache
