@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,11 +105,21 @@ def export_onnx(model: PreTrainedModel, folder: str | os.PathLike, *, int8: bool
                 + ("export without int8." if int8 else "check that the model's own outputs are finite.")
             )
         graph = exported.program.graph
-        operators = Counter(node.op_type for node in graph)
-        norm_nodes = sum(operators[name] for name in NORM_OPERATORS)
+        norm_nodes = sum(node.op_type in NORM_OPERATORS and not _pools_tokens(node) for node in graph)
         if norm_nodes and not find_norms(model):
             raise ValueError(f"The graph has {norm_nodes} nodes of norms, the model has none: report this as a bug.")
     return OnnxReport(Path(folder) / "model.onnx", graph.opset_imports[""], norm_nodes, error)
+
+
+def _pools_tokens(node) -> bool:
+    """Whether a node is a mean over something else than the channels, such as that over the tokens of a text."""
+    if not node.op_type.startswith("Reduce") or len(node.inputs) < 2:
+        return False
+    axes = getattr(node.inputs[1], "const_value", None)
+    if axes is None:
+        return False
+    rank = None if node.inputs[0].shape is None else len(node.inputs[0].shape)
+    return not {-1, None if rank is None else rank - 1} & {int(axis) for axis in axes.numpy().flatten()}
 
 
 def _error(model, session, batch: dict[str, torch.Tensor]) -> float:
