@@ -2,14 +2,15 @@
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import read_mask
@@ -18,16 +19,30 @@ from .example_inputs import text_config
 from .model_state import device_of, is_composite, unwrap
 
 
-if TYPE_CHECKING:  # an import of it takes long, and training needs none
+if TYPE_CHECKING:  # an import of these takes long, and training needs none
     from datasets import Dataset
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, ProcessorMixin
+
+# What turns data into inputs of a model.
+Processor: TypeAlias = Union[PreTrainedTokenizerBase, "BaseImageProcessor", "FeatureExtractionMixin", "ProcessorMixin"]
 
 _LABELS = ("labels", "label", "label_ids")
+# The kind of data behind the main input of a model, and what makes this input.
+_TEXTS, _IMAGES, _RECORDINGS = "texts", "images", "recordings"
+_KINDS = {
+    "input_ids": _TEXTS,
+    "pixel_values": _IMAGES,
+    "input_values": _RECORDINGS,
+    "input_features": _RECORDINGS,
+}
+_MAKERS = {_TEXTS: "tokenizer", _IMAGES: "image processor", _RECORDINGS: "feature extractor"}
+_MODES = {1: "L", 3: "RGB"}  # of PIL, by the number of channels
 
 
 def make_batches(
     model: nn.Module,
     data: Iterable,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
     """Batches of inputs for `model`, with what its `forward` does not take left out.
@@ -38,18 +53,41 @@ def make_batches(
 
             - texts: a list of `str`, or of pairs of them. For a model that translates, pairs are sources and targets;
               it also takes `{language: text, language: text}`, in the direction that the tokenizer has, else as given;
-            - a [`~datasets.Dataset`]: with `input_ids` as they are, else with its one or two columns of text, or with
-              a column `translation`;
-            - batches: a [`~torch.utils.data.DataLoader`] or any iterable of dictionaries of tensors. They are all that
-              a module around swapped models takes, with whatever its `forward` reads.
-        tokenizer (*optional*): for texts, and to pad a data set of `input_ids`.
+            - images: a list of PIL images. They are converted to the colours of the model, grey or RGB;
+            - recordings: a list of one-dimensional arrays of floats, at the sampling rate of the feature extractor, or
+              of `{"array": array, "sampling_rate": rate}`;
+            - a [`~datasets.Dataset`]: with `input_ids`, `pixel_values`, `input_values` or `input_features` as they
+              are, else with its one or two columns of text or a column `translation`, its one column of images, or its
+              one column of recordings, which are resampled. The model decides which of these it reads;
+            - batches: a [`~torch.utils.data.DataLoader`] or any iterable of dictionaries of tensors. A model that
+              reads texts together with images or sound, such as CLIP, takes nothing else. The same is true of a module
+              around swapped models, which gets whatever its `forward` reads.
+        tokenizer (*optional*):
+            the tokenizer, image processor, feature extractor or processor of the model. Texts, images and recordings
+            need it, and so does a data set of `input_ids`, for padding.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, except where `data` has batches already.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: labels only for encoder-decoder models, whose decoder reads them.
 
     Raises:
-        ValueError: when there is no data, no tokenizer for texts, or the kind of data is unknown.
+        ValueError: when there is no data, the model does not read data of this kind, the processor is missing or
+            makes inputs of another model, or the kind of data is unknown.
+        ImportError: when a column of recordings cannot be decoded because torchcodec is not installed.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+    >>> from hf_normswap import make_batches
+    >>> model = ViTModel(ViTConfig(hidden_size=8, num_attention_heads=2, image_size=16, patch_size=8))
+    >>> processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    >>> (batch,) = make_batches(model, [Image.new("RGB", (20, 20)), Image.new("L", (9, 9))], processor)
+    >>> batch["pixel_values"].shape
+    torch.Size([2, 3, 16, 16])
+
+    ```
     """
     model = unwrap(model)
     _check_kind(data)
@@ -59,8 +97,9 @@ def make_batches(
         batches = _of_dataset(model, data.with_format(None), tokenizer, batch_size)
     else:
         batches = list(data)
-        if not isinstance(data, DataLoader) and any(_is_text(model, row) for row in batches):
-            batches = _of_texts(model, batches, tokenizer, batch_size)
+        kinds = [] if isinstance(data, DataLoader) else filter(None, (_kind_of(model, row) for row in batches))
+        if kind := next(iter(kinds), None):
+            batches = _of_rows(model, kind, batches, tokenizer, batch_size)
     return [_inputs(model, batch) for batch in batches]
 
 
@@ -70,6 +109,8 @@ def _check_kind(data) -> None:
         raise ValueError(f"The data has splits {', '.join(data)}: pass one of them.")
     if isinstance(data, str | bytes | Mapping):
         raise ValueError("The data is a single text or batch: pass a list of them.")
+    if _is_image(data):
+        raise ValueError("The data is a single image: pass a list of them.")
     if _is_of_datasets(data, "IterableDataset"):
         raise ValueError("The data is a stream: pass a part of it, as in Dataset.from_list(list(data.take(512))).")
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a table of pandas: iterating gives the names of columns
@@ -79,7 +120,7 @@ def _check_kind(data) -> None:
 
 
 def complete_batches(model: nn.Module, batches: list[dict]) -> list[dict]:
-    """The batches with what the decoder of a translation model reads: labels, or else the model's own greedy output.
+    """The batches with what the decoder of a model reads: labels, or else the model's own greedy output.
 
     Those of a module around swapped models stay as they are.
 
@@ -90,12 +131,12 @@ def complete_batches(model: nn.Module, batches: list[dict]) -> list[dict]:
     tokens = sum(map(_count_tokens, batches)) if is_plain else len(batches)
     count, tokens = sum_over_ranks(torch.tensor([len(batches), tokens], device=device_of(model))).tolist()
     if not count:
-        raise ValueError("The data is empty: pass a few hundred texts.")
+        raise ValueError("The data is empty: pass a few hundred examples.")
     if not tokens:
         raise ValueError("The data has no real tokens, its attention_mask hides all of them: pass some text.")
     if not is_plain or not model.config.is_encoder_decoder:
         return batches
-    return [batch if {"labels", "decoder_input_ids"} & set(batch) else _translated(model, batch) for batch in batches]
+    return [batch if {"labels", "decoder_input_ids"} & set(batch) else _written(model, batch) for batch in batches]
 
 
 def _count_tokens(batch: dict) -> int:
@@ -109,16 +150,71 @@ def _count_tokens(batch: dict) -> int:
     return ids.numel() if tokens is None else int(tokens.real.sum())
 
 
-def _translated(model, batch: dict) -> dict:
+def _written(model, batch: dict) -> dict:
+    """The batch with the model's own output as labels."""
     if not model.can_generate():
         raise ValueError("A decoder without a head writes nothing: pass batches with decoder_input_ids.")
-    length = min(2 * batch["input_ids"].shape[1] + 10, model.config.max_position_embeddings - 1)
+    length = _decoder_positions(model.config) - 1
+    if "input_ids" in batch:
+        length = min(2 * batch["input_ids"].shape[1] + 10, length)
     inputs = send_to_device(batch, model.device)
-    written = model.generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=length)[:, 1:]
-    return {
-        **batch,
-        "labels": written.masked_fill(written == model.config.pad_token_id, -100).to(batch["input_ids"].device),
-    }
+    # Whisper has a `generate` of its own, which adds a prompt and leaves it out of what it returns.
+    written = GenerationMixin.generate(model, **inputs, num_beams=1, do_sample=False, max_new_tokens=length)[:, 1:]
+    labels = written.masked_fill(written == model.config.pad_token_id, -100)
+    return {**batch, "labels": labels.to(batch[_main_input(model)].device)}
+
+
+def _decoder_positions(config) -> int:
+    """The longest output that the decoder takes: T5, which has no limit, writes no more than its inputs ask for."""
+    for name in ("max_target_positions", "max_position_embeddings"):
+        if limit := getattr(config, name, None):
+            return limit
+    return sys.maxsize
+
+
+def _main_input(model) -> str:
+    return getattr(model, "main_input_name", "input_ids")
+
+
+def _kind_read_by(model) -> str:
+    """The kind of data that the model reads; raises `ValueError` where rows of one kind are not enough."""
+    main = _main_input(model)
+    others = [name for name in _KINDS if name != "input_ids" and name in inspect.signature(model.forward).parameters]
+    if others and hasattr(model, "get_text_features"):  # two towers, as in CLIP
+        raise ValueError(
+            f"A {type(model).__name__} reads texts together with {_KINDS[others[0]]}: pass batches, as its processor "
+            "makes them."
+        )
+    if main not in _KINDS:
+        raise ValueError(
+            f"A {type(model).__name__} reads {main}: pass batches, dictionaries of what its forward takes."
+        )
+    return _KINDS[main]
+
+
+def _kind_of(model, row) -> str | None:
+    """The kind of data that a row is, `None` for a batch and for what no model reads."""
+    if _is_text(model, row):
+        return _TEXTS
+    if _is_image(row):
+        return _IMAGES
+    return _RECORDINGS if _is_recording(row) else None
+
+
+def _is_image(row) -> bool:
+    """Whether `row` is an image of PIL: none is where nobody has imported it."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(row, module.Image)
+
+
+def _is_recording(row) -> bool:
+    if isinstance(row, Mapping):
+        return "array" in row
+    if isinstance(row, np.ndarray):
+        return row.ndim == 1 and np.issubdtype(row.dtype, np.floating)
+    if isinstance(row, torch.Tensor):
+        return row.ndim == 1 and row.is_floating_point()
+    return isinstance(row, tuple | list) and bool(row) and all(isinstance(value, float) for value in row)
 
 
 def _is_text(model, row) -> bool:
@@ -134,30 +230,119 @@ def _is_of_datasets(data, *names: str) -> bool:
     return module is not None and isinstance(data, tuple(getattr(module, name) for name in names))
 
 
-def _of_dataset(model, data: "Dataset", tokenizer, batch_size) -> list[Mapping]:
-    names = data.column_names
-    if "input_ids" in names:
-        _need(tokenizer, "pad a data set")
-        kept = [name for name in names if name in (*tokenizer.model_input_names, *_LABELS)]
-        rows = list(data.select_columns(kept))
-        return [_pad(tokenizer, group) for group in _grouped(rows, lambda row: len(row["input_ids"]), batch_size)]
-    if "translation" in names:
-        return _of_texts(model, data["translation"], tokenizer, batch_size)
-    texts = [name for name in names if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
-    if len(texts) not in (1, 2):
+def _of_dataset(model, data: "Dataset", processor, batch_size) -> list[Mapping]:
+    names, main = data.column_names, _main_input(model)
+    if main in names:
+        return _of_inputs(model, data, processor, batch_size)
+    kind = _kind_read_by(model)
+    if kind == _TEXTS and "translation" in names:
+        return _of_texts(model, data["translation"], processor, batch_size)
+    columns = [name for name in names if _is_column_of(kind, data.features[name])]
+    if len(columns) not in ((1, 2) if kind == _TEXTS else (1,)):
+        number, cure = ("one or two", "tokenize it") if kind == _TEXTS else ("one", f"make {main} of it")
+        of = "text" if kind == _TEXTS else kind
         raise ValueError(
-            f"The data set has columns {', '.join(names)}: keep the one or two of text with select_columns, or "
-            "tokenize it."
+            f"The data set has columns {', '.join(names)}: keep the {number} of {of} with select_columns, or {cure}."
         )
-    columns = [data[name] for name in texts]
-    return _of_texts(model, list(zip(*columns)) if len(texts) == 2 else list(columns[0]), tokenizer, batch_size)
+    if kind == _RECORDINGS and _is_of_datasets(data.features[columns[0]], "Audio"):
+        from datasets import Audio
+
+        rate = _need(model, processor, "read recordings").sampling_rate
+        data = data.cast_column(columns[0], Audio(sampling_rate=rate))
+    if len(columns) == 2:
+        return _of_texts(model, list(zip(*(data[name] for name in columns))), processor, batch_size)
+    return _of_rows(model, kind, data[columns[0]], processor, batch_size)
+
+
+def _of_inputs(model, data: "Dataset", processor, batch_size) -> list[Mapping]:
+    """Batches of a data set that has the main input of the model."""
+    main = _main_input(model)
+    if main == "pixel_values":  # all of one size
+        rows = data.with_format("torch", columns=[main])
+        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    processor = _need(model, processor, "pad a data set")
+    kept = [name for name in data.column_names if name in (*processor.model_input_names, *_LABELS)]
+    rows = list(data.select_columns(kept))
+    return [_pad(processor, group) for group in _grouped(rows, lambda row: len(row[main]), batch_size)]
+
+
+def _is_column_of(kind: str, feature) -> bool:
+    """Whether a column of a data set has data of this kind."""
+    if kind == _TEXTS:
+        return getattr(feature, "dtype", None) in ("string", "large_string")
+    if kind == _IMAGES:
+        return _is_of_datasets(feature, "Image")
+    samples = getattr(feature, "feature", None)  # of a list
+    return _is_of_datasets(feature, "Audio") or str(getattr(samples, "dtype", "")).startswith("float")
+
+
+def _of_rows(model, kind: str, rows: Sequence, processor, batch_size) -> list[Mapping]:
+    """Batches of rows of one kind."""
+    reads = _kind_read_by(model)
+    if reads != kind:
+        raise ValueError(f"The data has {kind}, and a {type(model).__name__} reads {reads}: pass these.")
+    of_kind = {_TEXTS: _of_texts, _IMAGES: _of_images, _RECORDINGS: _of_recordings}[kind]
+    return of_kind(model, rows, processor, batch_size)
+
+
+def _of_images(model, rows: Sequence, processor, batch_size) -> list[Mapping]:
+    processor = _need(model, processor, "read images")
+    channels = _field(model.config, "num_channels", 3)
+    if channels not in _MODES:
+        raise ValueError(f"The model takes images of {channels} channels, not grey or RGB ones: pass batches.")
+
+    def encode(group):
+        _check_rows(group, _is_image, "images", "PIL images")
+        return processor(images=[image.convert(_MODES[channels]) for image in group], return_tensors="pt")
+
+    # A slice of a column decodes the images of one batch, not all of them at once.
+    return [encode(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _of_recordings(model, rows: Sequence, extractor, batch_size) -> list[Mapping]:
+    extractor = _need(model, extractor, "read recordings")
+    waves = [_wave(row, extractor.sampling_rate) for row in rows]
+    _check_rows(waves, _is_recording, "recordings", "one-dimensional arrays of floats")
+    options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
+    # Whisper and others always pad to one length, which their models need.
+    padding = inspect.signature(extractor.__call__).parameters.get("padding")
+    if padding is not None and not padding.default:
+        options["padding"] = True
+    return [extractor(group, **options) for group in _grouped(waves, len, batch_size)]
+
+
+def _wave(row, rate: int):
+    """The samples of a recording; anything else as it is."""
+    if isinstance(row, Mapping) or hasattr(row, "get_all_samples"):
+        if row["sampling_rate"] != rate:  # a decoder of `datasets` has both items of the dictionary
+            raise ValueError(
+                f"A recording has {row['sampling_rate']} samples a second, and the feature extractor takes {rate}: "
+                "resample it, as Dataset.cast_column with Audio(sampling_rate=...) does."
+            )
+        row = np.asarray(row["array"])
+    return np.asarray(row) if _is_recording(row) else row
+
+
+def _field(config, name: str, default):
+    """A field of a configuration, or of the part of it that is about images."""
+    for part in (config, getattr(config, "vision_config", None)):
+        if (value := getattr(part, name, None)) is not None:
+            return value
+    return default
+
+
+def _check_rows(rows: Iterable, is_right, kind: str, what: str) -> None:
+    """Raises `ValueError` unless all rows are of one kind."""
+    if not all(map(is_right, rows)):
+        found = " and ".join(dict.fromkeys(map(_describe, rows)))
+        raise ValueError(f"The data has {found} for {kind}: pass a list of {what}.")
 
 
 def _of_texts(model, rows, tokenizer, batch_size) -> list[Mapping]:
     rows = list(rows)
     _check_texts(model, rows)
-    _need(tokenizer, "read texts")
-    limit = {"truncation": True, "max_length": min(tokenizer.model_max_length, _positions(model.config))}
+    tokenizer = _need(model, tokenizer, "read texts")
+    limit = {"truncation": True, "max_length": min(tokenizer.model_max_length, _positions(model))}
 
     def encode(group):
         if isinstance(group[0], Mapping):
@@ -179,10 +364,17 @@ def _of_texts(model, rows, tokenizer, batch_size) -> list[Mapping]:
     return [encode(group) for group in _grouped(rows, length, batch_size)]
 
 
-def _positions(config) -> int:
+def _positions(model) -> int:
     """The longest input that the model takes; a tokenizer does not always know."""
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # RoBERTa counts from there
-    return config.max_position_embeddings - offset
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize  # T5 has none
+    # RoBERTa and its like count positions from behind the padding token on.
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return min([limit, *(table.num_embeddings - table.padding_idx - 1 for table in tables)])
 
 
 def _grouped(rows: list, length, batch_size: int) -> list[list]:
@@ -200,11 +392,24 @@ def _pad(tokenizer, rows: list[dict]) -> Mapping:
     return batch
 
 
-def _need(tokenizer, purpose: str) -> None:
-    if tokenizer is None:
-        raise ValueError(f"A tokenizer is needed to {purpose}: pass tokenizer=....")
-    if tokenizer.pad_token is None:
+def _need(model, processor, purpose: str):
+    """The part of a processor that makes the main input of the model."""
+    main, maker = _main_input(model), _MAKERS[_kind_read_by(model)]
+    article = "An" if maker.startswith("i") else "A"
+    if processor is None:
+        raise ValueError(f"{article} {maker} is needed to {purpose}: pass tokenizer=....")
+    parts = [getattr(processor, name.replace(" ", "_"), None) for name in _MAKERS.values()]
+    for part in (*parts, processor):
+        if main in getattr(part, "model_input_names", ()):
+            break
+    else:
+        raise ValueError(
+            f"A {type(processor).__name__} does not make {main}, which a {type(model).__name__} reads: pass the "
+            f"{maker} of the model as tokenizer."
+        )
+    if getattr(part, "pad_token", "") is None:
         raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token, for GPT-2 to its eos_token.")
+    return part
 
 
 def _check_texts(model, rows: list) -> None:
@@ -260,17 +465,19 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
     if not model.config.is_encoder_decoder:
         taken -= set(_LABELS)
     inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
+    main = _main_input(model)
     if "input_ids" in inputs:
         _check_ids(model, inputs["input_ids"])
-    elif "input_ids" in batch:
+    elif main in batch and not isinstance(batch[main], torch.Tensor):
+        maker = _MAKERS.get(_KINDS.get(main), "processor")
         raise ValueError(
-            f"input_ids of a batch is {_describe(batch['input_ids'])}: make it a tensor, as the tokenizer does with "
-            "return_tensors='pt', or pass a data set and the tokenizer."
+            f"{main} of a batch is {_describe(batch[main])}: make it a tensor, as the {maker} does with "
+            f"return_tensors='pt', or pass a data set and the {maker}."
         )
-    elif "inputs_embeds" not in inputs and getattr(model, "main_input_name", "input_ids") not in inputs:
-        is_text = all(isinstance(value, str) for value in batch.values())
+    elif not {main, "inputs_embeds"} & set(inputs):
+        is_text = main == "input_ids" and all(isinstance(value, str) for value in batch.values())
         cure = "the texts themselves, or Dataset.from_list(rows)" if is_text else "inputs of the model"
-        raise ValueError(f"A batch has {', '.join(batch)} and no tensor input_ids: pass {cure}.")
+        raise ValueError(f"A batch has {', '.join(batch)} and no tensor {main}: pass {cure}.")
     return inputs
 
 
