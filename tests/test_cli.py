@@ -10,22 +10,35 @@ import sys
 import tomllib
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    WhisperProcessor,
 )
 
 import hf_normswap.cli.calibrate as verb
 from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, set_norm_placement, swap_norm
 from hf_normswap.cli import main
+from hf_normswap.cli.checkpoints import load_checkpoint
 from hf_normswap.reporting.results import compare_results, load_results, write_result
+from tests.helpers.architectures import tiny_architecture
 from tests.helpers.checkpoint import TEXTS, save_stock
 from tests.helpers.models import tiny_model
 from tests.helpers.persistence import ROOT, outputs, run_fresh, same
@@ -258,7 +271,7 @@ def text_file(tmp_path, content):
         (lambda p: {"--examples": "0"}, "is no number above 0"),
         (lambda p: {"--split": "test"}, "leave them out with texts"),
         (lambda p: {"--dataset_name": "x"}, "not allowed with argument"),
-        (lambda p: {"--texts": None}, "--texts --dataset_name is required"),
+        (lambda p: {"--texts": None}, "--texts --images --audio --dataset_name is required"),
         (lambda p: {"--texts": None, "--dataset_name": p / "nothing"}, "nothing cannot be read"),
         (lambda p: {"--nrom": "rbn"}, "--nrom"),
     ],
@@ -351,6 +364,7 @@ import sys
 import hf_normswap
 before = set(sys.modules)
 from hf_normswap.cli import main
+from hf_normswap.cli.checkpoints import load_checkpoint
 from hf_normswap.reporting.results import compare_results, load_results, write_result
 for arguments in (["--help"], ["calibrate", "--help"]):
     try:
@@ -435,8 +449,8 @@ def test_distillation_brings_it_nearer(tmp_path, texts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--norm", "rbn"], "which needs texts"),
-        (["--distillation_steps", "5"], "which needs texts"),
+        (["--norm", "rbn"], "which needs data"),
+        (["--distillation_steps", "5"], "which needs data"),
         (["--int8"], "pass --onnx too"),
         (["--gains", "--norm", "rbn"], "leave the options of a conversion out"),
         (["--gains", "--texts", "TEXTS"], "leave the options of a conversion out"),
@@ -603,3 +617,96 @@ def test_the_backends_of_this_machine(capsys, monkeypatch):
 
 def refuse_backend(device):
     raise OSError("there is no compiler\nand more lines")
+
+
+# Images and recordings
+
+
+def save_vit(folder):
+    model = tiny_architecture("vit")[0]
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of classes, with a file that is no image."""
+    for number in range(12):
+        path = tmp_path / "pictures" / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colours = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(colours).save(path)
+    (tmp_path / "pictures" / "notes.txt").write_text("none")
+    return str(tmp_path / "pictures")
+
+
+def test_calibrate_on_images(tmp_path, pictures, capsys):
+    """A folder, its files and a data set give what `calibrate` gives on the same images."""
+    stock = save_vit(tmp_path / "stock")
+    files = sorted(str(path) for path in Path(pictures).rglob("*.png"))
+    sources = {"folder": ["--images", pictures], "files": ["--images", *files], "set": ["--dataset_name", pictures]}
+    options = ["--norm", "batchnorm", "--where", "all", "--batch_size", "5"]
+    for name, source in sources.items():
+        assert main(["calibrate", stock, str(tmp_path / name), *options, *source]) == 0
+    capsys.readouterr()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "folder")
+    expected = swap_norm(AutoModelForImageClassification.from_pretrained(stock), "batchnorm", where="all")
+    sample = Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()).shuffle(seed=0)
+    calibrate(expected, sample, tokenizer=processor, batch_size=5)
+    batch = processor(images=[Image.open(file) for file in files], return_tensors="pt")
+    for name in sources:
+        found = AutoModelForImageClassification.from_pretrained(tmp_path / name)
+        assert torch.equal(found(**batch).logits, expected(**batch).logits), name
+    assert main(["inspect", str(tmp_path / "folder"), "--images", pictures, "--json"]) == 0
+    assert all(norm["tid_mean"] is not None for norm in json.loads(capsys.readouterr().out)["norms"])
+    assert main(["tid", str(tmp_path / "folder"), "--images", pictures, "--batch_size", "6"]) == 0
+    assert main(["swap", stock, str(tmp_path / "swapped"), "--norm", "rbn"]) == 0
+    assert main(["fold", stock, str(tmp_path / "folded"), *options, "--images", pictures]) == 0
+    assert AutoImageProcessor.from_pretrained(tmp_path / "folded").size == processor.size
+
+
+def test_data_that_the_model_does_not_read(tmp_path, texts, pictures, capsys):
+    vit, bert = save_vit(tmp_path / "vit"), save_stock(tmp_path / "bert")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def said(model, *options):
+        return refusal(capsys, "calibrate", model, tmp_path / "new", "--norm", "rbn", *options)
+
+    assert "keep the one of images with select_columns" in said(vit, "--texts", texts)
+    assert "keep the one or two of text" in said(bert, "--images", pictures)
+    assert "nowhere cannot be read: there is no such file" in said(vit, "--images", tmp_path / "nowhere")
+    assert "empty has no image file in it" in said(vit, "--images", empty)
+    assert "notes.txt has no image file" in said(vit, "--images", f"{pictures}/notes.txt")
+    assert "pictures has no audio file in it" in said(vit, "--audio", pictures)
+    assert "leave them out with images" in said(vit, "--images", pictures, "--split", "test")
+    (empty / "torn.png").write_bytes(b"torn")
+    assert "torn.png" in said(vit, "--images", empty)
+    assert not (tmp_path / "new").exists()
+
+
+def test_processors_of_each_kind_are_loaded(tmp_path):
+    """Of Whisper and CLIP all parts, as what is saved beside the model has to be whole."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save_stock(tmp_path / "bert"))
+    sounds, pixels = Wav2Vec2FeatureExtractor(), ViTImageProcessorPil(size={"height": 16, "width": 16})
+    made = {
+        "wav2vec2": (sounds, "Wav2Vec2FeatureExtractor"),
+        "vit": (pixels, "ViTImageProcessorPil"),
+        "clip": (CLIPProcessor(pixels, tokenizer), "CLIPProcessor"),
+        "whisper": (WhisperProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer), "WhisperProcessor"),
+    }
+    for name, (processor, kind) in made.items():
+        tiny_architecture(name)[0].save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        assert type(load_checkpoint(str(tmp_path / name))[1]).__name__ == kind
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchcodec") is not None, reason="torchcodec is here")
+def test_sound_without_its_decoder(tmp_path, capsys):
+    tiny_architecture("wav2vec2")[0].save_pretrained(tmp_path / "stock")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "stock")
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "one.wav").write_bytes(b"RIFF")
+    options = ["--norm", "batchnorm", "--audio", tmp_path / "sounds"]
+    assert "install 'torchcodec'" in refusal(capsys, "calibrate", tmp_path / "stock", tmp_path / "new", *options)

@@ -1,13 +1,14 @@
-"""Swap the norms of a pretrained model, fitted to its LayerNorms on texts without labels.
+"""Swap the norms of a pretrained model, fitted to its LayerNorms on data without labels.
 
-R² and error say how well each norm returns what its LayerNorm returned, on these very texts: with few of them, better
-than on others. The model keeps the head that its checkpoint names. One that is swapped already, and neither calibrated
-nor trained since, is calibrated as it is, without --norm.
+The data is texts, images or recordings, as the model reads them. R² and error say how well each norm returns what its
+LayerNorm returned, on these very examples: with few of them, better than on others. The model keeps the head that its
+checkpoint names. One that is swapped already, and neither calibrated nor trained since, needs no --norm.
 
 Examples:
 
     normswap calibrate textattack/bert-base-uncased-SST-2 ./sst2-rbn --norm rbn --texts reviews.txt
     zcat reviews.gz | normswap calibrate ./my-model ./my-model-pn --norm powernorm --where all --texts - --json
+    normswap calibrate google/vit-base-patch16-224 ./vit-bn --norm batchnorm --where all --images ./photos
     normswap calibrate ./my-swapped-model ./my-calibrated-model --dataset_name stanfordnlp/imdb --columns text
     normswap calibrate Helsinki-NLP/opus-mt-en-de ./en-de-rbn --norm rbn --dataset_name wmt/wmt14 \\
         --dataset_config_name de-en --split validation --columns en de
@@ -23,7 +24,7 @@ from dataclasses import asdict
 from hf_normswap.core.files import atomic_directory
 
 from .checkpoints import load_checkpoint, with_pad_token
-from .data import add_data_arguments, count, read_data
+from .data import SOURCES, add_data_arguments, count, read_data
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
 
@@ -31,7 +32,7 @@ from .reports import print_json, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     # Positionals first: behind an option of several values they would be further ones.
-    parser.usage = "%(prog)s MODEL OUTPUT [--norm NORM] (--texts FILE | --dataset_name NAME) [--option VALUE ...]"
+    parser.usage = f"%(prog)s MODEL OUTPUT [--norm NORM] ({SOURCES}) [--option VALUE ...]"
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
     parser.add_argument("output", metavar="OUTPUT", help="folder to save the calibrated model in, new or empty")
     add_conversion_arguments(parser, required=True)
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Add what [`convert`] takes; whether texts are `required`."""
+    """Add what [`convert`] takes; whether data is `required`."""
     add_norm_arguments(parser, required=False)
     add_data_arguments(parser, required)
     parser.add_argument(
@@ -54,7 +55,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
         type=count,
         default=0,
         metavar="STEPS",
-        help="steps of training against the original afterwards, on the same texts (default: none)",
+        help="steps of training against the original afterwards, on the same data (default: none)",
     )
 
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> tuple:
-    """Model, tokenizer and report of the calibration."""
+    """Model, processor and report of the calibration."""
     from hf_normswap import (
         Norm,
         NormSwapConfig,

@@ -1,12 +1,16 @@
 """Checkpoints that a verb reads."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def load_checkpoint(name):
-    """Model and tokenizer of a checkpoint, the model of the class that its configuration names."""
+    """Model and processor of a checkpoint, the model of the class that its configuration names.
+
+    The processor is a tokenizer, an image processor or a feature extractor, or all that the model has of them.
+    """
     import transformers
 
     from hf_normswap.modeling import modeling_normswap
@@ -20,13 +24,30 @@ def load_checkpoint(name):
             raise ValueError(
                 f"its configuration names no model of transformers, but architectures {config.architectures}."
             )
-        return model_class.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name)
+        return model_class.from_pretrained(name), _processor_class(model_class, name).from_pretrained(name)
+
+
+def _processor_class(model_class, name):
+    """The Auto class of everything that makes inputs of the model."""
+    import transformers
+    from transformers.utils import has_file
+
+    main = model_class.main_input_name
+    others = {"pixel_values", "input_values", "input_features"} & set(
+        inspect.signature(model_class.forward).parameters
+    )
+    if not others:
+        return transformers.AutoTokenizer
+    # Some write text, as Whisper does, or read it, as CLIP does.
+    if main == "input_ids" or has_file(name, "tokenizer_config.json"):
+        return transformers.AutoProcessor
+    return transformers.AutoImageProcessor if "pixel_values" in others else transformers.AutoFeatureExtractor
 
 
 def with_pad_token(tokenizer):
-    """A copy of a tokenizer that can pad; what is saved is the tokenizer that came."""
+    """A copy of a tokenizer that can pad, or of another processor; what is saved is the one that came."""
     reader = copy.deepcopy(tokenizer)
-    if reader.pad_token is None:  # as in GPT-2, which pads with its end of text
+    if getattr(reader, "pad_token", "") is None:  # as in GPT-2, which pads with its end of text
         reader.pad_token = reader.eos_token
     return reader
 

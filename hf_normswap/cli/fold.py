@@ -1,7 +1,7 @@
 """Fold the norms of a model away, after converting its LayerNorms if need be.
 
 A model that is swapped and calibrated, or trained, is folded as it is. One with LayerNorms becomes one without norms
-in a single command: with --norm and texts it is swapped and calibrated first. With --gains a model keeps its own
+in a single command: with --norm and data it is swapped and calibrated first. With --gains a model keeps its own
 norms, without gains and shifts.
 
 Examples:
@@ -21,12 +21,13 @@ from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_conversion_arguments, convert
 from .checkpoints import load_checkpoint
+from .data import SOURCES, has_data
 from .reports import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL OUTPUT [--norm NORM (--texts FILE | --dataset_name NAME)] [--option VALUE ...]"
+    parser.usage = f"%(prog)s MODEL OUTPUT [--norm NORM ({SOURCES})] [--option VALUE ...]"
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
     parser.add_argument("output", metavar="OUTPUT", help="folder to save the folded model in, new or empty")
     parser.add_argument(
@@ -58,20 +59,23 @@ _OF_A_CONVERSION = (
 
 def run(args: argparse.Namespace) -> None:
     """Convert if asked to, fold, save, and print the report."""
-    has_texts = args.texts is not None or args.dataset_name is not None
     given = [name for name in _OF_A_CONVERSION if getattr(args, name)]
-    if args.gains and (has_texts or given):
+    if args.gains and (has_data(args) or given):
         raise ValueError("gains are those of a model with its own norms: leave the options of a conversion out.")
-    if given and not has_texts:
-        raise ValueError(f"{given[0]} is for a conversion, which needs texts: pass --texts or --dataset_name too.")
+    if given and not has_data(args):
+        raise ValueError(
+            f"{given[0]} is for a conversion, which needs data: pass --texts, --images, --audio or --dataset_name too."
+        )
     if args.int8 and not args.onnx:
         raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
     from hf_normswap import export_onnx, fold_gains, fold_norms
 
     with atomic_directory(args.output) as folder:
-        model, tokenizer = convert(args)[:2] if has_texts else load_checkpoint(args.model)
+        model, tokenizer = convert(args)[:2] if has_data(args) else load_checkpoint(args.model)
         if not args.gains and getattr(model.config, "norm_swap", None) is None:
-            raise ValueError(f"{args.model} has LayerNorms: pass --norm and --texts, to convert them first.")
+            raise ValueError(
+                f"{args.model} has LayerNorms: pass --norm and data, such as --texts, to convert them first."
+            )
         report = (fold_gains if args.gains else fold_norms)(model.eval(), untie=args.untie)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""List every norm of a checkpoint: its place, its kind, its running statistics; with texts, its TID too.
+"""List every norm of a checkpoint: its place, its kind, its running statistics; with data, its TID too.
 
 σ, over channels, is the running standard deviation, ψ of PowerNorm and PN-V; R² is that of the calibration.
 
@@ -12,13 +12,13 @@ Examples:
 import argparse
 
 from .checkpoints import load_checkpoint, with_pad_token
-from .data import add_data_arguments, read_data
+from .data import SOURCES, add_data_arguments, read_data
 from .reports import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL [--texts FILE | --dataset_name NAME] [--option VALUE ...]"
+    parser.usage = f"%(prog)s MODEL [{SOURCES}] [--option VALUE ...]"
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a model, swapped or not")
     add_data_arguments(parser, required=False)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

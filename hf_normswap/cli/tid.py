@@ -1,6 +1,6 @@
 """Measure how far batch statistics are from the running ones, norm by norm.
 
-The training-inference discrepancy (TID) is what batch normalisation loses from training to inference. Texts are put
+The training-inference discrepancy (TID) is what batch normalisation loses from training to inference. Examples are put
 into batches of --batch_size: take that of the training. With --plot, the TID over the training is drawn, from the
 tid.json that the trainers of this package leave in their output folder.
 
@@ -15,13 +15,13 @@ import argparse
 from dataclasses import asdict
 
 from .checkpoints import load_checkpoint, with_pad_token
-from .data import add_data_arguments, read_data
+from .data import SOURCES, add_data_arguments, read_data
 from .reports import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
-    parser.usage = "%(prog)s MODEL [--texts FILE | --dataset_name NAME] [--plot FILE] [--option VALUE ...]"
+    parser.usage = f"%(prog)s MODEL [{SOURCES}] [--plot FILE] [--option VALUE ...]"
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a swapped model")
     add_data_arguments(parser, required=False)
     parser.add_argument("--plot", metavar="FILE", help="draw the TID over the training, as PNG, PDF or SVG")
@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
 
     data = read_data(args)
     if data is None and not args.plot:
-        raise ValueError("There is nothing to measure or to draw: give --texts, --dataset_name or --plot.")
+        raise ValueError(
+            "There is nothing to measure or to draw: give --texts, --images, --audio, --dataset_name or --plot."
+        )
     if args.plot:
         from hf_normswap.diagnostics.plots import plot_tid
 

@@ -165,11 +165,11 @@ def _written(model, batch: dict) -> dict:
 
 
 def _decoder_positions(config) -> int:
-    """The longest output that the decoder takes: T5, which has no limit, writes no more than its inputs ask for."""
-    for name in ("max_target_positions", "max_position_embeddings"):
+    """The longest output that the decoder takes."""
+    for name in ("max_target_positions", "max_text_positions", "max_position_embeddings"):
         if limit := getattr(config, name, None):
             return limit
-    return sys.maxsize
+    return 512  # T5 and others without a limit
 
 
 def _main_input(model) -> str:
