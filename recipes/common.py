@@ -23,6 +23,7 @@ from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_l
 
 PLACEMENTS = ("post", "pre")
 FROM_SCRATCH = ("bert", "gpt2", "roberta")
+HELD_OUT = "held_out"  # the split that is a share of the training split
 DEBUG = "HF_NORMSWAP_DEBUG"  # 1 shows the traceback of an error
 LOADED = ("model_name_or_path", "dataset_name")  # options that take an id on the Hub or a folder
 
@@ -74,15 +75,23 @@ class ScratchArguments(ModelArguments):
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "Sizes and the like of a model from scratch, as JSON."}
     )
-    vocab_size: int = field(default=8000, metadata={"help": "Tokens of a tokenizer from scratch."})
 
     def __post_init__(self):
         super().__post_init__()
         self.config_overrides = read_json_object("config_overrides", self.config_overrides)
+        if hasattr(self, "model_type") and (self.model_name_or_path is None) == (self.model_type is None):
+            raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
 
 
 @dataclass
-class FamilyArguments(ScratchArguments):
+class TextScratchArguments(ScratchArguments):
+    """Of recipes that train a tokenizer from scratch, too."""
+
+    vocab_size: int = field(default=8000, metadata={"help": "Tokens of a tokenizer from scratch."})
+
+
+@dataclass
+class FamilyArguments(TextScratchArguments):
     """Of recipes that train a model of one of several families from scratch, too."""
 
     model_type: str | None = field(
@@ -93,10 +102,31 @@ class FamilyArguments(ScratchArguments):
         metadata={"help": "What the tokens of a model from scratch are.", "choices": ["pieces", "words"]},
     )
 
+
+@dataclass
+class SplitArguments:
+    """Of recipes that score a split of a data set with labels, which may be a share of the training split."""
+
+    validation_split: str | None = field(
+        default=None, metadata={"help": "The split to score; that named validation if not given."}
+    )
+    validation_share: float = field(
+        default=0.0, metadata={"help": "Score this share of the training split instead, which is held out."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of that share."})
+    test_split: str | None = field(default=None, metadata={"help": "A split to score in the end too, such as test."})
+
     def __post_init__(self):
-        super().__post_init__()
-        if (self.model_name_or_path is None) == (self.model_type is None):
-            raise ValueError("Say either model_name_or_path, to go on, or model_type, to start from scratch.")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share is a share of the training split, not {self.validation_share}.")
+        if self.validation_share and self.validation_split:
+            raise ValueError("validation_share holds out a part of the training split: leave out validation_split.")
+
+    @property
+    def scored_splits(self):
+        """The splits to score, by the prefix of their scores; early stopping looks at the first one."""
+        validation = HELD_OUT if self.validation_share else self.validation_split or "validation"
+        return {"": validation} | ({"test_": self.test_split} if self.test_split else {})
 
 
 def read_json_object(name, value):
@@ -286,6 +316,12 @@ def show_penalty_weights(trainer, tokens):
                 value = getattr(norm, name)
                 print(f"RBN: {name} {value:g} of a mean loss is {value * tokens:g} of a sum over {tokens} tokens")
             return
+
+
+def score_splits(trainer, scored, compute_metrics):
+    """The scores of several splits, each with the prefix of its split."""
+    scores = {prefix: compute_metrics(trainer.predict(split)) for prefix, split in scored.items()}
+    return {prefix + name: value for prefix, found in scores.items() for name, value in found.items()}
 
 
 def train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint):

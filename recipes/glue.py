@@ -21,12 +21,14 @@ from hf_normswap import NormSwapTrainer, NormSwapTrainingArguments
 from hf_normswap.metrics import GlueMetric
 from recipes.common import (
     FamilyArguments,
+    SplitArguments,
     make_callbacks,
     one_sentence_errors,
     parse_and_seed,
+    score_splits,
     train_and_record,
 )
-from recipes.loading import check_length, load_splits, load_swapped, make_swapped
+from recipes.loading import check_length, load_labelled, load_swapped, make_swapped
 
 
 # The columns of text of each task.
@@ -41,25 +43,16 @@ TASKS = {
     "stsb": ["sentence1", "sentence2"],
     "wnli": ["sentence1", "sentence2"],
 }
-HELD_OUT = "held_out"
 # MNLI is scored twice, on genres seen in training and on others.
 MNLI_SPLITS = {"matched": "validation_matched", "mismatched": "validation_mismatched"}
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SplitArguments):
     task_name: str | None = field(default=None, metadata={"help": "Task of GLUE.", "choices": list(TASKS)})
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One or two columns of text of a data set that is no task of GLUE."}
     )
-    validation_split: str | None = field(
-        default=None, metadata={"help": "The split to score; that named validation if not given."}
-    )
-    validation_share: float = field(
-        default=0.0, metadata={"help": "Score this share of the training split instead, which is held out."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of that share."})
-    test_split: str | None = field(default=None, metadata={"help": "A split to score in the end too, such as test."})
     dataset_name: str = field(
         default="nyu-mll/glue", metadata={"help": "Data set of the Hub, or a local folder laid out like one."}
     )
@@ -71,10 +64,7 @@ class DataArguments:
     def __post_init__(self):
         if (self.task_name is None) == (self.text_columns is None):
             raise ValueError("Say either task_name, of GLUE, or text_columns, of another data set.")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share is a share of the training split, not {self.validation_share}.")
-        if self.validation_share and self.validation_split:
-            raise ValueError("validation_share holds out a part of the training split: leave out validation_split.")
+        super().__post_init__()
         if self.task_name == "mnli" and (self.validation_split or self.validation_share or self.test_split):
             raise ValueError(
                 "MNLI is scored on its two validation splits: leave out validation_split, validation_share and "
@@ -92,34 +82,16 @@ class DataArguments:
 
     @property
     def scored_splits(self):
-        """The splits to score, by the prefix of their scores; early stopping looks at the first one."""
         if self.task_name == "mnli":
             return {f"{name}_": split for name, split in MNLI_SPLITS.items()}
-        validation = HELD_OUT if self.validation_share else self.validation_split or "validation"
-        return {"": validation} | ({"test_": self.test_split} if self.test_split else {})
+        return super().scored_splits
 
 
 def load_task(data_args):
     """Returns the splits, and what the head of the model needs to know of the labels."""
     task = data_args.task_name
     config = data_args.dataset_config_name or task
-    splits = ["train", *(split for split in data_args.scored_splits.values() if split != HELD_OUT)]
-    data = load_splits(data_args.dataset_name, config, splits, [*data_args.columns, "label"])
-    if data_args.validation_share:
-        parts = data["train"].train_test_split(data_args.validation_share, seed=data_args.split_seed)
-        data["train"], data[HELD_OUT] = parts["train"], parts["test"]
-    for name, split in data.items():
-        if len(split) == 0:
-            raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} is empty.")
-        if task != "stsb" and not all(isinstance(label, int) for label in split.unique("label")):
-            raise ValueError(f"Labels of {data_args.dataset_name!r} are no class numbers: see class_encode_column.")
-        if min(split["label"]) < 0:
-            raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} has no labels, only -1.")
-    if task == "stsb":
-        return data, {"num_labels": 1, "problem_type": "regression"}
-    names = getattr(data["train"].features["label"], "names", None) or range(max(data["train"]["label"]) + 1)
-    id2label = dict(enumerate(map(str, names)))
-    return data, {"num_labels": len(id2label), "id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
+    return load_labelled(data_args, config, data_args.columns, is_regression=task == "stsb")
 
 
 def tokenize(data, tokenizer, data_args):
@@ -171,8 +143,7 @@ def main(argv=None):
         )
 
     def score():
-        scores = {prefix: compute_metrics(trainer.predict(split)) for prefix, split in scored.items()}
-        return {prefix + name: value for prefix, found in scores.items() for name, value in found.items()}
+        return score_splits(trainer, scored, compute_metrics)
 
     train_and_record(trainer, data_args.task, model_args, data_args, data, explicit_args, score, checkpoint)
 

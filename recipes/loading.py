@@ -10,6 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_normswap import NormSwapConfig, find_norms, get_norm, set_norm_placement, swap_norm
+from recipes.common import HELD_OUT
 from recipes.vocabulary import train_tokenizer
 
 
@@ -38,6 +39,28 @@ def load_splits(name, config, splits, columns):
     return DatasetDict({split: data[split] for split in splits})
 
 
+def load_labelled(data_args, config, columns, label="label", is_regression=False):
+    """Returns the splits, with a column `label`, and what the head of a model needs to know of the labels."""
+    splits = ["train", *(split for split in data_args.scored_splits.values() if split != HELD_OUT)]
+    data = load_splits(data_args.dataset_name, config, splits, [*columns, label])
+    data = data.select_columns([*columns, label]).rename_columns({label: "label"} if label != "label" else {})
+    if data_args.validation_share:
+        parts = data["train"].train_test_split(data_args.validation_share, seed=data_args.split_seed)
+        data["train"], data[HELD_OUT] = parts["train"], parts["test"]
+    for name, split in data.items():
+        if len(split) == 0:
+            raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} is empty.")
+        if not is_regression and not all(isinstance(value, int) for value in split.unique("label")):
+            raise ValueError(f"Labels of {data_args.dataset_name!r} are no class numbers: see class_encode_column.")
+        if min(split["label"]) < 0:
+            raise ValueError(f"The split {name!r} of {data_args.dataset_name!r} has no labels, only -1.")
+    if is_regression:
+        return data, {"num_labels": 1, "problem_type": "regression"}
+    names = getattr(data["train"].features["label"], "names", None) or range(max(data["train"]["label"]) + 1)
+    id2label = dict(enumerate(map(str, names)))
+    return data, {"num_labels": len(id2label), "id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
+
+
 def _stamp(folder):
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return Hasher.hash([(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files])
@@ -51,22 +74,22 @@ def check_length(max_length, tokenizer):
         )
 
 
-def load_swapped(auto_class, args, texts, tokenizer_options=None, **config):
+def load_swapped(auto_class, args, examples, tokenizer_options=None, processor_class=AutoTokenizer, **config):
     """
-    The tokenizer, and the model with its norms swapped as the arguments say, or as its checkpoint has them.
+    The processor, and the model with its norms swapped as the arguments say, or as its checkpoint has them.
 
-    `texts` is the training split, with nothing but the columns of text.
+    `examples` is the training split, with nothing but what the processor reads.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **(tokenizer_options or {}))
+        processor = processor_class.from_pretrained(args.model_name_or_path, **(tokenizer_options or {}))
         model = auto_class.from_pretrained(args.model_name_or_path, **config)
     except Exception as error:  # a damaged folder can raise anything
         misfit = "ignore_mismatched_sizes" in str(error)
         reason = "it has weights of other shapes, as the head of another task has" if misfit else error
         raise ValueError(f"{args.model_name_or_path} cannot be loaded: {reason}") from error
-    if tokenizer.pad_token is None:  # as in GPT-2, which pads with its end of text
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, apply_norm_args(model, tokenizer, args, texts)
+    if getattr(processor, "pad_token", "") is None:  # as in GPT-2, which pads with its end of text
+        processor.pad_token = processor.eos_token
+    return processor, apply_norm_args(model, processor, args, examples)
 
 
 def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **config):
@@ -95,16 +118,16 @@ def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **
     return tokenizer, apply_norm_args(auto_class.from_config(config), tokenizer, args, texts)
 
 
-def apply_norm_args(model, tokenizer, args, texts):
+def apply_norm_args(model, processor, args, examples):
     """The model with its norms swapped as the arguments say, or as they are if they are swapped already."""
     recorded = getattr(model.config, "norm_swap", None) or {"norms": []}
     if not recorded["norms"]:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
-        sample = texts.shuffle(seed=0).take(min(args.calibrate, len(texts))) if args.calibrate else None
+        sample = examples.shuffle(seed=0).take(min(args.calibrate, len(examples))) if args.calibrate else None
         where = args.where or "blocks"
         if args.placement:
             set_norm_placement(model, args.placement, drop_final=True)
-        return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=tokenizer)
+        return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=processor)
     places = {path for entry in recorded["norms"] for path in entry["modules"]}
     asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}
     for entry in recorded["norms"]:

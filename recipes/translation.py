@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, MarianCo
 from hf_normswap import NormSwapSeq2SeqTrainer, NormSwapSeq2SeqTrainingArguments
 from hf_normswap.metrics import SacrebleuMetric
 from recipes.common import (
-    ScratchArguments,
+    TextScratchArguments,
     make_callbacks,
     one_sentence_errors,
     parse_and_seed,
@@ -125,7 +125,7 @@ def score_texts(found, references):
 
 def main(argv=None):
     with one_sentence_errors():
-        groups = (ScratchArguments, DataArguments, NormSwapSeq2SeqTrainingArguments)
+        groups = (TextScratchArguments, DataArguments, NormSwapSeq2SeqTrainingArguments)
         model_args, data_args, training_args, explicit_args, checkpoint = parse_and_seed(groups, argv)
         data = load_pairs(data_args)
         if model_args.model_name_or_path:

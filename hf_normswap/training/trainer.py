@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_normswap.core.statistics import (
     accumulate_norm_statistics,
@@ -239,6 +240,28 @@ class _NormSwapTrainerMixin:
                 shutil.rmtree(folder, ignore_errors=True)
             cure = f"mend that, and resume from {whole}" if whole else "mend that, and start again"
             raise OSError(f"{folder} could not be written ({error}): {cure}.") from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, folder) -> bool:
+        """Load a checkpoint whose weights have other names than in the model; whether this is such a one.
+
+        transformers saves ViT and others under the names of earlier versions. Its Trainer compares names, finds none,
+        and would go on with the weights that the model had before.
+        """
+        model = self._unwrapped()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(model, "peft_config"):
+            return False
+        if not isinstance(model, PreTrainedModel) or not get_model_conversion_mapping(model, add_legacy=False):
+            return False
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        return True
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -91,7 +91,7 @@ def groups_of(recipe):
     """The dataclasses of a recipe."""
     data_class = importlib.import_module(f"recipes.{recipe}").DataArguments
     if recipe == "translation":
-        return [common.ScratchArguments, data_class, NormSwapSeq2SeqTrainingArguments]
+        return [common.TextScratchArguments, data_class, NormSwapSeq2SeqTrainingArguments]
     return [common.FamilyArguments, data_class, NormSwapTrainingArguments]
 
 
