@@ -42,7 +42,7 @@ class ModelArguments:
     )
     calibrate: int = field(
         default=0,
-        metadata={"help": "Training examples whose texts the swapped norms are fitted on; 0 fits none."},
+        metadata={"help": "Training examples that the swapped norms are fitted on, without labels; 0 fits none."},
     )
     progressive: float = field(
         default=0.0,

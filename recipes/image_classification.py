@@ -1,7 +1,7 @@
 """
 Trains a model with swapped norms to classify images, and scores its accuracy.
 
-    python -m recipes.image_classification recipes/configs/images/cifar10.yaml --norm batchnorm \\
+    python -m recipes.image_classification recipes/configs/image_classification/cifar10.yaml --norm batchnorm \\
         --model_name_or_path google/vit-base-patch16-224-in21k --calibrate 512 --norm_freeze_ratio 0.5
     python -m recipes.image_classification --dataset_name ./my-images --norm rbn --model_type vit \\
         --config_overrides '{"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 6}'

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from hf_normswap import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments, swap_norm
-from recipes import common
+from recipes import common, image_classification
 from tests.helpers.persistence import ROOT
 
 
@@ -92,6 +92,8 @@ def groups_of(recipe):
     data_class = importlib.import_module(f"recipes.{recipe}").DataArguments
     if recipe == "translation":
         return [common.TextScratchArguments, data_class, NormSwapSeq2SeqTrainingArguments]
+    if recipe == "image_classification":
+        return [image_classification.ModelArguments, data_class, NormSwapTrainingArguments]
     return [common.FamilyArguments, data_class, NormSwapTrainingArguments]
 
 
@@ -99,7 +101,7 @@ def read_records():
     """The runs of the recipes, by their paths in the folder of results."""
     for path in sorted(ROOT.glob("results/*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if re.match(r"python -m recipes\.(glue|ner|lm|translation) ", record.get("command", "")):
+        if re.match(r"python -m recipes\.(glue|ner|image_classification|lm|translation) ", record.get("command", "")):
             yield f"{path.parent.name}/{path.name}", record
 
 
