@@ -161,7 +161,7 @@ def _written(model, batch: dict) -> dict:
     # Whisper has a `generate` of its own, which adds a prompt and leaves it out of what it returns.
     written = GenerationMixin.generate(model, **inputs, num_beams=1, do_sample=False, max_new_tokens=length)[:, 1:]
     labels = written.masked_fill(written == model.config.pad_token_id, -100)
-    return {**batch, "labels": labels.to(batch[_main_input(model)].device)}
+    return {**batch, "labels": labels.to(next(iter(batch.values())).device)}
 
 
 def _decoder_positions(config) -> int:
@@ -210,6 +210,8 @@ def _is_image(row) -> bool:
 def _is_recording(row) -> bool:
     if isinstance(row, Mapping):
         return "array" in row
+    if hasattr(row, "get_all_samples"):  # a decoder of `datasets`, which has the items of such a dictionary
+        return True
     if isinstance(row, np.ndarray):
         return row.ndim == 1 and np.issubdtype(row.dtype, np.floating)
     if isinstance(row, torch.Tensor):
@@ -313,8 +315,8 @@ def _of_recordings(model, rows: Sequence, extractor, batch_size) -> list[Mapping
 
 def _wave(row, rate: int):
     """The samples of a recording; anything else as it is."""
-    if isinstance(row, Mapping) or hasattr(row, "get_all_samples"):
-        if row["sampling_rate"] != rate:  # a decoder of `datasets` has both items of the dictionary
+    if _is_recording(row) and (isinstance(row, Mapping) or hasattr(row, "get_all_samples")):
+        if row["sampling_rate"] != rate:
             raise ValueError(
                 f"A recording has {row['sampling_rate']} samples a second, and the feature extractor takes {rate}: "
                 "resample it, as Dataset.cast_column with Audio(sampling_rate=...) does."

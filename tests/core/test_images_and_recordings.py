@@ -280,6 +280,29 @@ def test_two_towers_take_batches_of_their_processor():
     assert torch.equal(pixels["pixel_values"], made["pixel_values"])
 
 
+class Decoder:
+    """What `datasets` gives for a recording, without decoding one."""
+
+    def __init__(self, **items):
+        self.items = items
+
+    def __getitem__(self, name):
+        return self.items[name]
+
+    def get_all_samples(self):
+        raise AssertionError("its items have the samples")
+
+
+def test_decoders_of_recordings():
+    model, _ = tiny_architecture("wav2vec2")
+    decoders = [Decoder(array=wave, sampling_rate=RATE) for wave in WAVES]
+    (batch,), (expected,) = (make_batches(model, data, EXTRACTOR) for data in ([*decoders[:1], *WAVES[1:]], WAVES))
+    assert torch.equal(batch["input_values"], expected["input_values"])
+    with pytest.raises(ValueError, match="has 8000 samples a second"):
+        make_batches(model, [WAVES[0], Decoder(array=WAVES[1], sampling_rate=8000)], EXTRACTOR)
+    assert len(make_batches(model, decoders, EXTRACTOR, batch_size=2)) == 2
+
+
 def sound_files(folder, rate):
     import wave
 
