@@ -46,9 +46,11 @@ class NormSite:
         stack (`str`): `"encoder"` or `"decoder"`.
         sublayer (`str`, *optional*):
             `"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"` or `"final"`; `"query_key"` for a norm
-            of the queries or keys of an attention, `"other"` for one outside of the residual stream. `None` where the
-            forward of the model could not be read.
-        layer (`int`, *optional*): index of the block in its stack; `None` outside the blocks.
+            of the queries or keys of an attention, `"other"` for one beside the residual stream or between two blocks.
+            `None` where the forward of the model could not be read.
+        layer (`int`, *optional*):
+            index of the block in its stack; `None` outside the blocks. A model of images and text counts the blocks of
+            each of its parts from 0.
         placement (`str`, *optional*):
             `"post"` behind a residual sum, `"pre"` in front of a sublayer, `"sandwich"` at the end of a sublayer,
             before the sum, `"inner"` inside of one; `None` outside the blocks.
@@ -325,6 +327,7 @@ class _Reader:
         self.by_node = {each.node: each for each in self.sums}
         self.modules = dict(model.named_modules())
         self.blocks = self._find_blocks()
+        self.of_blocks = [each for each in self.sums if self._block_of(self.graph.nodes[each.node].name)] or self.sums
 
     def places(self) -> dict[str, _Place]:
         calls: dict[str, list[Node]] = {}
@@ -337,7 +340,7 @@ class _Reader:
                 continue
             stack, block = _stack_of(self.model, name), self._block_of(name)
             if block is not None:
-                order = blocks.setdefault(stack, {})
+                order = blocks.setdefault((stack, self._tower_of(block)), {})
                 order.setdefault(block, len(order))
             found[name] = stack, block
         places = {}
@@ -347,7 +350,7 @@ class _Reader:
             places[path_of(self.model, name)] = _Place(
                 stack,
                 sublayer,
-                blocks[stack][block] if inside and block else None,
+                blocks[stack, self._tower_of(block)][block] if inside and block else None,
                 placement if inside else None,
                 path_of(self.model, block) if inside and block else None,
                 len(calls[name]),
@@ -375,8 +378,10 @@ class _Reader:
             return self._kind(around.skip, around.branch, norm.name), "inner"
         if any(part.isdigit() for part in norm.name.split(".")):  # of a list of layers that are no blocks
             return "other", None
-        if not any(graph.depends(out, each.node) for each in self.sums):
+        if not any(graph.depends(out, each.node) for each in self.of_blocks):
             return "embedding", None
+        if any(out in self._terms(each.skip) for each in self.of_blocks):  # between two blocks
+            return "other", None
         return ("final" if read in self.by_node or self._is_of_stream(read) else "head"), None
 
     def _is_between(self, each: ResidualSum, node: int) -> bool:
@@ -439,6 +444,10 @@ class _Reader:
         rest = [name for name, count in counts.items() if count["sums"] and name not in blocks]
         rest = [name for name in rest if not any(_is_inside(name, b) or _is_inside(b, name) for b in blocks)]
         return [*blocks, *(name for name in rest if not any(_is_inside(other, name) for other in rest))]
+
+    def _tower_of(self, name: str) -> nn.Module:
+        """The innermost model that a module is in, such as the image tower of a model of images and text."""
+        return next(part for part in reversed([*_parents(self.model, name)]) if isinstance(part, PreTrainedModel))
 
     def _block_of(self, name: str) -> str | None:
         """The transformer block that a module is in."""
