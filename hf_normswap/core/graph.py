@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.modeling.model_norms import HOOKS
@@ -228,8 +229,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, stand_ins: dict[int, tuple[str, str]], inputs: dict):
         super().__init__()
         self.graph = Graph()
-        self._made: dict[int, int] = {}  # id of a tensor → node
-        self._alive: list[torch.Tensor] = []  # an id is a tensor's own while that lives
+        self._made = WeakTensorKeyDictionary()  # tensor → node; activations are freed as in any forward
         self._inside = 0  # of how many layers that are one node each
         self._running = [""]
         self._names = stand_ins
@@ -291,8 +291,8 @@ class _Recorder(TorchDispatchMode):
         named = output.items() if hasattr(output, "items") else [("output", output)]
         for name, value in named:
             for index, leaf in enumerate(pytree.tree_leaves(value)):
-                if isinstance(leaf, torch.Tensor) and id(leaf) in self._made:
-                    self.graph.outputs[f"{name}.{index}" if index else name] = self._made[id(leaf)]
+                if isinstance(leaf, torch.Tensor) and leaf in self._made:
+                    self.graph.outputs[f"{name}.{index}" if index else name] = self._made[leaf]
 
     def _record(self, op, args, kwargs, output, name=None) -> None:
         leaves = pytree.tree_leaves((args, kwargs)) if op not in SHAPE_ALONE else ()
@@ -307,14 +307,13 @@ class _Recorder(TorchDispatchMode):
 
     def _node_of(self, tensor) -> int | None:
         """The node that made a tensor; a parameter gets its own at its first use, a constant has none."""
-        if id(tensor) not in self._made and id(tensor) in self._names:
+        if tensor not in self._made and id(tensor) in self._names:
             kind, name = self._names[id(tensor)]
             self._note(tensor, self.graph.append(kind, name, (), tensor.shape))
-        return self._made.get(id(tensor))
+        return self._made.get(tensor)
 
     def _note(self, tensor, index: int) -> None:
-        self._made[id(tensor)] = index
-        self._alive.append(tensor)
+        self._made[tensor] = index
 
 
 def _zeros_of(name: str, args: tuple):
