@@ -6,6 +6,7 @@ fraction of a second and no memory, and what computes on the way to a shape or a
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -198,7 +199,7 @@ def _copy_modules(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, str
         new.__dict__.update({name: value for name, value in vars(module).items() if name != "forward"})
         for hooks in HOOKS:
             if hooks in new.__dict__:
-                new.__dict__[hooks] = None if hooks == "_is_full_backward_hook" else {}
+                new.__dict__[hooks] = None if hooks == "_is_full_backward_hook" else OrderedDict()
         for kind, table in (("parameter", "_parameters"), ("buffer", "_buffers")):
             new.__dict__[table] = {
                 name: stand_in(tensor, f"{prefix}{name}", kind) for name, tensor in vars(module)[table].items()

@@ -264,7 +264,7 @@ def _read(model: PreTrainedModel) -> Description:
             lines = str(error).strip().splitlines()
             obstacle = obstacle or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
             continue
-        if any(node.op == NORM for node in graph.nodes):
+        if any(node.op == NORM for node in graph.nodes) or not any(map(is_norm, model.modules())):
             description = Description(graph, list(_residual_sums(graph)))
             description.places = _Reader(model, description).places()
             return description
@@ -285,21 +285,27 @@ def _leaves_norms_out(model: PreTrainedModel, graph: Graph) -> bool:
 
 
 def _residual_sums(graph: Graph):
-    """Sums of two values of which one is computed, by layers with weights, from the other."""
+    """Sums of two values of which one is computed, by layers with weights, from the other.
+
+    Two branches of one value may be added one after the other, as in Cohere.
+    """
+    starts: dict[int, int] = {}  # of a sum: the value that its branch is computed from
     heavy = [node.index for node in graph.nodes if node.op in WEIGHTED or _is_product(graph, node)]
     for node in graph.nodes:
         if node.op not in ADDITION or len(node.inputs) != 2 or len(node.shape) < 2:
             continue
         first, second = (graph.source(index) for index in node.inputs)
         for skip, branch in ((first, second), (second, first)):
-            if skip != branch and graph.nodes[skip].shape[-1:] == node.shape[-1:] and graph.depends(branch, skip):
-                if any(
-                    skip < index <= branch and graph.depends(index, skip)
-                    for index in heavy
-                    if graph.depends(branch, index)
-                ):
-                    yield ResidualSum(node.index, skip, branch)
-                    break
+            if skip == branch or graph.nodes[skip].shape[-1:] != node.shape[-1:]:
+                continue
+            start = skip if graph.depends(branch, skip) else starts.get(skip)
+            if start is not None and any(
+                start < index <= branch and graph.depends(index, start) and graph.depends(branch, index)
+                for index in heavy
+            ):
+                starts[node.index] = start
+                yield ResidualSum(node.index, skip, branch)
+                break
 
 
 def _is_product(graph: Graph, node: Node) -> bool:
