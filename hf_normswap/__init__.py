@@ -27,6 +27,7 @@ _HOMES = {
     "diagnostics.activation_stats": ["ActivationProbe", "ActivationReport", "probe_activations"],
     "diagnostics.depth_study": ["DepthSlope", "DepthStudy", "study_depth"],
     "diagnostics.gradients": ["GradientNorm", "GradientReport", "gradient_norms"],
+    "diagnostics.inspection": ["InspectReport", "NormAudit", "inspect_model"],
     "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
     "fusion.fold": ["FoldReport", "fold_norms"],
     "fusion.gains": ["fold_gains"],
@@ -91,6 +92,9 @@ if TYPE_CHECKING:
     from .diagnostics.gradients import GradientNorm as GradientNorm
     from .diagnostics.gradients import GradientReport as GradientReport
     from .diagnostics.gradients import gradient_norms as gradient_norms
+    from .diagnostics.inspection import InspectReport as InspectReport
+    from .diagnostics.inspection import NormAudit as NormAudit
+    from .diagnostics.inspection import inspect_model as inspect_model
     from .diagnostics.tid import LayerTid as LayerTid
     from .diagnostics.tid import TidHistory as TidHistory
     from .diagnostics.tid import TidReport as TidReport

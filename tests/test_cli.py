@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     CLIPProcessor,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     ViTImageProcessorPil,
     Wav2Vec2FeatureExtractor,
@@ -503,9 +504,12 @@ def test_inspect_lists_every_norm(tmp_path, texts, capsys):
     output = save_calibrated(tmp_path, texts)
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "stock")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.split("\n")[0].split() == ["norm", "stack", "sublayer", "layer", "placement", "name"]
-    assert printed.count("layernorm") == 5
+    heading, columns, *printed = capsys.readouterr().out.splitlines()
+    assert heading == "BertForSequenceClassification (bert): 5 layernorm"
+    assert columns.split()[:6] == ["norm", "stack", "sublayer", "layer", "placement", "width"]
+    assert [line.split()[2:4] for line in printed[:3]] == [["embedding", "-"], ["attention", "0-1"], ["ffn", "0-1"]]
+    assert main(["inspect", str(tmp_path / "stock"), "--all"]) == 0
+    assert capsys.readouterr().out.count("\nlayernorm ") == 5
     assert main(["inspect", output, "--texts", texts, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     model = AutoModelForSequenceClassification.from_pretrained(output)
@@ -516,6 +520,21 @@ def test_inspect_lists_every_norm(tmp_path, texts, capsys):
         assert norm["r2"] == model.config.norm_swap["calibration"][site.path]
         assert norm["batches"] == site.module.num_batches_tracked
         assert norm["tid_mean"] > 0
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None])
+def test_inspect_needs_nothing_but_a_configuration(tmp_path, capsys, architectures):
+    config = LlamaConfig(num_hidden_layers=32, architectures=architectures)  # seven billion parameters
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("(llama): 65 rmsnorm")
+    assert sum(line.startswith("rmsnorm") for line in printed) == 3
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["norms"]) == 65
+    config.architectures = ["NoSuchModel"]
+    config.save_pretrained(tmp_path)
+    assert "names no model of transformers" in refusal(capsys, "inspect", tmp_path)
 
 
 def test_tid_is_that_of_python(tmp_path, texts, capsys):

@@ -13,18 +13,38 @@ def load_checkpoint(name):
     """
     import transformers
 
-    from hf_normswap.modeling import modeling_normswap
+    with reading(name):
+        model_class = _class_of(transformers.AutoConfig.from_pretrained(name))
+        return model_class.from_pretrained(name), _processor_class(model_class, name).from_pretrained(name)
+
+
+def load_structure(name):
+    """The model of a checkpoint to look at: one that is not swapped comes without weights, on the meta device."""
+    import torch
+    import transformers
 
     with reading(name):
         config = transformers.AutoConfig.from_pretrained(name)
-        class_name = (config.architectures or [""])[0]
-        home = modeling_normswap if hasattr(config, "norm_swap") else transformers
-        model_class = getattr(home, class_name, None)
-        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-            raise ValueError(
-                f"its configuration names no model of transformers, but architectures {config.architectures}."
-            )
-        return model_class.from_pretrained(name), _processor_class(model_class, name).from_pretrained(name)
+        if hasattr(config, "norm_swap"):
+            return _class_of(config).from_pretrained(name)
+        with torch.device("meta"):
+            return _class_of(config)(config) if config.architectures else transformers.AutoModel.from_config(config)
+
+
+def _class_of(config) -> type:
+    """The class of models that a configuration names."""
+    import transformers
+
+    from hf_normswap.modeling import modeling_normswap
+
+    class_name = (config.architectures or [""])[0]
+    home = modeling_normswap if hasattr(config, "norm_swap") else transformers
+    model_class = getattr(home, class_name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(
+            f"its configuration names no model of transformers, but architectures {config.architectures}."
+        )
+    return model_class
 
 
 def _processor_class(model_class, name):

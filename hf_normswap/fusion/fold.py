@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, share_config
-from hf_normswap.core.norm_sites import NormSite, find_norms, format_table
+from hf_normswap.core.norm_sites import ASIDE, NormSite, find_norms, format_table
 from hf_normswap.core.residual_stream import Reading, ResidualStream, find_tied_head
 from hf_normswap.core.statistics import statistic_norms
 from hf_normswap.modeling.affine import Affine
 from hf_normswap.modeling.base import Norm
-from hf_normswap.modeling.model_norms import has_hooks
+from hf_normswap.modeling.model_norms import has_hooks, norm_width
 from hf_normswap.modeling.modeling_normswap import prepare_swapped, release_swapped
 from hf_normswap.modeling.replace import add_bias, place_norms, remove_norms, untie_head
 
@@ -215,7 +215,7 @@ class _Plan:
     def _fold_chain(self, sites: list[NormSite]) -> None:
         """Fold the norms of the residual stream `x = scale ⊙ s`, where s is what the folded model computes."""
         maps = [self._map(site) for site in sites]
-        scale = torch.ones(sites[0].module.weight.shape[0], dtype=torch.float64)
+        scale = torch.ones(norm_width(sites[0].module), dtype=torch.float64)
         for index, site in enumerate(sites):
             if index:
                 self._scale_inputs(self.stream.readers_before(site).linears, scale)
@@ -425,3 +425,44 @@ def _range_of(dtype: torch.dtype) -> tuple[float, float]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+class _Rehearsal(_Plan):
+    """A plan that reads no weight and computes nothing: which norms could go if all of them were affine."""
+
+    def _map(self, site: NormSite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not isinstance(site.module, Norm) and site.sublayer in ASIDE:
+            self.report.kept[site.name] = "it is not swapped unless it is named"
+            return None
+        ones = torch.ones(norm_width(site.module), dtype=torch.float64)
+        return ones, ones
+
+    def _scale_tables(self, names: list[str], gain: torch.Tensor) -> None:
+        pass
+
+    def _shift_stream(self, site: NormSite, shift: torch.Tensor) -> None:
+        pass
+
+    def _add_bias(self, name: str, shift: torch.Tensor) -> None:
+        self._check(name)
+
+    def _scale_inputs(self, names: tuple[str, ...], gain: torch.Tensor, shift: torch.Tensor | None = None) -> None:
+        for name in names:
+            self._check(name)
+
+    def _scale_outputs(self, name: str, scale: torch.Tensor) -> None:
+        self._check(name)
+
+    def _check(self, name: str) -> None:
+        if reason := obstacle_of_linear(self.model.get_submodule(name)):
+            raise ValueError(f"{name} {reason}")
+
+
+def rehearse_folding(model: PreTrainedModel) -> dict[str, str | None]:
+    """Why each norm of a model, swapped or not, would stay when the model is swapped and folded; `None` if it can go.
+
+    Raises:
+        ValueError: when the model could not be folded at all, with the reason.
+    """
+    plan = _Rehearsal(model, untie=False)
+    return {site.name: plan.report.kept.get(site.name) for site in plan.sites}

@@ -21,10 +21,12 @@ from hf_normswap import (
     FoldReport,
     GradientNorm,
     GradientReport,
+    InspectReport,
     LayerNorm,
     LayerTid,
     Moments,
     Norm,
+    NormAudit,
     NormFit,
     NormSite,
     NormSwapConfig,
@@ -55,6 +57,7 @@ from hf_normswap import (
     freeze_norm_statistics,
     get_norm,
     gradient_norms,
+    inspect_model,
     make_batches,
     masked_moments,
     measure_tid,
@@ -150,6 +153,10 @@ def diagnostics(model: PreTrainedModel, batches: Batches) -> None:
         assert_type(layer, LayerTid)
         assert_type(layer.mean, float | None)
     TidHistory(["bert.encoder.layer.0.output.LayerNorm"])
+    audit = inspect_model(model, tid=report)
+    assert_type(audit, InspectReport)
+    assert_type(audit.norms, list[NormAudit])
+    assert_type(audit.obstacles, dict[str, str])
     gradients = gradient_norms(model, batches[0])
     assert_type(gradients, GradientReport)
     for gradient in gradients:
