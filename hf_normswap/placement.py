@@ -52,6 +52,11 @@ def set_norm_placement(model: PreTrainedModel, placement: str, *, drop_final: bo
     if placement not in PLACEMENTS:
         raise ValueError(f"placement is one of {', '.join(PLACEMENTS)}, not {placement!r}.")
     check_model(model)
+    if family_of(model.config.model_type or "") not in STOCK_PLACEMENTS:
+        raise ValueError(
+            f"The norms of {', '.join(STOCK_PLACEMENTS)} models can be moved, not those of a {type(model).__name__}: "
+            "pass a model of these families."
+        )
     if placement_of(model.config) == placement:
         return model
     lost = {site.path for site in find_norms(model) if site.sublayer == "final"} if placement == "post" else set()

@@ -176,6 +176,16 @@ def _select(model, where, filter_fn) -> list[NormSite]:
     if unknown:
         raise ValueError(f"where={unknown[0]!r} names no norms: choose among {', '.join(where_names())}.")
     every = find_norms(model)
+    if not every:
+        raise ValueError(
+            f"This {type(model).__name__} has no LayerNorm or RMSNorm over the channels of its tokens: inspect_model "
+            "tells what else it has."
+        )
+    if every.obstacle is not None and "all" not in names:
+        raise ValueError(
+            f"The forward of this {type(model).__name__} could not be followed ({every.obstacle}), and the places of "
+            "its norms are not known: pass where='all', and filter_fn to choose among them."
+        )
     sites = [site for site in every if any(site.is_in(name) for name in names)]
     if filter_fn is not None:
         sites = [site for site in sites if filter_fn(site.module, site.name)]
@@ -185,6 +195,12 @@ def _select(model, where, filter_fn) -> list[NormSite]:
         raise ValueError(
             f"No norm of this {type(model).__name__} matches where={where!r}{narrowed}: choose among its {counts}."
         )
+    names_of = {site.module: site.name for site in sites}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if names_of.get(module, name) != name:
+            raise ValueError(
+                f"{names_of[module]} and {name} are one norm, and would load as two: give each place its own."
+            )
     # A baseline's LayerNorm computes what the one of PyTorch does.
     done = [site for site in sites if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm)]
     if done:

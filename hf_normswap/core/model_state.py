@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.modeling.configuration_normswap import FORMAT_VERSION
@@ -92,7 +92,8 @@ def check_model(model) -> None:
 
 def refuse_pair(model: PreTrainedModel) -> None:
     """Raises `ValueError` for a model that is put together of two others, each with a configuration of its own."""
-    if getattr(model.config, "has_no_defaults_at_init", False):
+    configs = type(model.config).sub_configs
+    if all(configs.get(name) is AutoConfig for name in ("encoder", "decoder")):
         parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
         raise ValueError(
             f"A {type(model).__name__} is a pair of models: pass its parts, {' and '.join(f'.{n}' for n in parts)}, "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_normswap.conversion.fitting import linears_of_blocks, places_of_linears
 from hf_normswap.core.model_state import PLAIN, check_model, obstacle_of_linear, refuse_computed, refuse_shared
 from hf_normswap.core.norm_sites import ASIDE, NormSite, describe, find_norms, format_table, is_norm
 from hf_normswap.core.residual_stream import ResidualStream
@@ -103,10 +104,8 @@ class InspectReport:
         groups: dict[object, list[NormAudit]] = {}
         for norm in self.norms:
             cells = self._cells(norm)
-            alike = every or norm.block is None or norm.batches is not None
-            key = (
-                (norm.name,) if alike else (*(v for k, v in cells.items() if k not in ("layer", "name")), _star(norm))
-            )
+            alone = every or norm.batches is not None or _star(norm) == norm.name
+            key = norm.name if alone else (_star(norm), *(cells[name] for name in cells if name not in _OF_ONE))
             groups.setdefault(key, []).append(norm)
         table = []
         for norms in groups.values():
@@ -254,15 +253,12 @@ def _obstacles(model: PreTrainedModel, sites) -> dict[str, str]:
     if getattr(model.config, "quantization_config", None) is not None:
         found["calibrate"] = found["fold"] = "its weights are quantized: load it without quantization"
     try:
-        stream = ResidualStream(model)
+        ResidualStream(model)
     except ValueError as error:
         found |= {"calibrate": _clause(error), "fold": _clause(error)}
-    else:
-        blocks = dict.fromkeys(site.block for site in sites if site.block)
-        for name in (name for block in blocks for name in stream.linears_in(block)):
-            if reason := obstacle_of_linear(model.get_submodule(name)):
-                found.setdefault("calibrate", f"{name} {reason}: {PLAIN} first, or pass linears=False")
-                break
+    for name, module in (linears_of_blocks(model) | places_of_linears(model)).items():
+        if reason := obstacle_of_linear(module):
+            found.setdefault("calibrate", f"{name} {reason}: {PLAIN} first, or pass linears=False")
     if reason := _rmsnorm_obstacle(sites):
         found["convert_to_rmsnorm"] = reason
     family = family_of(model.config.model_type or "")
