@@ -44,7 +44,7 @@ def swap_norm(
     calibrate_on: Iterable | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Replace norms of a BERT, RoBERTa, Marian or GPT-2 model of transformers, in place.
+    """Replace norms of a model of transformers, in place: LayerNorms and RMSNorms of any architecture.
 
     Gains and shifts are kept, as the parameters they are: an optimizer built before goes on working, and so do tied
     weights and hooks on the norms. The model records what was done in `model.config.norm_swap` and becomes one of a
@@ -60,7 +60,8 @@ def swap_norm(
             which norms, all that match a name of the list: `"blocks"` (every norm of the transformer blocks), `"all"`
             (those of embedding, head and the final one too), a stack (`"encoder"`, `"decoder"`: its blocks), a
             sublayer (`"attention"`, `"cross_attention"`, `"ffn"`, `"embedding"`, `"head"`, `"final"`), or both
-            (`"encoder.attention"`).
+            (`"encoder.attention"`). Norms of queries and keys (`"query_key"`) and those beside the residual stream
+            (`"other"`) are left alone unless they are named.
         filter_fn (`Callable[[nn.Module, str], bool]`, *optional*):
             given a norm and its name, says whether it is swapped; narrows `where`.
         calibrate_on (*optional*):
@@ -73,7 +74,8 @@ def swap_norm(
 
     Raises:
         ValueError: when the norm or an option is unknown, no norm matches, one is swapped already, the model is
-            wrapped or of another family, the norm does not fit it, or calibration fails. Nothing was changed then.
+            wrapped or a pair of models, a norm stands in two places, the new one does not fit, or calibration fails.
+            Nothing was changed then.
 
     Example:
 
