@@ -1,7 +1,9 @@
 """Which module of a model is which norm: read off the graph of its forward (see graph.py), for any architecture."""
 
 import functools
+import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -20,7 +22,7 @@ from hf_normswap.modeling.model_norms import (
 )
 from hf_normswap.modeling.modeling_normswap import class_of_transformers, stock_class_of
 
-from .example_inputs import example_inputs, example_source
+from .example_inputs import ROWS, example_inputs, example_source
 from .graph import ADDITION, ATTENTION, NORM, WEIGHTED, Graph, Node, record_graph
 
 
@@ -257,12 +259,12 @@ def _read(model: PreTrainedModel) -> Description:
     obstacle = None
     base = class_of_transformers(type(model))
     forwards = [type(model).forward] + ([] if base in (None, type(model)) else [base.forward])
-    for forward in dict.fromkeys(forwards):
+    # A classifier that knows no padding token takes one row at a time.
+    for forward, rows in itertools.product(dict.fromkeys(forwards), (ROWS, 1)):
         try:
-            graph = _follow(model, forward)
+            graph = _follow(model, forward, rows)
         except Exception as error:  # whatever a forward that nobody knows may raise
-            lines = str(error).strip().splitlines()
-            obstacle = obstacle or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+            obstacle = obstacle or f"{type(error).__name__}: {_first_sentence(error)}"
             continue
         if any(node.op == NORM for node in graph.nodes) or not any(map(is_norm, model.modules())):
             description = Description(graph, list(_residual_sums(graph)))
@@ -271,10 +273,15 @@ def _read(model: PreTrainedModel) -> Description:
     return Description(obstacle=obstacle or "its forward calls no norm")
 
 
-def _follow(model: PreTrainedModel, forward) -> Graph:
-    inputs = example_inputs(model, forward)
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return re.split(r"(?<=[^.])[.!?](?:\s|$)", lines[0])[0][:300]
+
+
+def _follow(model: PreTrainedModel, forward, rows: int) -> Graph:
+    inputs = example_inputs(model, forward, rows=rows)
     graph = record_graph(model, forward, inputs, is_norm)
-    if _leaves_norms_out(model, graph) and (source := example_source(model, forward)):
+    if _leaves_norms_out(model, graph) and (source := example_source(model, forward, rows)):
         graph = record_graph(model, forward, inputs | source, is_norm)
     return graph
 

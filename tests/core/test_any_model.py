@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -99,6 +100,28 @@ def test_a_forward_that_raises_is_inspected():
     assert report.obstacles.keys() >= {"where", "calibrate", "fold"}
     assert len(report.rows()) < 7  # norms of layers share a row
     assert all(norm.calls == 0 for norm in report.norms)
+
+
+class Wordy(Unreadable):
+    """Its error is several sentences on several lines."""
+
+    def forward(self, input_ids=None, attention_mask=None):
+        raise RuntimeError("This needs a graph, version 2.1 or later. Pass one!\nSee the manual.")
+
+
+def test_the_reason_is_the_first_sentence_of_the_error():
+    model = Wordy(bert_config())
+    assert find_norms(model).obstacle == "RuntimeError: This needs a graph, version 2.1 or later"
+    refuses(model, lambda model: swap_norm(model, "rmsnorm"), "version 2.1 or later), and the places")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "qwen3", "mixtral"])
+def test_a_classifier_without_padding_token_takes_one_row(name):
+    config = tiny_architecture(name)[0].config
+    config.pad_token_id = None
+    sites = find_norms(AutoModelForSequenceClassification.from_config(config))
+    assert sites.obstacle is None
+    assert {site.layer for site in sites} == {0, 1, None}
 
 
 # No norm
