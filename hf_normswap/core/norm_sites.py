@@ -1,7 +1,6 @@
 """Which module of a model is which norm: read off the graph of its forward (see graph.py), for any architecture."""
 
 import functools
-import itertools
 import json
 import re
 from collections import Counter
@@ -22,7 +21,7 @@ from hf_normswap.modeling.model_norms import (
 )
 from hf_normswap.modeling.modeling_normswap import class_of_transformers, stock_class_of
 
-from .example_inputs import ROWS, example_inputs, example_source
+from .example_inputs import example_inputs, example_source
 from .graph import ADDITION, ATTENTION, NORM, WEIGHTED, Graph, Node, record_graph
 
 
@@ -259,10 +258,9 @@ def _read(model: PreTrainedModel) -> Description:
     obstacle = None
     base = class_of_transformers(type(model))
     forwards = [type(model).forward] + ([] if base in (None, type(model)) else [base.forward])
-    # A classifier that knows no padding token takes one row at a time.
-    for forward, rows in itertools.product(dict.fromkeys(forwards), (ROWS, 1)):
+    for forward in dict.fromkeys(forwards):
         try:
-            graph = _follow(model, forward, rows)
+            graph = _follow(model, forward)
         except Exception as error:  # whatever a forward that nobody knows may raise
             obstacle = obstacle or f"{type(error).__name__}: {_first_sentence(error)}"
             continue
@@ -278,10 +276,10 @@ def _first_sentence(error: Exception) -> str:
     return re.split(r"(?<=[^.])[.!?](?:\s|$)", lines[0])[0][:300]
 
 
-def _follow(model: PreTrainedModel, forward, rows: int) -> Graph:
-    inputs = example_inputs(model, forward, rows=rows)
+def _follow(model: PreTrainedModel, forward) -> Graph:
+    inputs = example_inputs(model, forward)
     graph = record_graph(model, forward, inputs, is_norm)
-    if _leaves_norms_out(model, graph) and (source := example_source(model, forward, rows)):
+    if _leaves_norms_out(model, graph) and (source := example_source(model, forward)):
         graph = record_graph(model, forward, inputs | source, is_norm)
     return graph
 

@@ -15,6 +15,7 @@ from hf_normswap.core.model_state import PLAIN, check_model, obstacle_of_linear,
 from hf_normswap.core.norm_sites import ASIDE, NormSite, describe, find_norms, format_table, is_norm
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.fusion.fold import rehearse_folding
+from hf_normswap.fusion.rmsnorm import plan_conversion
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import STOCK_PLACEMENTS, family_of
 from hf_normswap.modeling.model_norms import active_modules, norm_width, read_norm
@@ -259,21 +260,14 @@ def _obstacles(model: PreTrainedModel, sites) -> dict[str, str]:
     for name, module in (linears_of_blocks(model) | places_of_linears(model)).items():
         if reason := obstacle_of_linear(module):
             found.setdefault("calibrate", f"{name} {reason}: {PLAIN} first, or pass linears=False")
-    if reason := _rmsnorm_obstacle(sites):
-        found["convert_to_rmsnorm"] = reason
+    try:
+        plan_conversion(model, untie=True)
+    except ValueError as error:
+        found["convert_to_rmsnorm"] = _clause(error)
     family = family_of(model.config.model_type or "")
     if family not in STOCK_PLACEMENTS:
         found["set_norm_placement"] = f"it moves the norms of {', '.join(STOCK_PLACEMENTS)} models"
     return found
-
-
-def _rmsnorm_obstacle(sites) -> str | None:
-    kinds = {site.kind for site in sites if site.sublayer not in ASIDE}
-    if kinds != {"layernorm"}:
-        return "it takes models of LayerNorms" + (f", and these are {' and '.join(sorted(kinds))}" if kinds else "")
-    if any(site.placement == "post" for site in sites):
-        return "norms behind residual sums (post) need the mean of the stream"
-    return None if any(site.placement == "pre" for site in sites) else "no norm stands in front of a sublayer (pre)"
 
 
 def _swap_obstacle(site: NormSite) -> str | None:

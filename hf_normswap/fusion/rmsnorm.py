@@ -71,18 +71,27 @@ def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTra
     ```
     """
     check_whole(model)
-    sites = find_norms(model)
     refuse_training(model)
-    if any(site.placement == "post" for site in sites):
-        raise ValueError("The residual stream of a post-norm model has a mean that matters: convert a pre-norm one.")
-    if any(isinstance(site.module, Norm) for site in sites):
-        raise ValueError("Some norms are swapped already: call restore_norm(model) first.")
-    plan = _Plan(model, untie)
+    plan = plan_conversion(model, untie)
     apply_if_equivalent(model, plan.apply)
     if plan.kept:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in plan.kept.items())
         logger.warning(f"These norms outside of the residual stream stay LayerNorm: {reasons}.")
     return model
+
+
+def plan_conversion(model: PreTrainedModel, untie: bool) -> "_Plan":
+    """What [`convert_to_rmsnorm`] changes in a model, whose weights may be on the meta device.
+
+    Raises:
+        ValueError: when the model cannot be converted.
+    """
+    sites = find_norms(model)
+    if any(site.placement == "post" for site in sites):
+        raise ValueError("The residual stream of a post-norm model has a mean that matters: convert a pre-norm one.")
+    if any(isinstance(site.module, Norm) for site in sites):
+        raise ValueError("Some norms are swapped already: call restore_norm(model) first.")
+    return _Plan(model, untie)
 
 
 class _Obstacle(Exception):
