@@ -3,6 +3,7 @@ What can be done with the norms of each architecture of transformers, step by st
 
     PYTHONPATH=. python benchmarks/architectures.py --output results/architectures.json
     PYTHONPATH=. python benchmarks/architectures.py --only vit t5 --steps find swap fold
+    PYTHONPATH=. python benchmarks/architectures.py --render results/architectures.json > docs/architectures.md
 
 Each step starts from the stock model. A step either succeeds, or it is refused in one sentence, or it fails.
 """
@@ -48,6 +49,7 @@ class Arguments:
     only: list[str] | None = field(default=None, metadata={"help": "Architectures; all if not given."})
     steps: list[str] | None = field(default=None, metadata={"help": "Steps; all if not given."})
     output: str | None = field(default=None, metadata={"help": "Result file."})
+    render: str | None = field(default=None, metadata={"help": "Print the page of a result file, and run nothing."})
     debug: bool = field(default=False, metadata={"help": "Show the traceback of what fails."})
 
 
@@ -277,8 +279,48 @@ def run_step(step, architecture: Architecture, debug: bool) -> tuple[str, str]:
         return "failed", f"{type(error).__name__}: {error}"[:300]
 
 
+LEAD = """# Architectures
+
+What was tried with the norms of each architecture, on tiny models with random weights, step by step:
+
+{steps}
+
+{done} of {count} steps succeed. Each of the others is refused, with nothing changed; the numbers lead to the reasons.
+`python benchmarks/architectures.py` repeats the table. [`normswap inspect`](cli.md) says the same of one model, and
+[Concepts](concepts.md#any-architecture) how a model is read.
+"""
+
+
+def render(results: dict) -> str:
+    """The page of the results, in Markdown."""
+    names = list(dict.fromkeys(name for steps in results.values() for name in steps))
+    reasons: dict[str, int] = {}
+    rows = []
+    for architecture, steps in results.items():
+        cells = [architecture]
+        for name in names:
+            step = steps.get(name)
+            if step is None or step["outcome"] == "done":
+                cells.append("–" if step is None else "✓" if name != "find" else step["text"].split(" norms")[0])
+            else:
+                cells.append(f"({reasons.setdefault(step['text'], len(reasons) + 1)})")
+        rows.append(cells)
+    outcomes = [step["outcome"] for steps in results.values() for step in steps.values()]
+    told = {name: STEPS[name].__doc__ for name in names}
+    lead = LEAD.format(
+        steps="\n".join(f"- **{name}**: {text[0].lower()}{text[1:]}" for name, text in told.items()),
+        done=outcomes.count("done"),
+        count=len(outcomes),
+    )
+    table = [["architecture", *names], ["---"] * (len(names) + 1), *rows]
+    lines = [lead, *(f"| {' | '.join(row)} |" for row in table), ""]
+    return "\n".join([*lines, *(f"{number}. {text}" for text, number in reasons.items()), ""])
+
+
 def main(argv=None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    if args.render:
+        return print(render(json.loads(Path(args.render).read_text(encoding="utf-8"))), end="")
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -39,6 +39,7 @@ OTHERS = """## Benchmarks
 
 | records | made by | shown on |
 | --- | --- | --- |
+| [architectures.json](architectures.json) | `benchmarks/architectures.py` | [architectures](../docs/architectures.md) |
 | [calibration-batchnorm.json](calibration-batchnorm.json) | `benchmarks/calibration.py` | [calibration](../docs/calibration.md#what-pays) |
 | [conversion](conversion) | `benchmarks/conversion.py` | [calibration](../docs/calibration.md#what-pays) |
 | [finetuning.json](finetuning.json) | `benchmarks/finetuning.py` | [calibration](../docs/calibration.md#fine-tuning-a-converted-model) |

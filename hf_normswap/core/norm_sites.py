@@ -213,12 +213,7 @@ class Description:
     places: dict[str, _Place] = field(default_factory=dict)
     obstacle: str | None = None
 
-    def calls_of(self, name: str) -> list[Node]:
-        """The nodes of a layer, by its name in the model."""
-        return [node for node in self.graph.nodes if node.name == name and node.op in _LAYERS]
 
-
-_LAYERS = frozenset({NORM, "linear", "embedding", "convolution"})
 _DESCRIPTIONS: dict[tuple, Description] = {}
 
 
@@ -376,17 +371,17 @@ class _Reader:
             return "other", None
         for each in self.sums:
             if each.skip == read and graph.depends(each.branch, out):
-                return self._kind(out, each.branch, norm.name), "pre"
+                return self._kind(out, each.branch), "pre"
         for each in self.sums:
             if out in self._terms(each.branch):
-                return self._kind(each.skip, each.branch, norm.name), "sandwich"
+                return self._kind(each.skip, each.branch), "sandwich"
         if read in self.by_node and block is not None:
-            return self._kind(self.by_node[read].skip, self.by_node[read].branch, norm.name), "post"
+            return self._kind(self.by_node[read].skip, self.by_node[read].branch), "post"
         around = next((each for each in self.sums if self._is_between(each, out)), None)
         if around is not None and block is not None:
             if self._meets_product(out):
                 return "query_key", "inner"
-            return self._kind(around.skip, around.branch, norm.name), "inner"
+            return self._kind(around.skip, around.branch), "inner"
         if any(part.isdigit() for part in norm.name.split(".")):  # of a list of layers that are no blocks
             return "other", None
         if not any(graph.depends(out, each.node) for each in self.of_blocks):
@@ -403,7 +398,7 @@ class _Reader:
         node = self.graph.nodes[read]
         return node.op == NORM and self.graph.source(node.inputs[0]) in self.by_node
 
-    def _kind(self, start: int, end: int, name: str) -> str:
+    def _kind(self, start: int, end: int) -> str:
         """The kind of sublayer that computes `end` from `start`, the output of a norm or of the stream."""
         graph = self.graph
         products = [
