@@ -160,8 +160,9 @@ def save(architecture: Architecture) -> str:
 LOAD = """
 import torch, transformers, hf_normswap
 from benchmarks.architectures import outputs_of
-inputs, expected = torch.load("{folder}/expected.pt", weights_only=False)
-model = transformers.{auto}.from_pretrained("{folder}").eval()
+folder = {folder!r}
+inputs, expected = torch.load(folder + "/expected.pt", weights_only=False)
+model = transformers.{auto}.from_pretrained(folder).eval()
 assert type(model).__name__.startswith("NormSwap"), type(model)
 found = outputs_of(model, inputs)
 assert len(found) == len(expected) and all(map(torch.equal, found, expected)), "other outputs"

@@ -166,6 +166,10 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
 def _config_of(model: PreTrainedModel, name: str):
     """The configuration of the model, or of the tower of it, that the module `name` is in."""
     parents = [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
@@ -199,10 +203,10 @@ def _select(model, where, filter_fn) -> list[NormSite]:
         )
     names_of = {site.module: site.name for site in sites}
     for name, module in model.named_modules(remove_duplicate=False):
-        if names_of.get(module, name) != name:
-            raise ValueError(
-                f"{names_of[module]} and {name} are one norm, and would load as two: give each place its own."
-            )
+        other = names_of.get(module, name)
+        # In a block that stands in two places, the norm is exchanged in both.
+        if _parent(model, other) is not _parent(model, name):
+            raise ValueError(f"{other} and {name} are one norm, and would load as two: give each place its own.")
     # A baseline's LayerNorm computes what the one of PyTorch does.
     done = [site for site in sites if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm)]
     if done:

@@ -184,6 +184,8 @@ def _is_foreign(model: PreTrainedModel, path: str, parts: set[str]) -> bool:
     Another head may have one. Blocks are in the part that all have in common, which may lack one of two stacks.
     """
     first, *rest = path.split(".")
+    if not rest or not all(part.isidentifier() or part.isdigit() for part in (first, *rest)):
+        return True
     if first != model.base_model_prefix:
         return any(part.isdigit() for part in rest)
     return _part(path) not in parts and rest[0] not in ("encoder", "decoder")

@@ -166,8 +166,9 @@ def test_a_fresh_process_loads_it(name, tmp_path):
 
 _LOAD = """
 import torch, transformers, hf_normswap
-inputs, expected = torch.load({folder!r} + "/expected.pt", weights_only=False)
-model = transformers.{auto}.from_pretrained({folder!r}).eval()
+folder = {folder!r}
+inputs, expected = torch.load(folder + "/expected.pt", weights_only=False)
+model = transformers.{auto}.from_pretrained(folder).eval()
 with torch.no_grad():
     output = model(**inputs, return_dict=True)
 assert all(torch.equal(output[key], value) for key, value in expected.items())

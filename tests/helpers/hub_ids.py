@@ -14,6 +14,8 @@ KNOWN = {
     "bentrevett/multi30k": "Multi30k, for translation",
     "google-bert/bert-base-cased": "BERT, for named entities",
     "google-bert/bert-base-uncased": "BERT, the model of most examples",
+    "google/vit-base-patch16-224": "ViT, for images",
+    "google/vit-base-patch16-224-in21k": "the ViT that the recipe of images goes on from",
     "leondz/wnut_17": "WNUT-17, for named entities",
     "lhoestq/conll2003": "CoNLL-2003, for named entities",
     "nyu-mll/glue": "GLUE",
@@ -23,6 +25,7 @@ KNOWN = {
     "stanfordnlp/imdb": "IMDB, for classification",
     "strombergnlp/broad_twitter_corpus": "the Broad Twitter Corpus, for named entities",
     "textattack/bert-base-uncased-SST-2": "a BERT that is fine-tuned already, for calibration",
+    "uoft-cs/cifar10": "CIFAR-10, for images",
     "wmt/wmt14": "WMT14, for translation",
     "wmt/wmt16": "WMT16, for translation",
 }
