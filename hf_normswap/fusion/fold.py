@@ -21,7 +21,7 @@ from hf_normswap.modeling.model_norms import has_hooks, norm_width
 from hf_normswap.modeling.modeling_normswap import prepare_swapped, release_swapped
 from hf_normswap.modeling.replace import add_bias, place_norms, remove_norms, untie_head
 
-from .equivalence import apply_if_equivalent
+from .equivalence import apply_if_equivalent, compare_outputs
 
 
 logger = logging.get_logger(__name__)
@@ -36,11 +36,15 @@ class FoldReport:
             paths, in the model, of the norms that are gone, or that have neither gain nor shift any more.
         kept (`dict[str, str]`): path of each norm that stays, and why.
         error (`float`): `‖Δ‖₂ / ‖logits‖₂`, before against after, on a batch of random tokens.
+        float16_error (`float`, *optional*):
+            the same where the folded model is cast to float16; NaN or infinite where it overflows then. `None` where
+            that was not tried: it was folded for a wider dtype, or its device or an operation knows no float16.
     """
 
     folded: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     error: float = math.nan
+    float16_error: float | None = None
 
     def rows(self) -> list[tuple]:
         """The cells of the table, the heading first."""
@@ -57,7 +61,7 @@ class FoldReport:
 
 
 @torch.no_grad()
-def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
+def fold_norms(model: PreTrainedModel, *, untie: bool = False, dtype: torch.dtype = torch.float16) -> FoldReport:
     """Remove the swapped norms of `model`, in place, without changing what it computes.
 
     In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`. A norm in front of
@@ -68,23 +72,26 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
     The folded model saves, loads and generates like any other. Hidden states between its layers have other
     scales than before. An [`Affine`] stays where a norm cannot go: where hidden states leave the model, before a
     LayerNorm that was not swapped, in front of a head that shares its weights with the embeddings, at a gain of 0,
-    where A would leave the range of the weights' dtype, and behind a cross-attention that is left out without an
-    encoder. Fold in the dtype that the model will run in.
+    where A would leave the range of `dtype`, and behind a cross-attention that is left out without an encoder. So the
+    folded model can be cast to float16 and to bfloat16 later. The report says how far its outputs move in float16.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): swapped and in evaluation mode.
         untie (`bool`, *optional*, defaults to `False`):
             whether a head that shares its weights with the embeddings gets weights of its own, so that the norm in
             front of it can go too.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
+            the narrowest dtype that the folded model will run in. With `torch.float32`, which has the range of
+            bfloat16, fewer norms stay as [`Affine`], and a cast to float16 may overflow.
 
     Returns:
         [`FoldReport`]: what was folded, what was kept and why; print it for a table.
 
     Raises:
         ValueError: when a swapped norm is not affine in evaluation, has hooks or adapters on it or around it, nothing
-            can be folded, the model is in training mode, or its outputs for random tokens would change by more than
-            rounding does (1e-5 in float32, or four times what rounding costs the model itself). The model is untouched
-            then.
+            can be folded, the model is in training mode, `dtype` is no floating point dtype, or the outputs for random
+            tokens would change by more than rounding does (1e-5 in float32, or four times what rounding costs the
+            model itself). The model is untouched then.
 
     Example:
 
@@ -98,9 +105,11 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
 
     ```
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"No model runs in {_name(dtype)}: pass a dtype such as torch.float16 or torch.float32.")
     check_swapped(model)
     _check_norms(model)
-    plan = _Plan(model, untie)
+    plan = _Plan(model, untie, min(dtype, model.dtype, key=lambda each: torch.finfo(each).max))
     if not plan.report.folded:
         reasons = plan.report.reasons() or "none is of this package"
         raise ValueError(f"No norm can be folded ({reasons}): swap more of them first.")
@@ -109,15 +118,29 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
             f"The running statistics of {len(unseen)} norms are those of a new norm, and are folded as they are: "
             "calibrate the model, or train it, before."
         )
+    half = _error_in_half(model, plan) if plan.dtype == torch.float16 else None
     plan.report.error = apply_if_equivalent(model, plan.apply)
+    plan.report.float16_error = half
+    if half is not None and not math.isfinite(half):
+        logger.warning("In float16 the folded model overflows on random tokens: run it in bfloat16 or float32.")
     return plan.report
+
+
+def _error_in_half(model: PreTrainedModel, plan: "_Plan") -> float | None:
+    """How far the outputs are from those of `model` when it is folded, and then cast to float16."""
+    trial = copy.deepcopy(model)
+    plan.apply(trial)
+    try:
+        return compare_outputs(model, trial.half())
+    except RuntimeError:  # an operation without float16 on this device
+        return None
 
 
 class _Plan:
     """What folding changes in `model`, computed without changing it; weights and maps are float64."""
 
-    def __init__(self, model: PreTrainedModel, untie: bool):
-        self.model, self.report = model, FoldReport()
+    def __init__(self, model: PreTrainedModel, untie: bool, dtype: torch.dtype):
+        self.model, self.report, self.dtype = model, FoldReport(), dtype
         self.weights: dict[str, torch.Tensor] = {}  # (out, in) of linear layers, and whole embedding tables
         self.biases: dict[str, torch.Tensor] = {}
         self.affines: dict[str, tuple] = {}
@@ -295,14 +318,14 @@ class _Plan:
         """Why `scale` cannot be that of the stream."""
         if zeros := (scale == 0).sum().item():
             return f"{zeros} of its gains are 0"
-        low, high = _range_of(self.model.dtype)
+        low, high = _range_of(self.dtype)
         if ((scale.abs() < low) | (scale.abs() > high)).any():
-            return f"the stream would leave the range of {_name(self.model.dtype)} without it"
+            return f"the stream would leave the range of {_name(self.dtype)} without it"
         return None
 
     def _centre(self, following: list[tuple | None]) -> torch.Tensor:
         """A scale, free to choose, from which the gains that follow lead as far up as down."""
-        low, high = _range_of(self.model.dtype)
+        low, high = _range_of(self.dtype)
         product = smallest = largest = torch.ones_like(following[0][0]) if following else torch.ones(())
         for affine in following:
             if affine is None or (affine[0] == 0).any():
@@ -464,5 +487,5 @@ def rehearse_folding(model: PreTrainedModel) -> dict[str, str | None]:
     Raises:
         ValueError: when the model could not be folded at all, with the reason.
     """
-    plan = _Rehearsal(model, untie=False)
+    plan = _Rehearsal(model, untie=False, dtype=torch.float16)
     return {site.name: plan.report.kept.get(site.name) for site in plan.sites}
