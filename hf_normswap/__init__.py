@@ -33,6 +33,7 @@ _HOMES = {
     "fusion.gains": ["fold_gains"],
     "fusion.onnx": ["OnnxReport", "export_onnx"],
     "fusion.rmsnorm": ["convert_to_rmsnorm"],
+    "fusion.stock": ["StockReport", "save_stock"],
     "modeling.activation_checkpointing": ["checkpoint_norms"],
     "modeling.modeling_normswap": ["swapped_class"],
     "core.norm_sites": ["NormSite", "find_norms"],
@@ -105,6 +106,8 @@ if TYPE_CHECKING:
     from .fusion.onnx import OnnxReport as OnnxReport
     from .fusion.onnx import export_onnx as export_onnx
     from .fusion.rmsnorm import convert_to_rmsnorm as convert_to_rmsnorm
+    from .fusion.stock import StockReport as StockReport
+    from .fusion.stock import save_stock as save_stock
     from .kernels import use_kernels as use_kernels
     from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
     from .modeling.modeling_normswap import swapped_class as swapped_class

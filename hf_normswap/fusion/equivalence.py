@@ -25,10 +25,8 @@ def apply_if_equivalent(model: PreTrainedModel, change: Callable[[PreTrainedMode
     """
     trial = copy.deepcopy(model)
     change(trial)
-    error, limit = compare_outputs(model, trial), TOLERANCES[model.dtype]
-    if not error <= limit:
-        # Random tokens are nothing that a model was trained on: some amplify rounding on them.
-        limit = max(limit, 4 * compare_outputs(copy.deepcopy(model).double(), model))
+    error = compare_outputs(model, trial)
+    limit = rounding_of(model, error)
     if not error <= limit:
         name = str(model.dtype).removeprefix("torch.")
         cure = "" if model.dtype == torch.float64 else ", or use a wider dtype, as in model.double()"
@@ -38,6 +36,15 @@ def apply_if_equivalent(model: PreTrainedModel, change: Callable[[PreTrainedMode
         )
     change(model)
     return error
+
+
+def rounding_of(model: PreTrainedModel, error: float) -> float:
+    """The error that rounding in the dtype of a model may make; tried on the model where `error` is above the usual."""
+    limit = TOLERANCES[model.dtype]
+    if error <= limit:
+        return limit
+    # Random tokens are nothing that a model was trained on: some amplify rounding on them.
+    return max(limit, 4 * compare_outputs(copy.deepcopy(model).double(), model))
 
 
 def example_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:

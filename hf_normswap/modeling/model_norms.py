@@ -18,7 +18,7 @@ from .configuration_normswap import NormSwapConfigMixin
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 # What these, and PEFT where an adapter saves a module, insert into the path of a module.
 _INSERTED = re.compile(rf"\.(original_module|modules_to_save\.[^.]+|{'|'.join(WRAPPED)})(?=\.|$)")
-_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
 
 
 class StockNorm(NamedTuple):
@@ -110,7 +110,7 @@ def _try_norm(module: nn.Module, width: int) -> StockNorm | None:
             seen = [trial(x) for x in (large, small)]
     except Exception:  # it wants something else than tokens
         return None
-    told = [getattr(module, name, None) for name in _EPS_NAMES]
+    told = [getattr(module, name, None) for name in EPS_NAMES]
     for eps in dict.fromkeys([*told, 1e-6, 1e-5, 1e-12, 1e-8]):
         if not isinstance(eps, float | int):
             continue
