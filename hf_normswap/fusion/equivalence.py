@@ -39,7 +39,7 @@ def apply_if_equivalent(model: PreTrainedModel, change: Callable[[PreTrainedMode
 
 
 def rounding_of(model: PreTrainedModel, error: float) -> float:
-    """The error that rounding in the dtype of a model may make; tried on the model where `error` is above the usual."""
+    """The error that rounding in the dtype of a model may make; it is measured where `error` is above the usual."""
     limit = TOLERANCES[model.dtype]
     if error <= limit:
         return limit

@@ -55,10 +55,9 @@ def save_stock(model: PreTrainedModel, folder: str | os.PathLike) -> StockReport
     `(x − mean(x)) / √ε · g + b`, and an RMSNorm `x / √ε · g`. Runtimes that know the architecture take the folder as
     they take any other. Nothing is folded, and the statistics of each token are still computed, to no effect.
 
-    A LayerNorm subtracts the mean over the channels, and an affine norm does not. So the residual stream must have no
-    such mean: prepare a pre-norm model with `restore_norm(convert_to_rmsnorm(model, untie=True))` before the swap. An
-    RMSNorm has no shift. The linear layers behind it take the shift, if the class gives them biases; swap to `"pnv"`
-    with `bias=False` elsewhere.
+    A LayerNorm subtracts the mean over the channels, and so must the norm that replaces it: swap to `"batchnorm"` or
+    `"rbn"` with the option `center_tokens=True`. An RMSNorm has no shift. The linear layers behind it take the shift,
+    if the class gives them biases, as those of Llama; swap to `"pnv"` with `bias=False` elsewhere.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -71,8 +70,8 @@ def save_stock(model: PreTrainedModel, folder: str | os.PathLike) -> StockReport
 
     Raises:
         ValueError: when a norm needs statistics of each token or has no place for its gain or shift, the
-            configuration has no eps for it, a LayerNorm stands behind a residual sum, or the loaded folder does not
-            compute what the model does. Nothing is written then.
+            configuration has no eps for it, a LayerNorm would subtract a mean that the norm does not, or the loaded
+            folder does not compute what the model does. Nothing is written then.
 
     Example:
 
@@ -101,9 +100,7 @@ def save_stock(model: PreTrainedModel, folder: str | os.PathLike) -> StockReport
     if isinstance(trial, NormSwapMixin):
         raise ValueError(f"{family} has blocks in another placement, which stock models have not: save it as it is.")
     shifted = [
-        name
-        for name, (_, shift) in maps.items()
-        if norms[name].module.stock.kind == "rmsnorm" and (shift != 0).any()
+        name for name, (_, shift) in maps.items() if not norms[name].module.stock.has_shift and (shift != 0).any()
     ]
     config = copy.deepcopy(trial.config)
     for part in _configs_of(config):
@@ -138,13 +135,12 @@ def save_stock(model: PreTrainedModel, folder: str | os.PathLike) -> StockReport
         error = compare_outputs(model, loaded)
         limit = rounding_of(model, error)
         if not error <= limit:
-            cure = (
-                "use restore_norm(convert_to_rmsnorm(model, untie=True)) before the swap, so that the stream has no "
-                "mean over the channels for LayerNorm to subtract"
-                if any(site.module.stock.kind == "layernorm" for site in norms.values())
-                else "save it with save_pretrained"
+            plain = [name for name, site in norms.items() if not _is_centered(site.module)]
+            subtracts = any(norms[name].module.stock.kind == "layernorm" for name in plain)
+            cure = "swap with the option center_tokens=True" if subtracts else "save it with save_pretrained"
+            raise ValueError(
+                f"The outputs would change by {error:.1e}, more than the {limit:.0e} of rounding: {cure}."
             )
-            raise ValueError(f"The outputs would change by {error:.1e}, more than the {limit:.0e} of rounding: {cure}.")
     return StockReport(Path(folder), len(norms), _EPS, error)
 
 
@@ -153,19 +149,25 @@ def _map_of(site: NormSite) -> tuple[torch.Tensor, torch.Tensor]:
     norm = site.module
     if has_hooks(norm):
         raise ValueError(f"{site.name} has hooks, which would go with it: remove them first.")
-    if (affine := norm.affine_map()) is None:
+    affine = norm.map_of_statistics() if _is_centered(norm) else norm.affine_map()
+    if affine is None:
         raise ValueError(
-            f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: save "
-            "a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
+            f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: "
+            "save a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
         )
-    if norm.stock.kind == "layernorm" and site.placement == "post":
+    if norm.stock.kind == "layernorm" and site.placement == "post" and not _is_centered(norm):
         raise ValueError(
-            f"{site.name} stands behind a residual sum whose mean over the channels matters, and a LayerNorm would "
-            "subtract it: fold the model with fold_norms, or save it with save_pretrained."
+            f"{site.name} stands behind a residual sum whose mean over the channels a LayerNorm would subtract: swap "
+            "to batchnorm or rbn with the option center_tokens=True."
         )
     if "weight" not in norm.replaced._parameters:
         raise ValueError(f"{site.name} has no gain in the stock class: save the model with save_pretrained.")
     return tuple(value.double() for value in affine)
+
+
+def _is_centered(norm: Norm) -> bool:
+    """Whether a norm subtracts the mean of each token, as the LayerNorm that it replaced."""
+    return getattr(norm, "center_tokens", False) and norm.stock.kind == "layernorm"
 
 
 def _write(model: PreTrainedModel, name: str, site: NormSite, gain: torch.Tensor, shift: torch.Tensor | None) -> None:
@@ -178,7 +180,7 @@ def _write(model: PreTrainedModel, name: str, site: NormSite, gain: torch.Tensor
 def _place_shift(
     model: PreTrainedModel, stream: ResidualStream, site: NormSite, gain: torch.Tensor, shift: torch.Tensor
 ) -> None:
-    """Let the linear layers behind an RMSNorm add its shift; before a head, those in front of the final one."""
+    """Let the linear layers behind a norm without shift add one; before a head, those in front of the final norm."""
     reading = stream.readers(site)
     if not reading.obstacle and not reading.sums and _have_biases(model, reading.linears):
         for name in reading.linears:
@@ -193,8 +195,8 @@ def _place_shift(
         bias.copy_(bias + shift / gain)
         return
     raise ValueError(
-        f"{site.name} has a shift, and neither an RMSNorm nor the linear layers around it have a place for that: swap "
-        "to pnv or powernorm with the option bias=False."
+        f"{site.name} has a shift, for which neither the norm of the stock class nor the linear layers around it have "
+        "a place: swap an RMSNorm to pnv with the option bias=False, or save the model with save_pretrained."
     )
 
 

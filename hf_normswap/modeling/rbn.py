@@ -72,7 +72,7 @@ class RegularizedBatchNorm(BatchNorm):
         distance (`str`, *optional*, defaults to `"relative"`):
             `"relative"`: in units of σ, mean over channels; `"sigma_l2"`: squared L2 of means and deviations;
             `"var_l1"`: squared L2 of means, L1 of variances, as the published code runs.
-        eps, momentum, bias: as in [`BatchNorm`].
+        eps, momentum, bias, center_tokens: as in [`BatchNorm`].
     """
 
     # The weights are always recorded, so that folders stay what they are when these defaults change.

@@ -109,8 +109,8 @@ def test_a_reloaded_module_may_register_again():
 
 def test_options_are_the_keyword_arguments():
     assert get_norm("layernorm").option_defaults().keys() == {"eps", "bias"}
-    assert get_norm("batchnorm").option_defaults().keys() == {"eps", "bias", "momentum"}
-    rbn = {"eps", "bias", "momentum", "lambda_mean", "lambda_var", "distance"}
+    assert get_norm("batchnorm").option_defaults().keys() == {"eps", "bias", "momentum", "center_tokens"}
+    rbn = {"eps", "bias", "momentum", "center_tokens", "lambda_mean", "lambda_var", "distance"}
     assert get_norm("rbn").option_defaults().keys() == rbn
     powernorm = {"eps", "bias", "num_groups", "group_scaling", "grad_scale", "alpha_fwd", "alpha_bwd"}
     assert get_norm("powernorm").option_defaults().keys() == powernorm

@@ -41,6 +41,7 @@ from hf_normswap import (
     RegularizedBatchNorm,
     RMSNorm,
     Statistics,
+    StockReport,
     TidHistory,
     TidReport,
     __version__,
@@ -70,6 +71,7 @@ from hf_normswap import (
     reestimate_statistics,
     register_norm,
     restore_norm,
+    save_stock,
     set_norm_placement,
     set_norm_process_group,
     study_depth,
@@ -124,6 +126,7 @@ def conversion(model: PreTrainedModel, teacher: PreTrainedModel, texts: list[str
     assert_type(distill(model, teacher, texts, steps=10), list[float])
     assert_type(fold_norms(model, untie=True), FoldReport)
     assert_type(fold_gains(model, untie=True), FoldReport)
+    assert_type(save_stock(model, "folder"), StockReport)
     assert_type(convert_to_rmsnorm(model), PreTrainedModel)
     assert_type(export_onnx(model, Path("onnx")), OnnxReport)
 
