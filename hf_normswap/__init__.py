@@ -16,6 +16,7 @@ _HOMES = {
     "conversion.distill": ["distill"],
     "conversion.fitting": ["CalibrationReport", "NormFit"],
     "core.data": ["make_batches"],
+    "core.files": ["copy_sentence_modules"],
     "core.statistics": [
         "accumulate_norm_statistics",
         "freeze_norm_statistics",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .conversion.fitting import CalibrationReport as CalibrationReport
     from .conversion.fitting import NormFit as NormFit
     from .core.data import make_batches as make_batches
+    from .core.files import copy_sentence_modules as copy_sentence_modules
     from .core.norm_sites import NormSite as NormSite
     from .core.norm_sites import find_norms as find_norms
     from .core.statistics import accumulate_norm_statistics as accumulate_norm_statistics

@@ -72,6 +72,15 @@ def with_pad_token(tokenizer):
     return reader
 
 
+def save_checkpoint(model, processor, folder, source) -> None:
+    """Save what a verb made of the checkpoint `source`, with what sentence-transformers needs if that has it."""
+    from hf_normswap import copy_sentence_modules
+
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    copy_sentence_modules(source, folder)
+
+
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Says what cannot be read. A damaged checkpoint or data set can raise anything."""

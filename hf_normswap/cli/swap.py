@@ -13,7 +13,7 @@ import argparse
 
 from hf_normswap.core.files import atomic_directory
 
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
 
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
         if args.placement:
             set_norm_placement(model, args.placement)
         swap_norm(model, norm, where=args.where or "blocks")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_checkpoint(model, tokenizer, folder, args.model)
     heading, *rows = find_norms(model).rows()
     if args.json:
         print_json({"output": args.output, "norms": [dict(zip(heading, row)) for row in rows]})

@@ -50,6 +50,7 @@ from hf_normswap import (
     calibrate,
     checkpoint_norms,
     convert_to_rmsnorm,
+    copy_sentence_modules,
     distill,
     export_onnx,
     find_norms,
@@ -127,6 +128,7 @@ def conversion(model: PreTrainedModel, teacher: PreTrainedModel, texts: list[str
     assert_type(fold_norms(model, untie=True), FoldReport)
     assert_type(fold_gains(model, untie=True), FoldReport)
     assert_type(save_stock(model, "folder"), StockReport)
+    assert_type(copy_sentence_modules("source", "folder"), list[str])
     assert_type(convert_to_rmsnorm(model), PreTrainedModel)
     assert_type(export_onnx(model, Path("onnx")), OnnxReport)
 
