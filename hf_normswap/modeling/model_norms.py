@@ -118,11 +118,17 @@ def _try_norm(module: nn.Module, width: int) -> StockNorm | None:
             for offset in (0.0, 1.0) if gain is not None else (0.0,):
                 stock = StockNorm(kind, float(eps), offset, shift is not None)
                 wanted = [stock.apply(x, gain if gain is None else gain + offset, shift) for x in (large, small)]
-                # Most of them compute in float32, whatever they are given.
-                pairs = zip(seen, wanted, strict=True)
-                if all(a.shape == b.shape and torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5) for a, b in pairs):
+                if all(_agree(a, b) for a, b in zip(seen, wanted, strict=True)):
                     return stock
     return None
+
+
+def _agree(seen: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether a norm returned `wanted`, in float32, in which most of them compute, whatever they are given."""
+    if seen.shape != wanted.shape:
+        return False
+    # A stock checkpoint of fixed maps has such an eps that all outputs are small.
+    return torch.allclose(seen.double(), wanted, rtol=1e-4, atol=1e-5 * min(1.0, wanted.abs().max().item()))
 
 
 HOOKS = (

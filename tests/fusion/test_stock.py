@@ -18,6 +18,7 @@ from hf_normswap import (
     set_norm_placement,
     swap_norm,
 )
+from hf_normswap.modeling.model_norms import read_norm
 from tests.helpers.architectures import architectures, tiny_architecture
 from tests.helpers.folding import relative_error, swapped
 from tests.helpers.models import tiny_model
@@ -93,6 +94,16 @@ def test_a_gain_keeps_its_digits(tmp_path):
     for site in find_norms(model):
         gain = site.module.map_of_statistics()[0].float()
         assert torch.equal(loaded.get_submodule(site.name).weight / 2**20, gain)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "rmsnorm"), ("t5", "rmsnorm"), ("bert", "layernorm")])
+def test_the_norms_of_the_folder_are_what_they_are(name, kind, tmp_path):
+    """Their outputs without gain are a millionth of the usual ones."""
+    model, _ = converted(name)
+    save_stock(model, tmp_path / "stock")
+    loaded = type(tiny_architecture(name)[0]).from_pretrained(tmp_path / "stock")
+    assert {site.kind for site in find_norms(loaded)} == {kind}
+    assert {read_norm(site.module).eps for site in find_norms(loaded)} == {2.0**40}
 
 
 def test_a_large_variance_does_not_count(tmp_path):
