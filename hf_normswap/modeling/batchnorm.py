@@ -63,6 +63,9 @@ class BatchNorm(BatchStatisticNorm):
         shift = -self.running_mean * scale
         return scale, shift if self.bias is None else shift + self.bias
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", center_tokens=True" if self.center_tokens else "")
+
     def compare(self, moments, running):
         return compare_moments(moments, running["running_mean"], running["running_var"])
 

@@ -223,6 +223,7 @@ def put_aside(model):
         ("powernorm", lambda model: None, "group_scaling=False"),
         ("rmsnorm", lambda model: None, "needs statistics of each token"),
         ("layernorm", lambda model: None, "needs statistics of each token"),
+        (NormSwapConfig("rbn", center_tokens=True), lambda model: None, "without center_tokens"),
         ("batchnorm", overflow, "range of float16"),
         ("batchnorm", poison, "not finite"),
         ("batchnorm", put_aside, "does not call the norm"),
