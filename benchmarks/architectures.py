@@ -48,7 +48,7 @@ NORMS = ("batchnorm", "rbn", "powernorm", "rmsnorm")
 class Arguments:
     only: list[str] | None = field(default=None, metadata={"help": "Architectures; all if not given."})
     steps: list[str] | None = field(default=None, metadata={"help": "Steps; all if not given."})
-    output: str | None = field(default=None, metadata={"help": "Result file."})
+    output: str | None = field(default=None, metadata={"help": "Result file; what it has of other steps stays."})
     render: str | None = field(default=None, metadata={"help": "Print the page of a result file, and run nothing."})
     debug: bool = field(default=False, metadata={"help": "Show the traceback of what fails."})
 
@@ -326,7 +326,9 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    results, counts = {}, Counter()
+    path = args.output and Path(args.output)
+    results = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    counts: Counter = Counter()
     for architecture in architectures():
         if args.only and architecture.name not in args.only:
             continue
@@ -336,8 +338,9 @@ def main(argv=None):
             counts[outcome] += 1
             print(f"{architecture.name:22}{name:12}{outcome:9}{text}", flush=True)
     print(dict(counts))
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path:
+        results = {name: {step: steps[step] for step in STEPS if step in steps} for name, steps in results.items()}
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
