@@ -15,6 +15,8 @@ _HOMES = {
     "conversion.calibrate": ["calibrate", "reestimate_statistics"],
     "conversion.distill": ["distill"],
     "conversion.fitting": ["CalibrationReport", "NormFit"],
+    "conversion.measure": ["Estimate"],
+    "convert": ["ConversionReport", "ConvertedNorm", "convert_norms"],
     "core.data": ["make_batches"],
     "core.files": ["copy_sentence_modules"],
     "core.statistics": [
@@ -76,6 +78,10 @@ if TYPE_CHECKING:
     from .conversion.distill import distill as distill
     from .conversion.fitting import CalibrationReport as CalibrationReport
     from .conversion.fitting import NormFit as NormFit
+    from .conversion.measure import Estimate as Estimate
+    from .convert import ConversionReport as ConversionReport
+    from .convert import ConvertedNorm as ConvertedNorm
+    from .convert import convert_norms as convert_norms
     from .core.data import make_batches as make_batches
     from .core.files import copy_sentence_modules as copy_sentence_modules
     from .core.norm_sites import NormSite as NormSite

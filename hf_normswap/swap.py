@@ -91,20 +91,9 @@ def swap_norm(
     """
     config = NormSwapConfig.of(norm)
     check_model(model)
-    sites = _select(model, where, filter_fn)
+    sites = select_norms(model, where, filter_fn)
+    norms = make_norms(model, config, sites, to_be_fitted=calibrate_on is not None)
     norm_class = get_norm(config.norm)
-    refuse_computed({site.name: site.module for site in sites})
-    # An RMSNorm has no shift, and the affine map that is nearest to it has one.
-    calibrated = {"bias": True, **norm_class.calibrated_options} if calibrate_on is not None else {}
-    norms = {}
-    for site in sites:
-        defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))
-        options = {**defaults, **calibrated, **config.options}
-        norms[site.name] = new_norm(site.module, NormSwapConfig(config.norm, **options))
-    check_chunks(model, norms)
-    for module in model.modules():
-        check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
-
     if calibrate_on is None and model.name_or_path and issubclass(norm_class, BatchStatisticNorm):
         logger.warning(
             f"The norms of a pretrained model become {config.norm} without calibration, and it loses its function: "
@@ -112,8 +101,7 @@ def swap_norm(
             "docs/choosing.md."
         )
     before = type(model), model.config
-    place_norms(model, norms)
-    set_recorded_swap(model, read_record(model))
+    place_new_norms(model, norms)
     options = norms[sites[0].name].options
     said = f" with {options}" if options else ""
     logger.info(
@@ -133,6 +121,35 @@ def swap_norm(
                 prepare_swapped(model)
             raise
     return model
+
+
+def make_norms(
+    model: PreTrainedModel, config: NormSwapConfig, sites: Iterable[NormSite], to_be_fitted: bool
+) -> dict[str, Norm]:
+    """The norms of `config` for these places of `model`, by name, once it is clear that they can stand there.
+
+    Norms that are `to_be_fitted` to the present ones get the options that make the fit best.
+    """
+    norm_class = get_norm(config.norm)
+    sites = list(sites)
+    refuse_computed({site.name: site.module for site in sites})
+    # An RMSNorm has no shift, and the affine map that is nearest to it has one.
+    fitted = {"bias": True, **norm_class.calibrated_options} if to_be_fitted else {}
+    norms = {}
+    for site in sites:
+        defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))
+        options = {**defaults, **fitted, **config.options}
+        norms[site.name] = new_norm(site.module, NormSwapConfig(config.norm, **options))
+    check_chunks(model, norms)
+    for module in model.modules():
+        check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
+    return norms
+
+
+def place_new_norms(model: PreTrainedModel, norms: dict[str, Norm]) -> None:
+    """Put the norms of [`make_norms`] in their places, and record that."""
+    place_norms(model, norms)
+    set_recorded_swap(model, read_record(model))
 
 
 def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
@@ -176,7 +193,8 @@ def _config_of(model: PreTrainedModel, name: str):
     return next((parent.config for parent in parents if isinstance(parent, PreTrainedModel)), model.config)
 
 
-def _select(model, where, filter_fn) -> list[NormSite]:
+def select_norms(model, where, filter_fn=None) -> list[NormSite]:
+    """The norms of `model` that `where` and `filter_fn` choose; raises `ValueError` where they cannot be swapped."""
     names = [where] if isinstance(where, str) else list(where)
     unknown = [name for name in names if name not in where_names()]
     if unknown:

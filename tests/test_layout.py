@@ -27,7 +27,7 @@ LAYERS = [
     {"conversion"},
     {"swap", "placement"},
     {"fusion", "diagnostics", "reporting"},
-    {"training"},
+    {"training", "convert"},
     {"auto"},
     {"__init__"},
     {"cli", "__main__"},

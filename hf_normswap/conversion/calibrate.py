@@ -155,6 +155,25 @@ def calibrate(
 
 
 @torch.no_grad()
+def fit_each_alone(model: PreTrainedModel, batches: list[dict], memory_budget: int = MEMORY_BUDGET) -> PreTrainedModel:
+    """Fit each swapped norm of `model` as if it were the only one, in place, on its inputs in the original model.
+
+    Returns:
+        The original model, a copy of `model` with the norms that were replaced. Norms that no batch reaches are not
+        fitted.
+    """
+    sites = {site.name: site for site in find_norms(model) if _has_fit(site.module)}
+    original = _with_layer_norms(model, sites)
+    norms = {name: original.get_submodule(name) for name in sites}
+    with _conversion(original, None, {}, memory_budget) as store:
+        runner = SequentialRunner(original, batches, call_order(original, batches, norms), store, changes=False)
+        conversion = Conversion(runner, runner)
+        for name in runner:
+            conversion.fit_norm(sites[name])
+    return original
+
+
+@torch.no_grad()
 def reestimate_statistics(
     model: nn.Module,
     data: Iterable,

@@ -35,9 +35,14 @@ def pooled_moments(batches: Iterable, width: int, device) -> Moments:
     """Moments in float64 of all batches `(values, mask)`, of all ranks; collectives run on `device`."""
     pooled = torch.zeros(2 * width + 1, dtype=torch.float64)
     for values, mask in batches:
-        batch = masked_moments(values.to("cpu", torch.float64), None if mask is None else mask.cpu())
-        pooled = merge_moments(Moments(torch.stack([pooled, batch.packed]))).packed
+        pooled = add_tokens(pooled, values, mask)
     return merge_moments(Moments(gather_over_ranks(pooled.to(device)).cpu()))
+
+
+def add_tokens(pooled: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Packed moments in float64 with the tokens of one batch added to them."""
+    batch = masked_moments(values.to("cpu", torch.float64), None if mask is None else mask.cpu())
+    return merge_moments(Moments(torch.stack([pooled, batch.packed]))).packed
 
 
 def fit_affine(tokens: Iterable, width: int, device, intercept: bool = True) -> AffineFit:

@@ -119,6 +119,61 @@ def _check_kind(data) -> None:
         raise ValueError(f"The data is a {type(data).__name__}: pass a list of texts, a data set, or batches.")
 
 
+def split_data(data: Iterable, shares: Sequence[float], seed: int = 0) -> list:
+    """Divide data at random into a first part and one for each of `shares`; the same seed gives the same parts.
+
+    Examples stay whole, and batches do where `data` is in batches. Examples with the same text go to the same part.
+
+    Args:
+        data: as in [`make_batches`].
+        shares (list of `float`): of the examples, for the parts after the first; each gets one example at least.
+        seed (`int`, *optional*, defaults to 0): of the division.
+
+    Returns:
+        `list`: the parts, each of the kind of `data`.
+
+    Raises:
+        ValueError: when there is no data, or too little to give something to each part.
+    """
+    _check_kind(data)
+    is_data_set = _is_of_datasets(data, "Dataset")
+    rows = data if is_data_set else list(data)
+    groups: dict = {}
+    for index, key in enumerate(_texts_of(rows) if is_data_set else rows):
+        if isinstance(key, list):
+            key = tuple(key)
+        is_text = isinstance(key, str) or isinstance(key, tuple) and all(isinstance(text, str) for text in key)
+        groups.setdefault(key if is_text else index, []).append(index)
+    if not groups:
+        raise ValueError("The data is empty: pass a few hundred examples.")
+    if len(groups) <= len(shares):
+        raise ValueError(
+            f"The data has {len(groups)} different examples or batches, too little for {len(shares) + 1} parts: pass "
+            "a few hundred texts, or more and smaller batches."
+        )
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    members = list(groups.values())
+    sizes = [max(1, round(share * len(groups))) for share in shares]
+    while sum(sizes) >= len(groups):
+        sizes[sizes.index(max(sizes))] -= 1
+    parts, end = [], len(groups)
+    for size in reversed(sizes):
+        parts.append(order[end - size : end])
+        end -= size
+    parts.append(order[:end])
+    chosen = [sorted(index for group in part for index in members[group]) for part in reversed(parts)]
+    return [data.select(part) if is_data_set else [rows[index] for index in part] for part in chosen]
+
+
+def refuse_non_finite(batches: Iterable[Mapping]) -> None:
+    """Raises `ValueError` for inputs that are NaN or infinite."""
+    for batch in batches:
+        for name in ("inputs_embeds", *_KINDS):
+            values = batch.get(name)
+            if values is not None and values.is_floating_point() and not values.isfinite().all():
+                raise ValueError(f"{name} of the data has values that are NaN or infinite: leave these examples out.")
+
+
 def complete_batches(model: nn.Module, batches: list[dict]) -> list[dict]:
     """The batches with what the decoder of a model reads: labels, or else the model's own greedy output.
 
@@ -266,6 +321,12 @@ def _of_inputs(model, data: "Dataset", processor, batch_size) -> list[Mapping]:
     kept = [name for name in data.column_names if name in (*processor.model_input_names, *_LABELS)]
     rows = list(data.select_columns(kept))
     return [_pad(processor, group) for group in _grouped(rows, lambda row: len(row[main]), batch_size)]
+
+
+def _texts_of(data: "Dataset") -> Iterable:
+    """The texts of each row of a data set, or its number where it has no columns of text."""
+    columns = [name for name in data.column_names if _is_column_of(_TEXTS, data.features[name])]
+    return zip(*(data[name] for name in columns)) if columns else range(len(data))
 
 
 def _is_column_of(kind: str, feature) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hf_normswap.convert import ConversionReport
+
     from .depth_study import DepthStudy
     from .tid import TidHistory
 
@@ -224,6 +226,39 @@ def plot_depth(study: "DepthStudy") -> "Figure":
     for axes in every_axes:  # of one scale: a slope can be seen
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     _add_legend(figure, styles, handles)
+    return figure
+
+
+def plot_damage(report: "ConversionReport") -> "Figure":
+    """
+    Draws how far the model would be from the original one if a single norm were converted, a bar for each norm.
+
+    Bars of norms that the budget has left as they were are grey.
+
+    Args:
+        report (`ConversionReport`):
+            What `convert_norms` returns with a budget.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure; `figure.savefig("damage.png")` writes it.
+
+    Raises:
+        ValueError: when the conversion had no budget, and no damage was measured.
+    """
+    if not report.damage:
+        raise ValueError("This conversion has measured no damage of single norms: pass budget=... to convert_norms.")
+    figure, (axes,) = _make_figure(1)
+    names = list(report.damage)
+    figure.set_size_inches(7.2, 1.2 + 0.22 * len(names))
+    color = _assign_styles([report.norm])[report.norm][0]
+    groups = {"converted": [name for name in names if name not in report.kept], "left as it was": report.kept}
+    for (label, group), fill in zip(groups.items(), (color, "#BFBFBF"), strict=True):
+        places = [names.index(name) for name in group]
+        axes.barh(places, [report.damage[name] for name in group], color=fill, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    _finish(axes, "distance from the original model, this norm alone converted", "")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
