@@ -162,9 +162,9 @@ def convert_norms(
 ) -> ConversionReport:
     """Replace the norms of a trained model, in place, and measure what it keeps: no labels, no training.
 
-    It swaps the norms as [`swap_norm`] does. It fits them and the linear layers to a part of the data, as [`calibrate`]
-    does, and compares the model with the original one on the rest. With a `budget` or a distillation the rest is
-    divided once more: one half is for the choice, the other for the figures of the report.
+    It swaps the norms as [`swap_norm`] does, and fits them and the linear layers to a part of the data, as
+    [`calibrate`] does. It compares the model with the original one on the rest. With a `budget` or a distillation the
+    rest is divided once more: one half is for the choice, the other for the figures of the report.
 
     With a `budget` it converts as many norms as it can. Each norm is converted alone first, on a few batches, which
     gives its damage. Errors of norms add up in no simple way: so it then converts all norms in the order of the

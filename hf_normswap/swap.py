@@ -123,6 +123,12 @@ def swap_norm(
     return model
 
 
+def swap_to_fit(model: PreTrainedModel, config: NormSwapConfig, where: str | Iterable[str]) -> None:
+    """Swap norms as [`swap_norm`] does, with the options that are best for a calibration, which has to follow."""
+    check_model(model)
+    place_new_norms(model, make_norms(model, config, select_norms(model, where), to_be_fitted=True))
+
+
 def make_norms(
     model: PreTrainedModel, config: NormSwapConfig, sites: Iterable[NormSite], to_be_fitted: bool
 ) -> dict[str, Norm]:

@@ -16,9 +16,6 @@ Examples:
 
 import argparse
 import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 from hf_normswap.core.files import atomic_directory
@@ -42,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add what [`convert`] takes; whether data is `required`."""
     add_norm_arguments(parser, required=False)
+    add_fitting_arguments(parser, required)
+    parser.add_argument(
+        "--distillation_steps",
+        type=count,
+        default=0,
+        metavar="STEPS",
+        help="steps of training against the original afterwards, on the same data (default: none)",
+    )
+
+
+def add_fitting_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add what norms are fitted to; whether data is `required`."""
     add_data_arguments(parser, required)
     parser.add_argument(
         "--memory_budget",
@@ -49,13 +58,6 @@ def add_conversion_arguments(parser: argparse.ArgumentParser, required: bool) ->
         default=2**30,
         metavar="BYTES",
         help="activations to keep in memory, more are memory-mapped (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--distillation_steps",
-        type=count,
-        default=0,
-        metavar="STEPS",
-        help="steps of training against the original afterwards, on the same data (default: none)",
     )
 
 
@@ -74,20 +76,11 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> tuple:
     """Model, processor and report of the calibration."""
-    from hf_normswap import (
-        Norm,
-        NormSwapConfig,
-        calibrate,
-        distill,
-        find_norms,
-        get_norm,
-        restore_norm,
-        swap_norm,
-    )
+    from hf_normswap import Norm, NormSwapConfig, calibrate, distill, find_norms, restore_norm
+    from hf_normswap.swap import swap_to_fit
 
     if args.norm:
-        # swap_norm(calibrate_on=...) takes these options by itself, but keeps the report.
-        norm = NormSwapConfig(args.norm, **{**get_norm(args.norm).calibrated_options, **(args.norm_options or {})})
+        norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
     data = read_data(args)
     model, tokenizer = load_checkpoint(args.model)
     kinds = {site.kind for site in find_norms(model) if isinstance(site.module, Norm)}
@@ -100,8 +93,7 @@ def convert(args: argparse.Namespace) -> tuple:
         raise ValueError(f"{args.model} is swapped already, and there is no original to distill: leave that out.")
     if not kinds:
         original = copy.deepcopy(model) if args.distillation_steps else None
-        with _without_warning():
-            swap_norm(model, norm, where=args.where or "blocks")
+        swap_to_fit(model, norm, args.where or "blocks")
     elif args.norm or args.norm_options or args.where:
         norms = " and ".join(sorted(kinds))
         raise ValueError(f"{args.model} is swapped already, to {norms}: leave out norm, norm_options and where.")
@@ -110,15 +102,3 @@ def convert(args: argparse.Namespace) -> tuple:
     if args.distillation_steps:
         distill(model, original, data, steps=args.distillation_steps, **options)
     return model, tokenizer, report
-
-
-@contextmanager
-def _without_warning() -> Iterator[None]:
-    """`swap_norm` warns of a swap without calibration, which here follows at once."""
-    logger = logging.getLogger("hf_normswap.swap")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -31,19 +31,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
     parser.add_argument("output", metavar="OUTPUT", help="folder to save the folded model in, new or empty")
     parser.add_argument(
-        "--untie",
-        action="store_true",
-        help="give a head that shares its weights with the embeddings its own, to fold the norm in front of it too",
-    )
-    parser.add_argument(
         "--gains",
         action="store_true",
         help="fold the gains and shifts of a model that has its own norms, and keep the norms: see fold_gains",
     )
-    parser.add_argument("--onnx", action="store_true", help="write an ONNX graph too, into OUTPUT/onnx")
-    parser.add_argument("--int8", action="store_true", help="with weights of 8 bits in the graph")
+    add_export_arguments(parser)
     add_conversion_arguments(parser, required=False)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a folded model is written with."""
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give a head that shares its weights with the embeddings its own, to fold the norm in front of it too",
+    )
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX graph too, into OUTPUT/onnx")
+    parser.add_argument("--int8", action="store_true", help="with weights of 8 bits in the graph")
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """Raises `ValueError` where the arguments contradict each other."""
+    if args.int8 and not args.onnx:
+        raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
+
+
+def save(args: argparse.Namespace, model, tokenizer, folder: Path):
+    """Write model, processor and graph into `folder`; returns the report of the graph, if there is one."""
+    from hf_normswap import export_onnx
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None
+
+
+def content_of_onnx(args: argparse.Namespace, onnx) -> dict:
+    """What a report in JSON says of the graph."""
+    return {"onnx": {**asdict(onnx), "path": str(Path(args.output, "onnx", "model.onnx"))}} if onnx else {}
+
+
+def print_onnx(onnx) -> None:
+    """Say what the graph is like, if there is one."""
+    if onnx:
+        print(f"ONNX (opset {onnx.opset}): {onnx.norm_nodes} nodes of norms, relative error {onnx.error:.1e}")
 
 
 _OF_A_CONVERSION = (
@@ -66,9 +97,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{given[0]} is for a conversion, which needs data: pass --texts, --images, --audio or --dataset_name too."
         )
-    if args.int8 and not args.onnx:
-        raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
-    from hf_normswap import export_onnx, fold_gains, fold_norms
+    check_export(args)
+    from hf_normswap import fold_gains, fold_norms
 
     with atomic_directory(args.output) as folder:
         model, tokenizer = convert(args)[:2] if has_data(args) else load_checkpoint(args.model)
@@ -77,15 +107,11 @@ def run(args: argparse.Namespace) -> None:
                 f"{args.model} has LayerNorms: pass --norm and data, such as --texts, to convert them first."
             )
         report = (fold_gains if args.gains else fold_norms)(model.eval(), untie=args.untie)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        onnx = export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None
+        onnx = save(args, model, tokenizer, folder)
     if args.json:
-        graph = {"onnx": {**asdict(onnx), "path": str(Path(args.output, "onnx", "model.onnx"))}} if onnx else {}
-        print_json({"output": args.output, **asdict(report), **graph})
+        print_json({"output": args.output, **asdict(report), **content_of_onnx(args, onnx)})
         return
     print_table(report.rows())
     print(f"relative error of the outputs: {report.error:.1e}")
     print(f"saved in {args.output}")
-    if onnx:
-        print(f"ONNX (opset {onnx.opset}): {onnx.norm_nodes} nodes of norms, relative error {onnx.error:.1e}")
+    print_onnx(onnx)
