@@ -92,7 +92,7 @@ def measure_conversion(
     for batch in batches:
         ours, output = _observe(model, batch, every)
         theirs, wanted = _observe(original, batch, norms)
-        tables.append(_compare(output, wanted, [mask for _, mask in ours.values() if mask is not None]))
+        tables.append(_compare(output, wanted, list(ours.values())))
         for name in theirs.keys() & ours.keys():
             (y, mask), t = ours[name], theirs[name][0]
             values = torch.cat([t, y - t], dim=-1)
@@ -134,21 +134,24 @@ def _of_norm(moments: Moments) -> tuple[float, float, int]:
     return r2.item(), (residual / moments.power[:width].sum()).sqrt().item(), int(moments.count)
 
 
-def _compare(output, wanted, masks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _compare(output, wanted, seen: list[tuple]) -> dict[str, torch.Tensor]:
     """For each row the sums over its tokens, and their number, by name; rows without tokens are left out."""
     ours, theirs = ([_by_token(values) for values in _predictions(each)] for each in (output, wanted))
     if not ours:
-        return _compare_embeddings(output, wanted, masks)
-    rows = []
-    for row in range(len(ours[0])):
-        pair = [[values[row].cpu().double() for values in both] for both in (ours, theirs)]
-        if len(ours) > 1:  # a span: what is chosen is a token
-            mask = _mask_like(masks, ours[0].transpose(1, 2))
-            pair = [[values if mask is None else values[:, mask[row]] for values in both] for both in pair]
-        else:
-            mask = _mask_like(masks, ours[0])
-            pair = [[values if mask is None else values[mask[row]] for values in both] for both in pair]
-        rows.append(_compare_row(*pair))
+        return _compare_embeddings(output, wanted, seen)
+    is_span = len(ours) > 1  # what is chosen is a token
+    mask = _mask_like(seen, ours[0].transpose(1, 2) if is_span else ours[0])
+
+    def real(values, row):
+        values = values[row].cpu().double()
+        if mask is None:
+            return values
+        return values[:, mask[row]] if is_span else values[mask[row]]
+
+    rows = [
+        _compare_row(*([real(values, row) for values in both] for both in (ours, theirs)))
+        for row in range(len(ours[0]))
+    ]
     table = {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
     return {name: column[table["count"] > 0] for name, column in table.items()}
 
@@ -169,14 +172,14 @@ def _compare_row(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[s
     return {**sums, "kl": sum(divergences), "agreement": same.all(0).sum().double()}
 
 
-def _compare_embeddings(output, wanted, masks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _compare_embeddings(output, wanted, seen: list[tuple]) -> dict[str, torch.Tensor]:
     ours, theirs = (getattr(each, "last_hidden_state", None) for each in (output, wanted))
     if ours is None:
         raise ValueError(
             f"The output of the model, a {type(output).__name__}, has neither logits nor a last_hidden_state to "
             "compare: convert its parts one by one, or use swap_norm and calibrate."
         )
-    mask = _mask_like(masks, ours)
+    mask = _mask_like(seen, ours)
     ours, theirs = (_embed(states.cpu().double(), mask) for states in (ours, theirs))
     cosine = functional.cosine_similarity(ours, theirs, dim=-1)
     return {
@@ -203,9 +206,13 @@ def _by_token(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dim() == 3 else logits.reshape(len(logits), 1, -1)
 
 
-def _mask_like(masks: list[torch.Tensor], values: torch.Tensor) -> torch.Tensor | None:
-    """Which tokens of `values` are real: as the last norm knows it that has tokens of this shape."""
-    return next((mask.cpu() for mask in reversed(masks) if mask.shape == values.shape[:2]), None)
+def _mask_like(seen: list[tuple], values: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens of `values` are real, `None` for all: as the last norm knows that has as many of them."""
+    rows, columns = values.shape[:2]
+    for output, mask in reversed(seen):
+        if output.shape[:-1] in ((rows, columns), (rows * columns,)):  # some models flatten their tokens
+            return None if mask is None else mask.reshape(rows, columns).cpu()
+    return None
 
 
 def _embed(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

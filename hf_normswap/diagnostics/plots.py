@@ -246,7 +246,7 @@ def plot_damage(report: "ConversionReport") -> "Figure":
         ValueError: when the conversion had no budget, and no damage was measured.
     """
     if not report.damage:
-        raise ValueError("This conversion has measured no damage of single norms: pass budget=... to convert_norms.")
+        raise ValueError("This conversion has measured no damage of single norms: pass a budget to convert_norms.")
     figure, (axes,) = _make_figure(1)
     names = list(report.damage)
     figure.set_size_inches(7.2, 1.2 + 0.22 * len(names))
