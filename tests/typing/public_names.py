@@ -16,8 +16,11 @@ from hf_normswap import (
     BatchNorm,
     BatchStatisticNorm,
     CalibrationReport,
+    ConversionReport,
+    ConvertedNorm,
     DepthSlope,
     DepthStudy,
+    Estimate,
     FoldReport,
     GradientNorm,
     GradientReport,
@@ -49,6 +52,7 @@ from hf_normswap import (
     available_norms,
     calibrate,
     checkpoint_norms,
+    convert_norms,
     convert_to_rmsnorm,
     copy_sentence_modules,
     distill,
@@ -123,6 +127,11 @@ def conversion(model: PreTrainedModel, teacher: PreTrainedModel, texts: list[str
     for fit in report:
         assert_type(fit, NormFit)
         assert_type(fit.r2, float)
+    converted = convert_norms(model, texts, budget=0.003, distill_steps=10, score=lambda model: {"accuracy": 0.5})
+    assert_type(converted, ConversionReport)
+    assert_type(converted.norms, list[ConvertedNorm])
+    assert_type(converted.kl, Estimate | None)
+    assert_type(converted.relative_error.high, float)
     reestimate_statistics(model, make_batches(model, texts))
     assert_type(distill(model, teacher, texts, steps=10), list[float])
     assert_type(fold_norms(model, untie=True), FoldReport)
