@@ -21,12 +21,11 @@ from .conversion.sequential import call_order
 from .core.data import complete_batches, make_batches, refuse_non_finite, split_data
 from .core.model_state import check_model, refuse_meta, refuse_training
 from .core.norm_sites import find_norms, format_table
-from .modeling.base import Norm
 from .modeling.layernorm import LayerNorm
 from .modeling.norms import NormSwapConfig
 from .modeling.registry import get_norm
 from .modeling.replace import place_norms
-from .swap import make_norms, place_new_norms, select_norms
+from .swap import make_norms, place_new_norms, refuse_swapped, select_norms
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +65,7 @@ class ConversionReport:
     Attributes:
         norm (`str`): name of the new norm.
         norms (list of [`ConvertedNorm`]): in the order of the forward.
-        kept (list of `str`): paths of the norms that a budget has left as they were.
+        kept (list of `str`): paths of the norms that stay, for the budget or because the data does not reach them.
         examples (`int`): held-out examples that the figures are of.
         agreement ([`Estimate`], *optional*): share of predictions whose largest logit is that of the original model.
         kl ([`Estimate`], *optional*): mean Kullback–Leibler divergence of predictions from those of the original.
@@ -96,12 +95,12 @@ class ConversionReport:
 
     def rows(self) -> list[tuple]:
         """The cells of the table of norms, the heading first."""
-        damages = [f"{self.damage[each.name]:.2g}" if each.name in self.damage else None for each in self.norms]
+        damage = {name: f"{value:.2g}" for name, value in self.damage.items()}
         rows = [
-            (f"{each.r2:.4f}", f"{each.error:.4f}", f"{each.fitted_r2:.4f}", damage, each.name)
-            for each, damage in zip(self.norms, damages, strict=True)
+            (f"{each.r2:.4f}", f"{each.error:.4f}", f"{each.fitted_r2:.4f}", damage.get(each.name), each.name)
+            for each in self.norms
         ]
-        rows += [(None, None, None, f"{self.damage[name]:.2g}", f"{name} (kept)") for name in self.kept]
+        rows += [(None, None, None, damage.get(name), f"{name} (kept)") for name in self.kept]
         rows = [("R²", "error", "R² of the fit", "damage alone", "name"), *rows]
         return rows if self.damage else [(*row[:3], row[4]) for row in rows]
 
@@ -218,8 +217,7 @@ def convert_norms(
     refuse_meta(model)
     refuse_training(model)
     sites = select_norms(model, where, filter_fn)
-    # Others that are swapped have no LayerNorm in the original model to be fitted to.
-    select_norms(model, "all", lambda module, name: isinstance(module, Norm) or module is sites[0].module)
+    refuse_swapped(find_norms(model))  # no other one either: the original model has to have their LayerNorms
     chooses = budget is not None or distill_steps > 0
     parts = split_data(data, [holdout / 2, holdout / 2] if chooses else [holdout], seed)
     batches = [complete_batches(model, make_batches(model, part, tokenizer, batch_size)) for part in parts]
@@ -238,7 +236,7 @@ def convert_norms(
         student, *distillation = trial.distill(student, distill_steps, learning_rate)
     measured = measure_conversion(student, model, batches[-1], [fit.name for fit in fits], seed)
     after = _score(score, student)
-    report = _report(config, names, fits, measured, damage, budget, distillation)
+    report = _report(config, sites, fits, measured, damage, budget, distillation)
     report.scores = {name: (before[name], after[name]) for name in before if name in after}
     if budget is not None and measured.distance.value > budget:
         logger.warning(
@@ -246,7 +244,6 @@ def convert_norms(
             "of the choice met: pass more data."
         )
     # Only now does the model change, and nothing is left that can fail.
-    student.eval()
     chosen = {fit.name for fit in fits}
     place_new_norms(model, make_norms(model, config, [site for site in sites if site.name in chosen], True))
     model.load_state_dict(student.state_dict())
@@ -303,7 +300,10 @@ class _Trial:
             left_out = (low + high) // 2 if tries else 0
             chosen = set(order[left_out:])
             student, fits = self.convert([name for name in damage if name in chosen])
-            found, tries = self.measure(student).distance, tries + 1
+            measured, tries = self.measure(student), tries + 1
+            if measured.examples < 2:
+                raise ValueError("One held-out example is too little to choose by: pass more data, or raise holdout.")
+            found = measured.distance
             if found.high <= budget:
                 best, high = (student, fits), left_out - 1
             else:
@@ -351,7 +351,10 @@ def _check_arguments(config: NormSwapConfig, distill_steps: int, budget: float |
 def _score(score, model) -> dict[str, float]:
     if score is None:
         return {}
-    metrics = score(model)
+    try:
+        metrics = score(model)
+    finally:
+        model.eval()
     if not isinstance(metrics, Mapping):
         raise ValueError(f"score returned a {type(metrics).__name__}: return a dictionary of metrics by name.")
     return {name: float(value) for name, value in metrics.items()}
@@ -366,7 +369,7 @@ def _refuse_constant(found: Mapping[str, tuple[float, int]], purpose: str) -> No
             )
 
 
-def _report(config, names, fits, measured: Measurement, damage, budget, distillation) -> ConversionReport:
+def _report(config, sites, fits, measured: Measurement, damage, budget, distillation) -> ConversionReport:
     _refuse_constant({name: (r2, tokens) for name, (r2, _, tokens) in measured.norms.items()}, "measure")
     norms = [
         ConvertedNorm(fit.name, r2, error, fit.r2, tokens)
@@ -377,7 +380,7 @@ def _report(config, names, fits, measured: Measurement, damage, budget, distilla
     return ConversionReport(
         norm=config.norm,
         norms=norms,
-        kept=[name for name in names if name not in converted],
+        kept=[site.name for site in sites if site.name not in converted],
         examples=measured.examples,
         **measured.figures,
         budget=budget,

@@ -231,11 +231,16 @@ def select_norms(model, where, filter_fn=None) -> list[NormSite]:
         # In a block that stands in two places, the norm is exchanged in both.
         if _parent(model, other) is not _parent(model, name):
             raise ValueError(f"{other} and {name} are one norm, and would load as two: give each place its own.")
-    # A baseline's LayerNorm computes what the one of PyTorch does.
-    done = [site for site in sites if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm)]
-    if done:
-        raise ValueError(
-            f"{done[0].name} is already swapped to {done[0].kind}: start from the original model, or call "
-            "restore_norm(model) first."
-        )
+    refuse_swapped(sites)
     return sites
+
+
+def refuse_swapped(sites: Iterable[NormSite]) -> None:
+    """Raises `ValueError` where one of the norms is swapped already."""
+    for site in sites:
+        # A baseline's LayerNorm computes what the one of PyTorch does.
+        if isinstance(site.module, Norm) and not isinstance(site.module, LayerNorm):
+            raise ValueError(
+                f"{site.name} is already swapped to {site.kind}: start from the original model, or call "
+                "restore_norm(model) first."
+            )

@@ -251,7 +251,8 @@ def plot_damage(report: "ConversionReport") -> "Figure":
     names = list(report.damage)
     figure.set_size_inches(7.2, 1.2 + 0.22 * len(names))
     color = _assign_styles([report.norm])[report.norm][0]
-    groups = {"converted": [name for name in names if name not in report.kept], "left as it was": report.kept}
+    kept = [name for name in names if name in report.kept]
+    groups = {"converted": [name for name in names if name not in kept], "left as it was": kept}
     for (label, group), fill in zip(groups.items(), (color, "#BFBFBF"), strict=True):
         places = [names.index(name) for name in group]
         axes.barh(places, [report.damage[name] for name in group], color=fill, label=label)

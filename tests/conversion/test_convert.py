@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 
 import numpy as np
@@ -232,6 +233,31 @@ def test_scores_are_those_of_the_original_and_the_converted_model():
     assert "sum:" in str(report)
 
 
+def test_a_score_may_change_the_mode():
+    model = stock("bert")
+    convert_norms(model, FINE, score=lambda each: {"parameters": len(list(each.train().parameters()))})
+    assert not any(module.training for module in model.modules())
+
+
+def test_norms_that_the_data_does_not_reach_stay_and_are_listed():
+    """A cross-attention is left out where there is no encoder."""
+    model = stock("bert", "BertLMHeadModel", is_decoder=True, add_cross_attention=True)
+    report = convert_norms(model, batches(model, rows=60, size=12, labels=False))
+    kinds = {site.name: site.kind for site in find_norms(model)}
+    assert report.kept == [name for name in kinds if "crossattention" in name]
+    assert len(report.kept) == 2
+    assert all((kinds[name] == "layernorm") == (name in report.kept) for name in kinds)
+    assert str(report).count("(kept)") == 2
+
+
+def test_a_budget_that_other_data_exceeds_is_told(caplog, monkeypatch):
+    zero = conversion.Measurement(9, {"relative_error": conversion.Estimate(0.0, 0.0, 0.0)})
+    monkeypatch.setattr(conversion._Trial, "measure", lambda self, student: zero)
+    with caplog.at_level(logging.WARNING, logger="hf_normswap"):
+        convert_norms(stock("bert"), FINE, budget=1e-9)
+    assert "above the budget of 1e-09" in caplog.text
+
+
 def test_rmsnorms_become_batchnorms_with_a_shift():
     model = tiny_architecture("llama")[0]
     original = copy.deepcopy(model)
@@ -333,6 +359,7 @@ def test_bad_data_changes_nothing(case):
     [
         ({"budget": 1e-12}, "within a budget of 1e-12"),
         ({"budget": 0}, "no distance to allow"),
+        ({"budget": 1.0, "holdout": 0.3, "where": "query_key"}, "matches where"),
         ({"budget": math.nan}, "no distance to allow"),
         ({"holdout": 1.0}, "no share"),
         ({"holdout": 0}, "no share"),
@@ -345,6 +372,11 @@ def test_bad_data_changes_nothing(case):
 )
 def test_bad_options_change_nothing(options, said):
     refuse(stock("bert"), FINE, said, **options)
+
+
+def test_one_example_is_no_sample():
+    single = [{name: values[:1] for name, values in batch.items()} for batch in FINE]
+    refuse(stock("bert"), single, "One held-out example", budget=1.0)
 
 
 def test_a_model_that_cannot_be_converted_stays_as_it_is():
