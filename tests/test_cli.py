@@ -165,6 +165,17 @@ def test_where_and_norm_options(tmp_path, texts):
     assert entry["modules"] == ["transformer.h.0.ln_2", "transformer.h.1.ln_2", "transformer.ln_f"]
 
 
+def test_rmsnorms_get_the_shift_that_python_gives_them(tmp_path, texts):
+    stock = save_stock(tmp_path / "stock")
+    tiny_architecture("llama")[0].save_pretrained(stock)
+    assert main(["calibrate", stock, str(tmp_path / "new"), "--norm", "batchnorm", "--texts", texts]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    python = in_python(AutoModelForCausalLM, stock, "batchnorm")
+    assert model.config.norm_swap == python.config.norm_swap
+    assert same(model.state_dict(), python.state_dict())
+    assert model.model.layers[0].input_layernorm.bias is not None
+
+
 def test_the_tokenizer_is_saved_as_it_came(tmp_path, texts):
     stock = save_stock(tmp_path / "stock", "gpt2")
     assert main(["calibrate", stock, str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 0
