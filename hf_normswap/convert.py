@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 # Conversions of the whole model in the search for what a budget allows, unless none has met it by then.
 _TRIES = 5
-# Batches of each of the two parts of the data that damages are measured with.
+# The most batches of each part of the data that damages are measured with.
 _BATCHES_OF_DAMAGE = 4
 
 
@@ -282,12 +282,13 @@ class _Trial:
     def damages(self, names: list[str]) -> dict[str, float]:
         """The distance that each norm causes when it alone is converted; norms that are not reached are left out."""
         student = self._swap(names)
-        original = fit_each_alone(student, self.batches[:_BATCHES_OF_DAMAGE], self.memory_budget)
+        # Batches of texts are sorted by length: the first ones would be short texts alone.
+        batches, others = (part[:: -(-len(part) // _BATCHES_OF_DAMAGE)] for part in (self.batches, self.others))
+        original = fit_each_alone(student, batches, self.memory_budget)
         damage = {}
         for name in names:
             stock = original.get_submodule(name)
             place_norms(original, {name: student.get_submodule(name)})
-            others = self.others[:_BATCHES_OF_DAMAGE]
             damage[name] = measure_conversion(original, self.model, others, seed=self.seed).distance.value
             place_norms(original, {name: stock})
         return damage

@@ -201,8 +201,8 @@ def test_the_damage_of_a_norm_is_that_of_converting_it_alone():
         alone = swap_norm(
             copy.deepcopy(original), "batchnorm", where="all", filter_fn=lambda module, n, name=name: n == name
         )
-        calibrate(alone, fitted[:4], linears=False)
-        assert damage == pytest.approx(divergence(*(real_logits(each, chosen[:4]) for each in (alone, original))))
+        calibrate(alone, fitted[::2], linears=False)  # three batches of six
+        assert damage == pytest.approx(divergence(*(real_logits(each, chosen) for each in (alone, original))))
 
 
 @pytest.mark.parametrize(("learning_rate", "helps"), [(0.3, False), (1e-3, True)])
