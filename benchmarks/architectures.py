@@ -288,7 +288,7 @@ What was tried with the norms of each architecture, on tiny models with random w
 
 {done} of {count} steps succeed. Each of the others is refused, with nothing changed; the numbers lead to the reasons.
 `python benchmarks/architectures.py` repeats the table. [`normswap inspect`](cli.md) says the same of one model, and
-[Concepts](concepts.md#any-architecture) how a model is read.
+[Concepts](concepts.md#any-architecture) how a model is read; the words are those of the [glossary](glossary.md).
 """
 
 
