@@ -342,7 +342,7 @@ def _check_arguments(config: NormSwapConfig, distill_steps: int, budget: float |
     if get_norm(config.norm) is LayerNorm:
         raise ValueError("A conversion to LayerNorm has nothing to fit: pass another norm, such as norm='batchnorm'.")
     if not 0 < holdout < 1:
-        raise ValueError(f"holdout={holdout} is no share of the data: pass a number between 0 and 1.")
+        raise ValueError(f"holdout={holdout} is not a share of the data: pass a number between 0 and 1.")
     if distill_steps < 0:
         raise ValueError(f"distill_steps={distill_steps} is no number of steps: pass 0 or more.")
     if budget is not None and not budget > 0:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from hf_normswap.modeling.model_norms import HOOKS
+from hf_normswap.modeling.model_norms import HOOKS, is_norm
 
 
 # Each token keeps its channels, in their order, as long as the last dimension is the one that it was.
@@ -126,23 +126,18 @@ class Graph:
                 found |= self.passed(user.index)
         return found
 
-    def is_returned(self, node: int) -> bool:
-        """Whether the output of a node, or a part of it, is one of the model's."""
-        return not self.passed(node).isdisjoint(self.outputs.values())
-
     @staticmethod
     def _passes(node: Node) -> bool:
         return node.op in PASSED and node.keeps_channels and bool(node.inputs)
 
 
-def record_graph(model: nn.Module, forward: Callable, inputs: dict, is_norm: Callable[[nn.Module], bool]) -> Graph:
+def record_graph(model: nn.Module, forward: Callable, inputs: dict) -> Graph:
     """The graph of `model(**inputs)` in evaluation mode. The model is not called, a copy of its modules is.
 
     Args:
         model (`torch.nn.Module`): on any device, in any dtype; its weights may be on the meta device.
         forward (callable): the forward of its class, or of a base class.
         inputs (`dict`): arguments of the forward, on the CPU.
-        is_norm (callable): says whether a module is a norm, which is one node.
 
     Raises:
         Exception: what the forward of the copy raises.
@@ -150,7 +145,7 @@ def record_graph(model: nn.Module, forward: Callable, inputs: dict, is_norm: Cal
     shadow, stand_ins = _copy_modules(model)
     recorder = _Recorder(shadow, stand_ins, inputs)
     for name, module in shadow.named_modules():
-        kind = _kind_of(module, is_norm)
+        kind = _kind_of(module)
         if kind is not None:
             module.forward = recorder.layer(kind, name, module)
     with _no_side_effects(), recorder:
@@ -159,7 +154,7 @@ def record_graph(model: nn.Module, forward: Callable, inputs: dict, is_norm: Cal
     return recorder.graph
 
 
-def _kind_of(module: nn.Module, is_norm) -> str | None:
+def _kind_of(module: nn.Module) -> str | None:
     if is_norm(module):
         return NORM
     if isinstance(module, nn.Linear | Conv1D):

@@ -14,6 +14,7 @@ from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import family_of
 from hf_normswap.modeling.model_norms import (
     active_modules,
+    is_norm,
     norm_width,
     path_of,
     read_norm,
@@ -132,7 +133,7 @@ def find_norms(model: nn.Module) -> NormSites:
         `NormSites`: a list of [`NormSite`] in the order of the modules; print it for a table.
 
     Raises:
-        ValueError: when it is no model of transformers, wrapped, or loaded with another copy of this code.
+        ValueError: when `model` is not a model of transformers, is wrapped, or comes from another copy of this code.
 
     Example:
 
@@ -163,11 +164,6 @@ def find_norms(model: nn.Module) -> NormSites:
             NormSite(name, path, module, place.stack, place.sublayer, place.layer, place.placement, block, place.calls)
         )
     return sites
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of this package, or a LayerNorm or RMSNorm of another."""
-    return isinstance(module, Norm) or read_norm(module) is not None
 
 
 @dataclass(frozen=True)
@@ -273,9 +269,9 @@ def _first_sentence(error: Exception) -> str:
 
 def _follow(model: PreTrainedModel, forward) -> Graph:
     inputs = example_inputs(model, forward)
-    graph = record_graph(model, forward, inputs, is_norm)
+    graph = record_graph(model, forward, inputs)
     if _leaves_norms_out(model, graph) and (source := example_source(model, forward)):
-        graph = record_graph(model, forward, inputs | source, is_norm)
+        graph = record_graph(model, forward, inputs | source)
     return graph
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .graph import ADDITION, EMBEDDING, LINEAR, Node
+from .graph import ADDITION, EMBEDDING, LINEAR, NORM, Node
 from .norm_sites import NormSite, ResidualSum, describe
 
 
@@ -72,7 +72,7 @@ class ResidualStream:
         self._norms: dict[str, Node] = {}
         self._calls: dict[str, int] = {}
         for node in self.graph.nodes:
-            if node.op == "norm":
+            if node.op == NORM:
                 self._norms.setdefault(node.name, node)
             if node.op in (LINEAR, EMBEDDING):
                 self._calls[node.name] = self._calls.get(node.name, 0) + 1
@@ -110,18 +110,6 @@ class ResidualStream:
     def writers_before(self, site: NormSite) -> Writing:
         """What a norm reads, where that is no residual sum."""
         return self._writers_of(self._read_by(site))
-
-    def start(self) -> Writing:
-        """What the residual streams start with."""
-        made = {each.node for each in self.sums}
-        starts = {each.skip for each in self.sums} - made
-        writings = [self._writers_of(index) for index in sorted(starts)]
-        obstacles = [writing.obstacle for writing in writings if writing.obstacle]
-        return Writing(
-            tuple(dict.fromkeys(name for writing in writings for name in writing.linears)),
-            tuple(dict.fromkeys(name for writing in writings for name in writing.tables)),
-            next(iter(obstacles), None),
-        )
 
     def sites_of_linears(self, sites: list[NormSite]) -> dict[str, NormSite]:
         """For each linear layer of the blocks, by name, the norm of the sublayer that it belongs to."""

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from hf_normswap.conversion.fitting import linears_of_blocks, places_of_linears
 from hf_normswap.core.model_state import PLAIN, check_model, obstacle_of_linear, refuse_computed, refuse_shared
-from hf_normswap.core.norm_sites import ASIDE, NormSite, describe, find_norms, format_table, is_norm
+from hf_normswap.core.norm_sites import ASIDE, NormSite, describe, find_norms, format_table
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.fusion.fold import rehearse_folding
 from hf_normswap.fusion.rmsnorm import plan_conversion
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import STOCK_PLACEMENTS, family_of
-from hf_normswap.modeling.model_norms import active_modules, norm_width, read_norm
+from hf_normswap.modeling.model_norms import active_modules, is_norm, norm_width, read_norm
 
 from .tid import TidReport
 
@@ -174,7 +174,7 @@ def inspect_model(model: PreTrainedModel, *, tid: TidReport | None = None) -> In
         [`InspectReport`]: print it for a table and notes.
 
     Raises:
-        ValueError: when it is no model of transformers, or wrapped.
+        ValueError: when `model` is not a model of transformers, or is wrapped.
 
     Example:
 

@@ -148,6 +148,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS if hooks.endswith("_hooks"))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of this package, or a LayerNorm or RMSNorm of another."""
+    return isinstance(module, Norm) or read_norm(module) is not None
+
+
 def path_of(model: nn.Module, name: str) -> str:
     """The path in a model with a head of the module `name` of `model`, which may have none."""
     prefix = getattr(model, "base_model_prefix", "")

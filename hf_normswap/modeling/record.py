@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .base import Norm
 from .configuration_normswap import FORMAT_VERSION, layer_norm_eps, placement_of
-from .model_norms import WRAPPED, active_modules, path_of, read_norm, swapped_norms
+from .model_norms import WRAPPED, active_modules, is_norm, path_of, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
 from .replace import add_bias, layer_norm_shares, new_norm, pass_through, remove_norms, untie_head
@@ -131,7 +131,7 @@ def _places(model: PreTrainedModel) -> dict[str, str]:
     """Every norm by its path, with the class of the block that it is in."""
     places = {}
     for name, module in active_modules(model):
-        if isinstance(module, Norm) or read_norm(module) is not None:
+        if is_norm(module):
             block = re.match(r"(.*\.\d+)\.", name)  # an element of a list of modules
             where = f"in a {_class_name(model.get_submodule(block[1]))}" if block else "there"
             places[path_of(model, name)] = where
@@ -199,7 +199,7 @@ def fold_as_recorded(model: PreTrainedModel, record: dict) -> None:
     """Make a new model what a configuration's `norm_swap` says of folding; a head that it does not name stays."""
     gone = list(_find_recorded(model, record.get("folded", [])))
     # The last norm of the model, or of each of its two stacks.
-    names = [name for name, module in active_modules(model) if isinstance(module, Norm) or read_norm(module)]
+    names = [name for name, module in active_modules(model) if is_norm(module)]
     ends = {name.split(".")[0] if model.config.is_encoder_decoder else "": name for name in names}.values()
     if model.base_model is model and not set(ends).isdisjoint(gone):
         logger.warning(
