@@ -124,7 +124,11 @@ def marian(data, args):
 
 def t5(data, args):
     """T5 with pre-norm blocks of RMSNorms, as in [`translation_model`]."""
-    config = {"d_kv": args.hidden_size // args.heads, "d_ff": 4 * args.hidden_size, "dropout_rate": 0.1}
+    config = {
+        "num_decoder_layers": args.layers,  # or it would be that of T5, whatever `num_hidden_layers` says
+        "d_kv": args.hidden_size // args.heads,
+        "d_ff": 4 * args.hidden_size,
+    }
     return translation_model(data, args, T5ForConditionalGeneration, config)
 
 

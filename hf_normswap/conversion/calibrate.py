@@ -42,6 +42,7 @@ from .fitting import (
     linears_of_blocks,
     places_of_linears,
 )
+from .predictions import find_predictors
 from .sequential import ActivationStore, SequentialRunner, call_order
 
 
@@ -137,8 +138,8 @@ def calibrate(
         order = call_order(model, batches, modules)
         student = SequentialRunner(model, batches, order, store)
         original = SequentialRunner(teacher, batches, order, store, changes=False)
-        conversion = Conversion(student, original)
         stream = ResidualStream(model)
+        conversion = Conversion(student, original, find_predictors(model, sites.values()))
         feeders = {name: stream.feeder(site) for name, site in sites.items()}
         # Right before the norm: between them nothing else reads the stream.
         pairs = itertools.pairwise(itertools.chain(*order))
@@ -167,7 +168,7 @@ def fit_each_alone(model: PreTrainedModel, batches: list[dict], memory_budget: i
     norms = {name: original.get_submodule(name) for name in sites}
     with _conversion(original, None, {}, memory_budget) as store:
         runner = SequentialRunner(original, batches, call_order(original, batches, norms), store, changes=False)
-        conversion = Conversion(runner, runner)
+        conversion = Conversion(runner, runner, find_predictors(model, sites.values()))
         for name in runner:
             conversion.fit_norm(sites[name])
     return original
@@ -292,7 +293,7 @@ def _conversion(model, teacher, modules: dict[str, nn.Module], memory_budget: in
 
 
 def _warn(report: CalibrationReport) -> None:
-    poor = [fit for fit in report if fit.r2 < LOW_R2]
+    poor = [fit for fit in report if fit.r2 < LOW_R2 and not fit.is_last]
     if poor:
         worst = min(poor, key=lambda fit: fit.r2)
         sinks = f", {worst.sinks} of its {worst.tokens} tokens are attention sinks" if worst.sinks else ""

@@ -9,7 +9,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_normswap.core.data import complete_batches, make_batches
+from hf_normswap.core.data import complete_batches, make_batches, predicted_tokens
 from hf_normswap.core.model_state import check_swapped
 from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.base import Norm
@@ -126,7 +126,8 @@ def _distance(model, teacher, norms: dict[str, nn.Module], batch: dict) -> torch
     for name, (output, mask) in ours.items():
         output, original = (values if mask is None else values[mask] for values in (output, theirs[name][0]))
         relative.append((output - original).square().sum() / original.square().sum())
-    return torch.stack(relative).mean() + _divergence(prediction, wanted, mask)
+    predicted = predicted_tokens(model, batch)
+    return torch.stack(relative).mean() + _divergence(prediction, wanted, mask if predicted is None else predicted)
 
 
 def _observe(model, norms: dict[str, nn.Module], batch: dict) -> tuple[dict, torch.Tensor | None]:

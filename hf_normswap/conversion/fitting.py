@@ -1,5 +1,7 @@
 """One step of a conversion: a norm, or a linear layer between norms, made to do what it did in the original model."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from hf_normswap.modeling.base import BatchStatisticNorm
 from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ranks
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
+from .predictions import TOKENS, both, fit_to_predictions, tokens_of_predictions
 from .sequential import SequentialRunner
 
 
@@ -34,6 +37,8 @@ class NormFit:
         error (`float`): `‖y − LN‖₂ / ‖LN‖₂` over all tokens and channels of the fit.
         tokens (`int`): real tokens in the fit.
         sinks (`int`): attention sinks among them, tokens of ten times the usual size.
+        is_last (`bool`):
+            whether a linear layer makes predictions of its output, and it was fitted to these; so its R² is lower.
     """
 
     name: str
@@ -41,6 +46,7 @@ class NormFit:
     error: float
     tokens: int
     sinks: int
+    is_last: bool = False
 
 
 class CalibrationReport(list[NormFit]):
@@ -48,7 +54,11 @@ class CalibrationReport(list[NormFit]):
 
     def rows(self) -> list[tuple]:
         """The cells of the table, the heading first."""
-        fits = [(f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, fit.name) for fit in self]
+        names = [f"{fit.name} (fitted to the predictions)" if fit.is_last else fit.name for fit in self]
+        fits = [
+            (f"{fit.r2:.4f}", f"{fit.error:.4f}", fit.tokens, fit.sinks, name)
+            for fit, name in zip(self, names, strict=True)
+        ]
         return [("R²", "error", "tokens", "sinks", "name"), *fits]
 
     def __str__(self):
@@ -61,11 +71,16 @@ class Conversion:
     Args:
         student ([`SequentialRunner`]): through the model that is converted.
         teacher ([`SequentialRunner`]): through the model with its LayerNorms, at the same step.
+        predictors (`dict[str, str]`, *optional*): for a norm, the linear layer that makes logits of its output.
     """
 
-    def __init__(self, student: SequentialRunner, teacher: SequentialRunner):
-        self.student, self.teacher = student, teacher
+    def __init__(self, student: SequentialRunner, teacher: SequentialRunner, predictors: dict[str, str] | None = None):
+        self.student, self.teacher, self.predictors = student, teacher, predictors or {}
         self.device = student.model.device
+        self._counted = {
+            name: tokens_of_predictions(teacher.model, teacher.batches, name, linear)
+            for name, linear in self.predictors.items()
+        }
 
     def fit_norm(self, site: NormSite, feeding: str | None = None) -> NormFit:
         """Statistics, gain and shift of a norm; `feeding` is the linear layer whose output it reads."""
@@ -75,12 +90,16 @@ class Conversion:
             self._correct_feeding(site, feeding)
             fit = self._fit(site)
         residual, target = fit.residual.sum(), fit.target
+        if site.name in self.predictors:
+            self._fit_to_predictions(site, int(target.count))
+            residual = self._residual(site)
         return NormFit(
             site.name,
             r2=(1 - residual / target.var.sum()).item(),
             error=(residual / target.power.sum()).sqrt().item(),
             tokens=int(target.count),
             sinks=sinks,
+            is_last=site.name in self.predictors,
         )
 
     def correct(self, name: str) -> None:
@@ -120,7 +139,7 @@ class Conversion:
 
     def _fit(self, site: NormSite) -> AffineFit:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
-        estimate_statistics(site.name, norm, self.student.inputs(site.name))
+        estimate_statistics(site.name, norm, ((x, mask) for x, _, mask in self._pairs(site.name)))
         normalized = ((norm.normalize(promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
         fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
         _check_finite(site.name, fit.gain, fit.shift)
@@ -128,6 +147,26 @@ class Conversion:
         if norm.bias is not None:
             norm.bias.copy_(fit.shift)
         return fit
+
+    def _fit_to_predictions(self, site: NormSite, count: int) -> None:
+        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
+        linear = self.teacher.model.get_submodule(self.predictors[site.name])
+        step = math.ceil(count / TOKENS)
+        tokens = [
+            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), None), layer_norm(t)))
+            for x, t, mask in self._pairs(site.name)
+        ]
+        x, target = (torch.cat(parts) for parts in zip(*tokens, strict=True))
+        gain, shift = fit_to_predictions(x, target, linear, norm.weight, norm.bias)
+        norm.weight.copy_(gain)
+        if shift is not None:
+            norm.bias.copy_(shift)
+
+    def _residual(self, site: NormSite) -> torch.Tensor:
+        """Mean square of what is left, summed over channels."""
+        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
+        differences = ((norm(x) - layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
+        return pooled_moments(differences, norm.num_features, self.device).power.sum()
 
     def _count_sinks(self, name: str) -> int:
         sizes = [(promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
@@ -137,8 +176,10 @@ class Conversion:
         return int(sum_over_ranks(torch.as_tensor(count, device=self.device)))
 
     def _pairs(self, name: str) -> Iterator[tuple]:
-        for (x, mask), (t, _) in zip(self.student.inputs(name), self.teacher.inputs(name)):
-            yield x, t, mask
+        """Inputs in both models, call by call, and the tokens that count."""
+        pairs = zip(self.student.inputs(name), self.teacher.inputs(name))
+        for ((x, mask), (t, _)), counted in zip(pairs, self._counted.get(name, itertools.repeat(None))):
+            yield x, t, both(mask, counted, x)
 
 
 def check_teacher(teacher, names: Iterable[str]) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hf_normswap.core.data import predicted_tokens
 from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.moments import Moments, has_ranks, merge_over_ranks
 
 from .least_squares import add_tokens
+from .predictions import both, find_predictors, tokens_of_predictions
 from .sequential import given_mask, run_model
 
 
@@ -73,8 +75,8 @@ def measure_conversion(
 ) -> Measurement:
     """Compare predictions, and the outputs of `norms`, with those of the `original` for the same inputs.
 
-    Predictions of tokens count at real tokens. A model without a head is compared in its embeddings, the mean of the
-    last hidden states over real tokens.
+    Predictions of tokens count at real tokens, those of a masked language model where a token is masked. A model
+    without a head is compared in its embeddings, the mean of the last hidden states over real tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): swapped, in evaluation mode.
@@ -88,13 +90,17 @@ def measure_conversion(
     """
     tables: list[dict[str, torch.Tensor]] = []
     pooled: dict[str, torch.Tensor] = {}
-    norms, every = list(norms), [site.name for site in find_norms(model)]
+    norms, batches, sites = list(norms), list(batches), {site.name: site for site in find_norms(model)}
+    read = find_predictors(model, [sites[name] for name in norms])
+    counted = {name: iter(tokens_of_predictions(original, batches, name, linear)) for name, linear in read.items()}
     for batch in batches:
-        ours, output = _observe(model, batch, every)
+        ours, output = _observe(model, batch, list(sites))
         theirs, wanted = _observe(original, batch, norms)
-        tables.append(_compare(output, wanted, list(ours.values())))
+        tables.append(_compare(output, wanted, list(ours.values()), predicted_tokens(model, batch)))
         for name in theirs.keys() & ours.keys():
             (y, mask), t = ours[name], theirs[name][0]
+            if name in counted:
+                mask = both(mask, next(counted[name]), y)
             values = torch.cat([t, y - t], dim=-1)
             empty = torch.zeros(2 * values.shape[-1] + 1, dtype=torch.float64)
             pooled[name] = add_tokens(pooled.get(name, empty), values, mask)
@@ -134,13 +140,15 @@ def _of_norm(moments: Moments) -> tuple[float, float, int]:
     return r2.item(), (residual / moments.power[:width].sum()).sqrt().item(), int(moments.count)
 
 
-def _compare(output, wanted, seen: list[tuple]) -> dict[str, torch.Tensor]:
+def _compare(output, wanted, seen: list[tuple], predicted: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """For each row the sums over its tokens, and their number, by name; rows without tokens are left out."""
     ours, theirs = ([_by_token(values) for values in _predictions(each)] for each in (output, wanted))
     if not ours:
         return _compare_embeddings(output, wanted, seen)
     is_span = len(ours) > 1  # what is chosen is a token
     mask = _mask_like(seen, ours[0].transpose(1, 2) if is_span else ours[0])
+    if predicted is not None and predicted.shape == ours[0].shape[:2]:
+        mask = predicted.cpu()
 
     def real(values, row):
         values = values[row].cpu().double()

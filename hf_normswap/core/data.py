@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import read_mask
@@ -67,8 +68,12 @@ def make_batches(
             need it, and so does a data set of `input_ids`, for padding.
         batch_size (`int`, *optional*, defaults to 32): rows of a batch, except where `data` has batches already.
 
+    In texts for a masked language model 15 % of the tokens are masked, as in the training of BERT. A data set of
+    `input_ids` and batches stay as they are.
+
     Returns:
-        `list[dict[str, torch.Tensor]]`: labels only for encoder-decoder models, whose decoder reads them.
+        `list[dict[str, torch.Tensor]]`: labels only for encoder-decoder models, whose decoder reads them, and for
+        masked language models, where they tell which tokens are predicted.
 
     Raises:
         ValueError: when there is no data, the model does not read data of this kind, the processor is missing or
@@ -101,6 +106,19 @@ def make_batches(
         if kind := next(iter(kinds), None):
             batches = _of_rows(model, kind, batches, tokenizer, batch_size)
     return [_inputs(model, batch) for batch in batches]
+
+
+def predicted_tokens(model: nn.Module, batch: Mapping) -> torch.Tensor | None:
+    """Which tokens of a batch a masked language model predicts, `(B, T)`, as its labels tell; `None` for all."""
+    labels = batch.get("labels")
+    return labels != -100 if labels is not None and _predicts_masked_tokens(model) else None
+
+
+def _predicts_masked_tokens(model) -> bool:
+    if is_composite(model) or model.config.is_encoder_decoder:
+        return False
+    names = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return any(base.__name__ in names for base in type(model).__mro__)
 
 
 def _check_kind(data) -> None:
@@ -320,7 +338,7 @@ def _of_inputs(model, data: "Dataset", processor, batch_size) -> list[Mapping]:
     processor = _need(model, processor, "pad a data set")
     kept = [name for name in data.column_names if name in (*processor.model_input_names, *_LABELS)]
     rows = list(data.select_columns(kept))
-    return [_pad(processor, group) for group in _grouped(rows, lambda row: len(row[main]), batch_size)]
+    return [_pad(model, processor, group) for group in _grouped(rows, lambda row: len(row[main]), batch_size)]
 
 
 def _texts_of(data: "Dataset") -> Iterable:
@@ -406,6 +424,10 @@ def _of_texts(model, rows, tokenizer, batch_size) -> list[Mapping]:
     _check_texts(model, rows)
     tokenizer = _need(model, tokenizer, "read texts")
     limit = {"truncation": True, "max_length": min(tokenizer.model_max_length, _positions(model))}
+    masking = None
+    if _predicts_masked_tokens(model) and tokenizer.mask_token is not None:
+        masking = DataCollatorForLanguageModeling(tokenizer, seed=1)
+        masking.create_rng()
 
     def encode(group):
         if isinstance(group[0], Mapping):
@@ -419,7 +441,10 @@ def _of_texts(model, rows, tokenizer, batch_size) -> list[Mapping]:
             encoded["labels"] = encoded["labels"].masked_fill(encoded["labels"] == tokenizer.pad_token_id, -100)
             return encoded
         columns = [group] if isinstance(group[0], str) else [list(column) for column in zip(*group)]
-        return tokenizer(*columns, padding=True, return_tensors="pt", **limit)
+        encoded = tokenizer(*columns, padding=True, return_tensors="pt", **limit)
+        if masking is not None:
+            encoded["input_ids"], encoded["labels"] = masking.torch_mask_tokens(encoded["input_ids"])
+        return encoded
 
     def length(row):
         return len(row) if isinstance(row, str) else sum(map(len, row.values() if isinstance(row, Mapping) else row))
@@ -446,12 +471,15 @@ def _grouped(rows: list, length, batch_size: int) -> list[list]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def _pad(tokenizer, rows: list[dict]) -> Mapping:
+def _pad(model, tokenizer, rows: list[dict]) -> Mapping:
     labels = [row.pop(name) for row in rows for name in _LABELS if name in row]
     batch = tokenizer.pad(rows, return_tensors="pt")
-    if labels and isinstance(labels[0], list):  # those of a translation; no other model reads them
+    if labels and isinstance(labels[0], list):  # of a translation, or of masked tokens; no other model reads them
         width = max(map(len, labels))
-        batch["labels"] = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
+        pads = [[-100] * (width - len(row)) for row in labels]
+        is_left = tokenizer.padding_side == "left" and _predicts_masked_tokens(model)
+        pairs = zip(pads, labels) if is_left else zip(labels, pads)
+        batch["labels"] = torch.tensor([first + second for first, second in pairs])
     return batch
 
 
@@ -525,7 +553,7 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
             'tensors, such as {"input_ids": ids, "attention_mask": mask}.'
         )
     taken = set(inspect.signature(model.forward).parameters)
-    if not model.config.is_encoder_decoder:
+    if not model.config.is_encoder_decoder and not _predicts_masked_tokens(model):
         taken -= set(_LABELS)
     inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
     main = _main_input(model)

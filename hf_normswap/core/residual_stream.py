@@ -94,6 +94,15 @@ class ResidualStream:
         total = self.sum_before(site)
         return Reading(obstacle="it follows no residual sum") if total is None else self._readers_of(total.skip)
 
+    def predictor(self, site: NormSite) -> str | None:
+        """The linear layer that makes logits of the output of a norm, where nothing else reads this output."""
+        reading = self.readers(site) if self.is_reached(site) else Reading()
+        if reading.obstacle is not None or reading.sums or len(reading.linears) != 1:
+            return None
+        (name,) = reading.linears
+        node = next(node for node in self.graph.nodes if node.op == LINEAR and _place(node.name) == name)
+        return name if self.graph.outputs.get("logits") in self.graph.passed(node.index) else None
+
     def sum_before(self, site: NormSite) -> ResidualSum | None:
         """The residual sum that a norm reads."""
         read = self._read_by(site)

@@ -1,0 +1,149 @@
+"""The last norm of a model, which a linear layer makes logits of: fitted to the predictions themselves."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_normswap.core.data import predicted_tokens
+from hf_normswap.core.norm_sites import NormSite
+from hf_normswap.core.residual_stream import ResidualStream
+from hf_normswap.modeling.backends import promote
+from hf_normswap.modeling.moments import has_ranks
+
+from .sequential import run_model
+
+
+# Tokens of the fit, about. Each takes as long as in all blocks of BERT-base, for a vocabulary of 30,000.
+TOKENS = 4096
+_HELD_OUT = 5  # one of so many tokens is not fitted to, and says when to stop
+_ROUNDS, _STEPS = 8, 5
+_ENOUGH = 0.98  # a round that lowers the divergence by less is the last one
+_CHUNK = 512
+
+
+def find_predictors(model: PreTrainedModel, sites: Iterable[NormSite]) -> dict[str, str]:
+    """For those of the norms whose output a linear layer makes logits of, the name of this layer."""
+    stream = ResidualStream(model)
+    found = {site.name: stream.predictor(site) for site in sites}
+    return {name: linear for name, linear in found.items() if linear is not None}
+
+
+def both(mask: torch.Tensor | None, other: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
+    """The tokens of `values` that are in both masks; `None` stands for all tokens."""
+    if mask is None or other is None:
+        mask = other if mask is None else mask
+        return None if mask is None else mask.reshape(values.shape[:-1])
+    return mask & other.view_as(mask)
+
+
+class _Reached(Exception):
+    """Ends a forward at the linear layer."""
+
+
+def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm: str, linear: str) -> list:
+    """For each batch, which tokens of a norm's output the predictions are made of, in its shape without channels.
+
+    The linear layer may read all tokens, or the first one, as in ViT. A masked language model predicts masked tokens.
+    """
+    tokens = []
+
+    def cut(module, args, output):
+        nonlocal states
+        states = output.detach().requires_grad_()
+        return states
+
+    def stop(module, args):
+        (gradient,) = torch.autograd.grad(args[0].sum(), states)
+        tokens.append((gradient != 0).any(-1))
+        raise _Reached
+
+    for batch in batches:
+        states = None
+        handles = [
+            model.get_submodule(norm).register_forward_hook(cut),
+            model.get_submodule(linear).register_forward_pre_hook(stop, prepend=True),
+        ]
+        try:
+            with torch.enable_grad():
+                run_model(model, batch)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        predicted = predicted_tokens(model, batch)
+        if predicted is not None and predicted.numel() == tokens[-1].numel():
+            tokens[-1] &= predicted.to(tokens[-1].device).view_as(tokens[-1])
+    return tokens
+
+
+def fit_to_predictions(
+    x: torch.Tensor, target: torch.Tensor, linear: nn.Module, gain: torch.Tensor, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gain and shift for which `linear(gain · x + shift)` predicts what `linear(target)` does.
+
+    Least squares weigh all errors alike, and a few directions decide about the predictions. So this lowers the
+    Kullback–Leibler divergence of the softmax by L-BFGS, from the least-squares fit on, as long as the divergence of
+    tokens that are held out falls, too.
+
+    Args:
+        x (`torch.Tensor` of shape `(N, C)`): normalised tokens of this rank.
+        target (`torch.Tensor` of shape `(N, C)`): what the original norm returns for them.
+        linear (`torch.nn.Linear` or `Conv1D`): what makes logits of it.
+        gain, shift (`torch.Tensor` of shape `(C,)`): those to start from; a `shift` of `None` stays away.
+    """
+    weight, bias = promote(linear.weight.detach()), None if linear.bias is None else promote(linear.bias.detach())
+    weight = weight.T if isinstance(linear, Conv1D) else weight
+    tokens = _over_ranks(torch.stack([promote(x), promote(target)]))
+    # In an order that neither batches nor ranks decide, so that the same tokens are held out.
+    tokens = tokens[:, tokens[1, :, 0].argsort(stable=True)]
+    is_held_out = torch.arange(tokens.shape[1], device=tokens.device) % _HELD_OUT == _HELD_OUT - 1
+    fitted, held_out = tokens[:, ~is_held_out], tokens[:, is_held_out]
+    start = [gain] if shift is None else [gain, shift]
+    parameters = [value.detach().to(weight.dtype, copy=True).requires_grad_() for value in start]
+
+    def divergence(tokens, is_fitting=False):
+        """Mean over tokens; where it `is_fitting` the gradient is added to that of the parameters."""
+        total = 0.0
+        for x, t in zip(*(each.split(_CHUNK) for each in tokens), strict=True):
+            with torch.no_grad():
+                wanted = functional.linear(t, weight, bias).log_softmax(-1)
+            y = x * parameters[0] if shift is None else torch.addcmul(parameters[1], x, parameters[0])
+            found = functional.linear(y, weight, bias).log_softmax(-1)
+            part = functional.kl_div(found, wanted, log_target=True, reduction="sum") / tokens.shape[1]
+            if is_fitting:
+                part.backward()
+            total += part.detach()
+        return total
+
+    optimizer = torch.optim.LBFGS(parameters, max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        return divergence(fitted, is_fitting=True)
+
+    best, values = divergence(held_out), [value.detach().clone() for value in parameters]
+    for _ in range(_ROUNDS if held_out.numel() else 0):
+        with torch.enable_grad():
+            optimizer.step(closure)
+        with torch.no_grad():
+            now = divergence(held_out)
+        is_slow = not now < _ENOUGH * best
+        if now < best:
+            best, values = now, [value.detach().clone() for value in parameters]
+        if is_slow:
+            break
+    return values[0], None if shift is None else values[1]
+
+
+def _over_ranks(tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens `(2, N, C)` of all ranks."""
+    if not has_ranks():
+        return tokens
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, tokens.cpu())
+    return torch.cat(parts, dim=1).to(tokens.device)
