@@ -143,7 +143,7 @@ def test_a_process_of_its_own(tmp_path):
         f"bert.encoder.layer.{layer}.{norm}.LayerNorm" for layer in (0, 1) for norm in ("attention.output", "output")
     ]
     for fit in report["fits"]:
-        assert fit.keys() == {"name", "r2", "error", "tokens", "sinks"}
+        assert fit.keys() == {"name", "r2", "error", "tokens", "sinks", "is_last"}
         assert fit["tokens"] == sum(len(text.split()) for text in TEXTS)
         assert 0.5 < fit["r2"] <= 1
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 
 from hf_normswap.core.files import atomic_directory
 
-from .checkpoints import load_checkpoint, with_pad_token
+from .checkpoints import load_checkpoint, save_checkpoint, with_pad_token
 from .data import SOURCES, add_data_arguments, count, read_data
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
     """Calibrate, save, and print the report."""
     with atomic_directory(args.output) as folder:
         model, tokenizer, report = convert(args)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_checkpoint(model, tokenizer, folder, args.model)
     if args.json:
         print_json({"output": args.output, "fits": list(map(asdict, report))})
     else:

@@ -20,7 +20,7 @@ from pathlib import Path
 from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_conversion_arguments, convert
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint
 from .data import SOURCES, has_data
 from .reports import print_json, print_table
 
@@ -61,8 +61,7 @@ def save(args: argparse.Namespace, model, tokenizer, folder: Path):
     """Write model, processor and graph into `folder`; returns the report of the graph, if there is one."""
     from hf_normswap import export_onnx
 
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(model, tokenizer, folder, args.model)
     return export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None
 
 

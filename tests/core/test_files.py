@@ -77,9 +77,12 @@ def test_a_list_that_leads_elsewhere_is_refused(modules, message, source, tmp_pa
     assert not output.exists()
 
 
-def test_the_command_line_keeps_the_folder_one_of_sentence_transformers(source, tmp_path):
-    output = tmp_path / "output"
-    assert main(["swap", str(source), str(output), "--norm", "rbn"]) == 0
+@pytest.mark.parametrize("verb", ["swap", "calibrate", "convert", "fold"])
+def test_the_command_line_keeps_the_folder_one_of_sentence_transformers(verb, source, tmp_path):
+    output, texts = tmp_path / "output", tmp_path / "texts.txt"
+    texts.write_text("\n".join([*TEXTS, "the the", "the"]))
+    command = [verb, str(source), str(output), "--norm", "rbn"]
+    assert main(command if verb == "swap" else [*command, "--texts", str(texts)]) == 0
     assert all((output / name).exists() for name in COPIED)
 
 

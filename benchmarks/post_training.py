@@ -1,0 +1,203 @@
+"""
+What a trained model keeps when all its norms are replaced after the training: its score, and its single predictions.
+
+    python -m recipes.glue --task_name sst2 --model_name_or_path all-MiniLM-L6-v2 --output_dir ./runs/sst2-0 ...
+    python benchmarks/post_training.py --runs ./runs --data_root ./data --output_dir results/post-training
+
+Each folder of `--runs` is a model that a recipe has trained with LayerNorm; its name says task and seed. Two copies
+are converted from unlabelled training examples alone: one by calibration, one with a distillation behind it. Both are
+scored on the split that the task is scored on. A model of sentence embeddings, in a folder `embeddings-<seed>`, is not
+trained at all: the seed is that of the sentences. Each folder leaves one JSON file.
+"""
+
+import copy
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from scipy.stats import spearmanr
+from torch.nn import functional
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+
+from hf_normswap import convert_norms
+from hf_normswap.metrics import SeqevalMetric
+from hf_normswap.reporting.results import describe_environment, write_result
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the examples of a task are, and what is scored."""
+
+    dataset_name: str
+    config: str | None
+    columns: tuple[str, ...]
+    split: str
+    kind: str = "classes"  # or "regression", "entities", "embeddings"
+
+    @property
+    def auto_class(self):
+        of_kind = {"entities": AutoModelForTokenClassification, "embeddings": AutoModel}
+        return of_kind.get(self.kind, AutoModelForSequenceClassification)
+
+
+GLUE = "nyu-mll/glue"
+PAIR = ("sentence1", "sentence2")
+TASKS = {
+    "sst2": Task(GLUE, "sst2", ("sentence",), "validation"),
+    "mrpc": Task(GLUE, "mrpc", PAIR, "validation"),
+    "trec": Task("SetFit/TREC-QC", None, ("text",), "test"),
+    "stsb": Task(GLUE, "stsb", PAIR, "validation", "regression"),
+    "embeddings": Task(GLUE, "stsb", PAIR, "validation", "embeddings"),
+    "wnut17": Task("leondz/wnut_17", None, ("tokens",), "test", "entities"),
+    "btc": Task("strombergnlp/broad_twitter_corpus", None, ("tokens",), "test", "entities"),
+}
+
+
+@dataclass
+class Arguments:
+    runs: str = field(metadata={"help": "Folder of the trained models, <task>-<seed> each."})
+    data_root: str = field(default="", metadata={"help": "Folder with data sets, laid out as on the Hub."})
+    output_dir: str = field(default="outputs/post-training", metadata={"help": "Folder for the records."})
+    only: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks."})
+    norm: str = field(default="batchnorm", metadata={"help": "The new norm."})
+    examples: int = field(default=512, metadata={"help": "Examples of the fit; a fourth of that is held out."})
+    distill_examples: int = field(default=2048, metadata={"help": "The same where a distillation follows."})
+    distill_steps: int = field(default=200, metadata={"help": "Steps of the distillation; 0 leaves it out."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the distillation."})
+
+
+def texts_of(task, rows):
+    """The examples as `convert_norms` takes them."""
+    if task.kind == "entities":
+        return [" ".join(words) for words in rows[task.columns[0]]]
+    if task.kind == "embeddings":
+        return list(dict.fromkeys(text for column in task.columns for text in rows[column]))
+    texts = [tuple(texts) for texts in zip(*(rows[name] for name in task.columns), strict=True)]
+    return texts if len(task.columns) > 1 else [text for (text,) in texts]
+
+
+@torch.inference_mode()
+def predict(model, task, rows, tokenizer):
+    """Logits of each example, those of the first piece of each word for entities; or an embedding of each sentence."""
+    columns = [list(rows[name]) for name in task.columns]
+    if task.kind == "embeddings":
+        columns = [[text for column in columns for text in column]]
+    words = {"is_split_into_words": True} if task.kind == "entities" else {}
+    encoded = tokenizer(*columns, truncation=True, max_length=128, **words)
+    sizes = [len(ids) for ids in encoded["input_ids"]]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    found = [None] * len(order)
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
+        batch = tokenizer.pad({name: [encoded[name][i] for i in chosen] for name in encoded}, return_tensors="pt")
+        output = model(**batch)
+        for index, row in enumerate(chosen):
+            if task.kind == "embeddings":
+                found[row] = output.last_hidden_state[index, : sizes[row]].mean(0)
+            elif task.kind == "entities":
+                pieces = encoded.word_ids(row)
+                firsts = [at for at, word in enumerate(pieces) if word is not None and word != pieces[at - 1]]
+                found[row] = output.logits[index, firsts]
+            else:
+                found[row] = output.logits[index]
+    return found
+
+
+def score(task, rows, predictions):
+    """The score of the task, times 100."""
+    if task.kind == "entities":
+        tags = rows.features["ner_tags"].feature.names
+        found = [[tags[tag] for tag in logits.argmax(-1)] for logits in predictions]
+        true = [[tags[tag] for tag in row][: len(logits)] for row, logits in zip(rows["ner_tags"], predictions)]
+        return 100 * SeqevalMetric().compute(predictions=found, references=true)["overall_f1"]
+    if task.kind == "embeddings":
+        first, second = torch.stack(predictions).chunk(2)
+        return 100 * spearmanr(functional.cosine_similarity(first, second).numpy(), rows["label"]).statistic
+    logits = torch.stack(predictions)
+    if task.kind == "regression":
+        return 100 * spearmanr(logits[:, 0].numpy(), rows["label"]).statistic
+    return 100 * (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+
+
+def compare(task, predictions, wanted):
+    """Shares of predictions that stay, in percent, or how near they stay."""
+    ours, theirs = (
+        torch.cat(each) if task.kind == "entities" else torch.stack(each) for each in (predictions, wanted)
+    )
+    figures = {"relative_error": ((ours - theirs).norm() / theirs.norm()).item()}
+    if task.kind == "embeddings":
+        return figures | {"cosine": functional.cosine_similarity(ours, theirs).mean().item()}
+    if task.kind == "regression":
+        return figures
+    same = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    figures["agreement"] = 100 * same.mean().item()
+    if task.kind == "entities":
+        is_entity = theirs.argmax(-1) != 0
+        figures["agreement_on_entities"] = 100 * same[is_entity].mean().item()
+    return figures
+
+
+def measure(folder, args):
+    """Converts the model of one folder in both ways; returns the record."""
+    name, _, seed = folder.name.rpartition("-")
+    task, seed = TASKS[name], int(seed)
+    data = load_dataset(str(Path(args.data_root, task.dataset_name)), task.config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = task.auto_class.from_pretrained(folder).eval()
+    rows, texts = data[task.split], texts_of(task, data["train"].shuffle(seed=seed))
+    wanted = predict(original, task, rows, tokenizer)
+    record = {
+        "task": name,
+        "model": f"{original.config.model_type}-{original.config.num_hidden_layers}x{original.config.hidden_size}",
+        "norm": args.norm,
+        "seed": seed,
+        "metrics": {"before": score(task, rows, wanted)},
+        "conversions": {},
+    }
+    ways = {"converted": (args.examples, 0), "distilled": (args.distill_examples, args.distill_steps)}
+    for way, (count, steps) in ways.items():
+        if way == "distilled" and not steps:
+            continue
+        model, start = copy.deepcopy(original), time.perf_counter()
+        chosen = texts[: round(1.25 * count)]
+        options = {"distill_steps": steps, "learning_rate": args.learning_rate, "seed": seed}
+        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, **options)
+        seconds = time.perf_counter() - start
+        found = predict(model, task, rows, tokenizer)
+        record["metrics"][way] = score(task, rows, found)
+        record["conversions"][way] = {
+            "examples": len(chosen),
+            "steps": steps,
+            "kept_distillation": report.distilled,
+            "seconds": round(seconds),
+            "norms": len(report.norms),
+            "worst_r2": min(norm.r2 for norm in report.norms),
+            **compare(task, found, wanted),
+        }
+    return record | {"arguments": {**vars(args), "runs": "", "data_root": ""}, **describe_environment()}
+
+
+def main(argv=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    for folder in sorted(Path(args.runs).iterdir()):
+        name, _, seed = folder.name.rpartition("-")
+        path = Path(args.output_dir, f"{folder.name}.json")
+        is_whole = name == "embeddings" or (folder / "result.json").exists()
+        if name not in args.only or not seed.isdigit() or path.exists() or not is_whole:
+            continue
+        record = measure(folder, args)
+        write_result(record, path)
+        print(folder.name, json.dumps(record["metrics"]), json.dumps(record["conversions"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
