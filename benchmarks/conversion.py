@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from families import FAMILIES, MAX_LENGTH
+from families import DIGITS, FAMILIES, digits
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -28,7 +28,7 @@ from hf_normswap import distill, swap_norm
 from hf_normswap.reporting.results import describe_environment, write_result
 
 
-HIGHER_IS_BETTER = {"bleu"}
+HIGHER_IS_BETTER = {"accuracy", "bleu"}
 
 
 @dataclass
@@ -84,7 +84,7 @@ def train(task, args):
             warmup_steps=0.1,
             adam_beta2=0.98,
             weight_decay=0.01,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="group_by_length" if task.tokenizer else "random",
             logging_steps=50,
             save_strategy="no",
             seed=args.seed,
@@ -92,12 +92,9 @@ def train(task, args):
             use_cpu=True,  # scores that do not depend on the accelerator at hand
         )
         config = task.model_class.config_class(
-            vocab_size=len(task.tokenizer),
             hidden_size=args.hidden_size,
             num_hidden_layers=args.layers,
             num_attention_heads=args.heads,
-            max_position_embeddings=MAX_LENGTH + 2,  # RoBERTa counts positions from 2
-            **{f"{name}_token_id": getattr(task.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             attn_implementation="eager",  # on short sequences the fastest on a CPU
             **task.config,
         )
@@ -173,12 +170,14 @@ def table(results):
 
 def main(argv=None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    task = FAMILIES[args.family][0](load_dataset(args.dataset_name), args)
+    data = digits() if args.dataset_name == DIGITS else load_dataset(args.dataset_name)
+    task = FAMILIES[args.family][0](data, args)
     train(task, args)
     before = task.score(task.model_class.from_pretrained(args.folder))
-    usual, other = task.inputs
+    usual, *others = task.inputs
     middle = sorted(args.examples)[len(args.examples) // 2]
-    ways = [*product([usual], args.examples, [0]), (other, middle, 0), (usual, middle, args.distillation_steps)]
+    ways = [*product([usual], args.examples, [0]), *product(others, [middle], [0])]
+    ways.append((usual, middle, args.distillation_steps))
     results = []
     for norm, (kind, count, steps) in product(args.norms, dict.fromkeys(ways)):
         results.append(convert(task, args, norm, kind, count, steps, before))

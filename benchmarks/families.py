@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Array3D, ClassLabel, Dataset, Features
 from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaForMaskedLM,
     T5ForConditionalGeneration,
+    ViTForImageClassification,
+    default_data_collator,
 )
 
 from hf_normswap.metrics import SacrebleuMetric
@@ -41,11 +43,17 @@ class Task:
 
     model_class: type[PreTrainedModel]
     config: dict
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None  # none for images
     collator: Callable
     train: Dataset
     inputs: dict[str, Dataset]  # to calibrate on: such as are scored, then a kind that is easier to come by
     score: Callable[[PreTrainedModel], dict[str, float]]
+
+
+def fields_of_texts(tokenizer):
+    """What the configuration of a model of texts has besides its sizes."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH + 2, **ids}  # RoBERTa counts from 2
 
 
 def gpt2(data, args):
@@ -76,6 +84,7 @@ def packed_language_model(data, args, model_class, config):
     def score(model):
         return perplexity(model, blocks["test"], tokenizer)
 
+    config = fields_of_texts(tokenizer) | config
     return Task(model_class, config, tokenizer, collator, blocks["train"], inputs, score)
 
 
@@ -107,6 +116,7 @@ def masked_language_model(data, args, model_class, config):
     def score(model):
         return perplexity(model, test, tokenizer)
 
+    config = fields_of_texts(tokenizer) | config
     return Task(model_class, config, tokenizer, collator, lines["train"], inputs, score)
 
 
@@ -138,6 +148,7 @@ def translation_model(data, args, model_class, config):
         data = data.map(lambda row: row["translation"], remove_columns="translation")
     tokenizer, pairs = tokenize(data, "$A </s>", args, "de", "en")
     config |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
+    config = fields_of_texts(tokenizer) | config
     sample = draw(pairs, args)
     inputs = {"pairs": sample, "sources": sample.remove_columns("labels")}
     test = pairs["test"].add_column("reference", data["test"]["en"][:])
@@ -149,6 +160,42 @@ def translation_model(data, args, model_class, config):
     return Task(model_class, config, tokenizer, DataCollatorForSeq2Seq(tokenizer), pairs["train"], inputs, score)
 
 
+def vit(data, args):
+    """ViT on images of one size: accuracy on the test split."""
+    rows = data.with_format("torch")
+    size = rows["train"][0]["pixel_values"].shape
+    config = {
+        "image_size": size[-1],
+        "num_channels": size[0],
+        "patch_size": 2,
+        "intermediate_size": 4 * args.hidden_size,
+        "num_labels": data["train"].features["labels"].num_classes,
+        "hidden_dropout_prob": 0.1,
+    }
+    inputs = {"images": draw(data.remove_columns("labels"), args)}
+
+    @torch.inference_mode()
+    def score(model):
+        test = rows["test"][:]
+        is_right = model(test["pixel_values"]).logits.argmax(-1) == test["labels"]
+        return {"accuracy": 100 * is_right.float().mean().item()}
+
+    return Task(ViTForImageClassification, config, None, default_data_collator, data["train"], inputs, score)
+
+
+def digits():
+    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn has, a fifth of them to test on."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    names = ClassLabel(names=[str(name) for name in found.target_names])
+    pixels = Array3D((1, 8, 8), "float32")
+    rows = {"pixel_values": found.images[:, None].astype("float32") / 8 - 1, "labels": found.target}
+    data = Dataset.from_dict(rows, Features({"pixel_values": pixels, "labels": names}))
+    return data.train_test_split(0.2, seed=0, stratify_by_column="labels")
+
+
+DIGITS = "digits"
 PTB = {"dataset_name": "ptb-text-only/ptb_text_only", "layers": 4}
 MULTI30K = {"dataset_name": "bentrevett/multi30k", "layers": 3}
 # The function of each family, and its options where none are given. A block is worth four lines.
@@ -159,6 +206,7 @@ FAMILIES = {
     "llama": (llama, {**PTB, "batch_size": 8, "max_steps": 2000, "examples": [256]}),
     "distilbert": (distilbert, {**PTB, "batch_size": 32, "max_steps": 2000, "examples": [1024]}),
     "t5": (t5, {**MULTI30K, "batch_size": 32, "max_steps": 2000, "examples": [1024]}),
+    "vit": (vit, {"dataset_name": DIGITS, "layers": 4, "batch_size": 32, "max_steps": 1000, "examples": [512]}),
 }
 
 

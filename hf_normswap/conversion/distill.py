@@ -20,6 +20,10 @@ from .fitting import check_teacher, linears_of_blocks, places_of_linears
 from .sequential import run_model
 
 
+# Share of the steps in which the rate rises: the first steps of Adam are as long as it, whatever the gradient is.
+_WARM_UP = 0.1
+
+
 def distill(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -39,7 +43,7 @@ def distill(
     adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms'
     outputs to those of the teacher's LayerNorms, averaged over norms, and the Kullback–Leibler divergence of the two
     predictions (squared distance where there is one output); AdamW, gradients of norm 1 at most, and a learning rate
-    that falls linearly to 0.
+    that rises over a tenth of the steps and then falls linearly to 0.
 
     On several ranks each passes its own share of the data, at least one batch; gradients are averaged.
 
@@ -74,7 +78,7 @@ def distill(
     before = [parameter.detach().clone() for parameter in parameters]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_share_of_learning_rate, steps=steps))
     world_size, silent = 1, False
     if has_ranks():
         world_size, silent = torch.distributed.get_world_size(), torch.distributed.get_rank() > 0
@@ -105,6 +109,10 @@ def distill(
         for parameter in parameters:
             parameter.grad = None
     return losses
+
+
+def _share_of_learning_rate(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
 
 
 def _check_trainable(linears: dict[str, nn.Module]) -> None:

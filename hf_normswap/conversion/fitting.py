@@ -15,6 +15,7 @@ from hf_normswap.core.statistics import observing
 from hf_normswap.modeling.backends import promote
 from hf_normswap.modeling.base import BatchStatisticNorm
 from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ranks
+from hf_normswap.modeling.padding_mask import padding_mask
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
 from .predictions import TOKENS, both, fit_to_predictions, tokens_of_predictions
@@ -233,7 +234,7 @@ def estimate_statistics(name: str, norm: nn.Module, inputs: Iterable) -> None:
     """Set running statistics to those of all `(x, mask)`, of all ranks together; ν of PowerNorm stays as it is."""
     if not isinstance(norm, BatchStatisticNorm):
         return
-    with observing([norm]):  # ranks may have other numbers of batches
+    with observing([norm]), padding_mask(None):  # without a mask all tokens are real
         for x, mask in inputs:
             norm.forward(x, mask)
         pending = norm.pending.clone()
