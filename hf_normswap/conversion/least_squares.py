@@ -65,7 +65,7 @@ def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.
     Ridge regression over `(x, residual)` of all batches and ranks, `(N, in)` and `(N, out)`.
 
     Returns:
-        The changes of the weight, `(in, out)`, and of the bias, `(out,)`; 0 where there are no tokens.
+        The changes of the weight, `(in, out)`, and of the bias, `(out,)`; 0 where there are no tokens, or no bias.
     """
     size, out = linear.weight.shape[:: 1 if isinstance(linear, Conv1D) else -1]
     sums = torch.zeros(size + 1, size + 1 + out, dtype=torch.float64, device=linear.weight.device)
@@ -76,6 +76,8 @@ def fit_correction(linear: nn.Linear | Conv1D, tokens: Iterable) -> tuple[torch.
     sums = sum_over_ranks(sums)
     count = sums[0, 0].clamp(min=1e-30)
     mean = sums[0, 1:] / count
+    if linear.bias is None:  # so the weight takes the mean away, too: 7.9 % of a Llama's loss in place of 10.0 %
+        mean = torch.zeros_like(mean)
     second = sums[1:, 1:] / count - torch.outer(sums[1:, 0] / count, mean)
     gram, products = second[:, :size], second[:, size:]
     ridge = RIDGE * size / count * gram.diagonal().mean().clamp(min=1e-30)

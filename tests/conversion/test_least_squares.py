@@ -60,27 +60,32 @@ def test_a_gain_and_a_shift_for_each_channel(tokens, intercept):
 
 
 def make_linear(kind):
-    return {"Linear": nn.Linear(4, 2), "Conv1D": Conv1D(2, 4)}[kind].double()
+    made = {"Linear": nn.Linear(4, 2), "without bias": nn.Linear(4, 2, bias=False), "Conv1D": Conv1D(2, 4)}
+    return made[kind].double()
 
 
 @pytest.mark.parametrize("number", [30, 3])  # more tokens than inputs, and fewer
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("kind", ["Linear", "without bias", "Conv1D"])
 def test_a_correction_is_a_ridge_regression(kind, number):
-    """As least squares of the centered tokens, with a row more for each input that draws its weights to 0."""
+    """As least squares with a row more for each input that draws its weights to 0.
+
+    Tokens are centered where there is a bias; else the weight has to take the mean of the residual away.
+    """
     x = 1 + torch.randn(number, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
     residual = x @ torch.randn(4, 2, dtype=torch.float64) + torch.randn(number, 2, dtype=torch.float64) + 3
     weight, bias = fit_correction(make_linear(kind), [(x[:2], residual[:2]), (x[2:], residual[2:])])
 
     x, residual = x.numpy(), residual.numpy()
-    pull = RIDGE * 4 * x.var(0).mean()
-    design = np.concatenate([x - x.mean(0), np.sqrt(pull) * np.eye(4)])
-    wanted = np.concatenate([residual - residual.mean(0), np.zeros((4, 2))])
+    means = [values.mean(0) * (kind != "without bias") for values in (x, residual)]
+    pull = RIDGE * 4 * ((x - means[0]) ** 2).mean()
+    design = np.concatenate([x - means[0], np.sqrt(pull) * np.eye(4)])
+    wanted = np.concatenate([residual - means[1], np.zeros((4, 2))])
     expected = np.linalg.lstsq(design, wanted, rcond=None)[0]
     np.testing.assert_allclose(weight, expected, rtol=1e-8, atol=1e-11)
-    np.testing.assert_allclose(bias, residual.mean(0) - x.mean(0) @ expected, rtol=1e-8, atol=1e-11)
+    np.testing.assert_allclose(bias, means[1] - means[0] @ expected, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("kind", ["Linear", "without bias", "Conv1D"])
 def test_no_tokens_change_nothing(kind):
     weight, bias = fit_correction(make_linear(kind), [])
     assert weight.shape == (4, 2)
