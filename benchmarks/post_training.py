@@ -72,6 +72,9 @@ class Arguments:
     examples: int = field(default=512, metadata={"help": "Examples of the fit; a fourth of that is held out."})
     distill_examples: int = field(default=2048, metadata={"help": "The same where a distillation follows."})
     distill_steps: int = field(default=200, metadata={"help": "Steps of the distillation; 0 leaves it out."})
+    budgets: list[float] = field(
+        default_factory=list, metadata={"help": "Distances that one more conversion each may not exceed."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the distillation."})
 
 
@@ -138,6 +141,8 @@ def compare(task, predictions, wanted):
         return figures | {"cosine": functional.cosine_similarity(ours, theirs).mean().item()}
     if task.kind == "regression":
         return figures
+    logs = ours.log_softmax(-1), theirs.log_softmax(-1)
+    figures["kl"] = functional.kl_div(*logs, log_target=True, reduction="batchmean").item()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     figures["agreement"] = 100 * same.mean().item()
     if task.kind == "entities":
@@ -163,23 +168,25 @@ def measure(folder, args):
         "metrics": {"before": score(task, rows, wanted)},
         "conversions": {},
     }
-    ways = {"converted": (args.examples, 0), "distilled": (args.distill_examples, args.distill_steps)}
-    for way, (count, steps) in ways.items():
-        if way == "distilled" and not steps:
-            continue
+    ways = {"converted": (args.examples, {})}
+    if args.distill_steps:
+        options = {"distill_steps": args.distill_steps, "learning_rate": args.learning_rate}
+        ways["distilled"] = args.distill_examples, options
+    ways |= {f"budget {budget:g}": (args.examples, {"budget": budget}) for budget in args.budgets}
+    for way, (count, options) in ways.items():
         model, start = copy.deepcopy(original), time.perf_counter()
         chosen = texts[: round(1.25 * count)]
-        options = {"distill_steps": steps, "learning_rate": args.learning_rate, "seed": seed}
-        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, **options)
+        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
         seconds = time.perf_counter() - start
         found = predict(model, task, rows, tokenizer)
         record["metrics"][way] = score(task, rows, found)
         record["conversions"][way] = {
             "examples": len(chosen),
-            "steps": steps,
-            "kept_distillation": report.distilled,
+            **options,
+            "is_distilled": report.distilled,
             "seconds": round(seconds),
             "norms": len(report.norms),
+            "kept": report.kept,
             "worst_r2": min(norm.r2 for norm in report.norms),
             **compare(task, found, wanted),
         }

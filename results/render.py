@@ -43,6 +43,7 @@ OTHERS = """## Benchmarks
 | [architectures.json](architectures.json) | `benchmarks/architectures.py` | [architectures](../docs/architectures.md) |
 | [calibration-batchnorm.json](calibration-batchnorm.json) | `benchmarks/calibration.py` | [calibration](../docs/calibration.md#what-pays) |
 | [conversion](conversion) | `benchmarks/conversion.py` | [calibration](../docs/calibration.md#what-pays) |
+| [post-training](post-training) | `benchmarks/post_training.py` | [calibration](../docs/calibration.md#what-pays) |
 | [finetuning.json](finetuning.json) | `benchmarks/finetuning.py` | [calibration](../docs/calibration.md#fine-tuning-a-converted-model) |
 | [inference-cpu.json](inference-cpu.json) | `benchmarks/inference.py` | [folding](../docs/folding.md#what-it-gains) |
 | [depth.json](depth.json) | `normswap depth` | [diagnostics](../docs/diagnostics.md#depth) |
@@ -106,6 +107,86 @@ def render_sweep():
     return SWEEP + "\n" + "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
 
 
+CONVERSIONS = """## conversion
+
+Small models from scratch, all norms replaced after the training, by `benchmarks/conversion.py`. One model each; the
+scores are of text, or images, that neither training nor calibration saw.
+"""
+POST_TRAINING = """## post-training
+
+all-MiniLM-L6-v2, fine-tuned with LayerNorm, then all 13 norms replaced by BatchNorm without labels, by
+`benchmarks/post_training.py`: calibrated on 512 training examples, or on 2,048 with a distillation behind it.
+Accuracy, F1 of entities on the test split, Spearman's rank correlation × 100; `embeddings` is the model as it came.
+Differences are to the same model with its LayerNorms: their mean, and the lowest and the highest. `kept` is the share
+of predictions that stay, of entity tokens where there are entities; the mean cosine of embeddings; for a regression,
+one minus the relative error. `divergence` is that of the predictions, on the split that is scored.
+"""
+
+
+def render_conversions():
+    """The table of models that are converted after their training."""
+    rows = [
+        ("model", "score", "LayerNorm or RMSNorm", "calibrated on", "distilled", "after", "worse by"),
+        ("---",) * 7,
+    ]
+    for path in sorted((FOLDER / "conversion").rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        fit = result["calibration"]
+        for metric, before in result["before"].items():
+            rows.append(
+                (
+                    f"[{result['model']}]({path.relative_to(FOLDER)})",
+                    metric.replace("_", " "),
+                    f"{before:.4g}",
+                    f"{fit['examples']} {fit['inputs']}",
+                    f"{fit['distillation_steps']} steps" if fit["distillation_steps"] else "–",
+                    f"{result['metrics'][metric]:.4g}",
+                    f"{result['relative_loss_percent'][metric]:.1f} %",
+                )
+            )
+    return CONVERSIONS + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def render_post_training():
+    """The table of fine-tuned models, over their seeds."""
+    groups = {}
+    for path in sorted((FOLDER / "post-training").glob("*.json")):
+        groups.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    columns = ("task", "seeds", "LayerNorm", "way", "norms", "score", "difference", "kept", "divergence", "seconds")
+    rows = [columns, ("---",) * len(columns)]
+    for task, paths in groups.items():
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        seeds = ", ".join(f"[{path.stem.rpartition('-')[2]}](post-training/{path.name})" for path in paths)
+        for way in dict.fromkeys(way for record in records for way in record["conversions"]):
+            chosen = [record for record in records if way in record["conversions"]]
+            before, after = ([record["metrics"][name] for record in chosen] for name in ("before", way))
+            changes = [new - old for new, old in zip(after, before, strict=True)]
+            figures = [record["conversions"][way] for record in chosen]
+            rows.append(
+                (
+                    task,
+                    seeds,
+                    f"{sum(before) / len(before):.2f}",
+                    f"{way} ({len(chosen)})" if len(chosen) < len(records) else way,
+                    ", ".join(dict.fromkeys(str(each["norms"]) for each in figures)),
+                    f"{sum(after) / len(after):.2f}",
+                    f"{sum(changes) / len(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})",
+                    f"{sum(map(share_that_stays, figures)) / len(figures):.4g}",
+                    f"{sum(each['kl'] for each in figures) / len(figures):.4f}" if "kl" in figures[0] else "–",
+                    f"{sum(each['seconds'] for each in figures) / len(figures):.0f}",
+                )
+            )
+    return POST_TRAINING + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def share_that_stays(figures):
+    """The strictest of the figures that a task has."""
+    for name in ("agreement_on_entities", "agreement", "cosine"):
+        if name in figures:
+            return figures[name]
+    return 1 - figures["relative_error"]
+
+
 def render():
     """The whole page."""
     parts = [LEAD]
@@ -116,7 +197,7 @@ def render():
             rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(f"## {folder}\n\n{about}\n\n{table}\n")
-    return "\n".join([*parts, render_sweep(), OTHERS])
+    return "\n".join([*parts, render_conversions(), render_post_training(), render_sweep(), OTHERS])
 
 
 if __name__ == "__main__":
