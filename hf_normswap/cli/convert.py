@@ -9,6 +9,8 @@ Examples:
     normswap convert ./my-classifier ./my-classifier-bn --texts texts.txt
     normswap convert ./my-classifier ./my-classifier-bn --texts texts.txt --budget 0.003 --json
     normswap convert ./my-classifier ./without-norms --texts texts.txt --distill 200 --fold --onnx
+    normswap convert ./my-classifier ./my-classifier-bn --dataset_name nyu-mll/glue --dataset_config_name sst2 \\
+        --columns sentence --score accuracy
     normswap convert google/vit-base-patch16-224 ./vit-bn --images ./photos
 """
 
@@ -23,6 +25,7 @@ from .data import SOURCES, count, read_data
 from .fold import add_export_arguments, check_export, content_of_onnx, print_onnx, save
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
+from .scores import add_score_arguments, make_score
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fold", action="store_true", help="fold the new norms into the linear layers")
     add_export_arguments(parser)
+    add_score_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -64,12 +68,14 @@ def run(args: argparse.Namespace) -> None:
         norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
         data = read_data(args)
         model, tokenizer = load_checkpoint(args.model)
+        reader = with_pad_token(tokenizer)
         report = convert_norms(
             model,
             data,
             norm,
             where=args.where or "all",
-            tokenizer=with_pad_token(tokenizer),
+            tokenizer=reader,
+            score=make_score(args, reader),
             distill_steps=args.distill,
             budget=args.budget,
             holdout=args.holdout,

@@ -67,7 +67,14 @@ def read_data(args: argparse.Namespace):
             raise ValueError(
                 f"{args.dataset_name} has translations: say from and to what, as in --columns {languages}."
             )
-    return data.select_columns(args.columns) if args.columns else data
+    data = data.select_columns(args.columns) if args.columns else data
+    words = [name for name in args.columns or () if _is_of_words(data.features[name])]
+    return data.map(lambda row: {name: " ".join(row[name]) for name in words}) if words else data
+
+
+def _is_of_words(feature) -> bool:
+    """Whether a column has the words of a text one by one, as data sets of entities have."""
+    return getattr(getattr(feature, "feature", None), "dtype", None) == "string"
 
 
 def _read_texts(path: str):
