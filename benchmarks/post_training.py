@@ -75,7 +75,6 @@ class Arguments:
     budgets: list[float] = field(
         default_factory=list, metadata={"help": "Distances that one more conversion each may not exceed."}
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the distillation."})
 
 
 def texts_of(task, rows):
@@ -170,8 +169,7 @@ def measure(folder, args):
     }
     ways = {"converted": (args.examples, {})}
     if args.distill_steps:
-        options = {"distill_steps": args.distill_steps, "learning_rate": args.learning_rate}
-        ways["distilled"] = args.distill_examples, options
+        ways["distilled"] = args.distill_examples, {"distill_steps": args.distill_steps}
     ways |= {f"budget {budget:g}": (args.examples, {"budget": budget}) for budget in args.budgets}
     for way, (count, options) in ways.items():
         model, start = copy.deepcopy(original), time.perf_counter()

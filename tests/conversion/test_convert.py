@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_normswap.convert as conversion
-from hf_normswap import calibrate, convert_norms, find_norms, make_batches, restore_norm, swap_norm
+from hf_normswap import calibrate, convert_norms, distill, find_norms, make_batches, restore_norm, swap_norm
 from hf_normswap.cli import main
 from hf_normswap.core.data import split_data
 from tests.helpers.architectures import tiny_architecture
@@ -203,6 +203,34 @@ def test_the_damage_of_a_norm_is_that_of_converting_it_alone():
         )
         calibrate(alone, fitted[::2], linears=False)  # three batches of six
         assert damage == pytest.approx(divergence(*(real_logits(each, chosen) for each in (alone, original))))
+
+
+def test_the_learning_rate_is_the_one_that_helps_most_on_the_data_of_the_choice(monkeypatch):
+    """The rates are tried for a tenth of the steps, then one of them is taken for all."""
+    original, calls = stock("bert"), []
+    data = batches(original, rows=120, size=12)
+
+    def note(student, teacher, batches, **options):
+        calls.append((options["steps"], options["learning_rate"]))
+        return distill(student, teacher, batches, **options)
+
+    monkeypatch.setattr(conversion, "distill", note)
+    report = convert_norms(copy.deepcopy(original), data, distill_steps=15, holdout=0.4)
+    trials, (steps, rate) = calls[:-1], calls[-1]
+    assert trials == [(2, 1e-4), (2, 3e-4), (2, 1e-3)]
+    assert steps == 15
+
+    fitted, chosen, _ = split_data(data, [0.2, 0.2])
+    student = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=fitted)
+    distances = {}
+    for each in (1e-4, 3e-4, 1e-3):
+        trained = copy.deepcopy(student)
+        distill(trained, original, fitted, steps=2, learning_rate=each)
+        distances[each] = divergence(*(real_logits(model, chosen) for model in (trained, original)))
+    assert rate == min(distances, key=distances.get)
+    distill(student, original, fitted, steps=15, learning_rate=rate)
+    after = divergence(*(real_logits(model, chosen) for model in (student, original)))
+    assert report.distillation[1] == pytest.approx(after, rel=1e-6)
 
 
 @pytest.mark.parametrize(("learning_rate", "helps"), [(0.3, False), (1e-3, True)])
