@@ -7,7 +7,7 @@ from torch import nn
 from hf_normswap import export_onnx, fold_norms, swap_norm
 from tests.helpers.folding import norms_in, relative_error, swapped
 from tests.helpers.models import tiny_batch, tiny_model
-from tests.helpers.persistence import is_one_sentence
+from tests.helpers.persistence import is_one_sentence, outputs
 from tests.helpers.versions import BEFORE_5_23, NO_EXPORTER
 
 
@@ -33,11 +33,22 @@ def folded(family, head):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "head"), HEADS)
 def test_onnx(family, head, tmp_path):
-    report = export_onnx(folded(family, head), tmp_path / "onnx")
+    model = folded(family, head)
+    report = export_onnx(model, tmp_path / "onnx")
     assert report.path.exists()
     assert report.norm_nodes == 0
     assert report.error < 1e-5
     assert report.opset >= 18
+    if family in ("bert", "gpt2"):
+        assert_same_in_openvino(model, report.path)
+
+
+def assert_same_in_openvino(model, path):
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    batch = tiny_batch(model, lengths=(9, 4, 2), labels=False)
+    found = compiled({name: values.numpy() for name, values in batch.items()})["logits"]
+    assert relative_error(outputs(model, batch), {"logits": torch.from_numpy(found)}) < 1e-5
 
 
 @needs_the_exporter
