@@ -18,7 +18,7 @@ from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ran
 from hf_normswap.modeling.padding_mask import padding_mask
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
-from .predictions import TOKENS, both, fit_to_predictions, tokens_of_predictions
+from .predictions import both, count_of_tokens, fit_to_predictions, tokens_of_predictions
 from .sequential import SequentialRunner
 
 
@@ -152,7 +152,7 @@ class Conversion:
     def _fit_to_predictions(self, site: NormSite, count: int) -> None:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
         linear = self.teacher.model.get_submodule(self.predictors[site.name])
-        step = math.ceil(count / TOKENS)
+        step = math.ceil(count / count_of_tokens(linear))
         tokens = [
             tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), None), layer_norm(t)))
             for x, t, mask in self._pairs(site.name)

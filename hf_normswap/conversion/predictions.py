@@ -17,12 +17,13 @@ from hf_normswap.modeling.moments import has_ranks
 from .sequential import run_model
 
 
-# Tokens of the fit, about. Each takes as long as in all blocks of BERT-base, for a vocabulary of 30,000.
-TOKENS = 4096
+# Products of a token and the linear layer in one pass: 3,000 tokens of BERT-base, whose vocabulary is 30,000.
+_PRODUCTS = 2**36
+_FEWEST, _MOST = 1024, 4096  # tokens, whatever the size of the linear layer
 _HELD_OUT = 5  # one of so many tokens is not fitted to, and says when to stop
 _ROUNDS, _STEPS = 8, 5
 _ENOUGH = 0.98  # a round that lowers the divergence by less is the last one
-_CHUNK = 512
+_LOGITS = 2**24  # at once
 
 
 def find_predictors(model: PreTrainedModel, sites: Iterable[NormSite]) -> dict[str, str]:
@@ -81,6 +82,11 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
     return tokens
 
 
+def count_of_tokens(linear: nn.Module) -> int:
+    """How many tokens a fit takes, about: a large vocabulary makes each of them expensive."""
+    return min(_MOST, max(_FEWEST, _PRODUCTS // linear.weight.numel()))
+
+
 def fit_to_predictions(
     x: torch.Tensor, target: torch.Tensor, linear: nn.Module, gain: torch.Tensor, shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,7 +115,7 @@ def fit_to_predictions(
     def divergence(tokens, is_fitting=False):
         """Mean over tokens; where it `is_fitting` the gradient is added to that of the parameters."""
         total = 0.0
-        for x, t in zip(*(each.split(_CHUNK) for each in tokens), strict=True):
+        for x, t in zip(*(each.split(max(1, _LOGITS // len(weight))) for each in tokens), strict=True):
             with torch.no_grad():
                 wanted = functional.linear(t, weight, bias).log_softmax(-1)
             y = x * parameters[0] if shift is None else torch.addcmul(parameters[1], x, parameters[0])
