@@ -15,7 +15,7 @@ from .core.model_state import (
     set_recorded_swap,
     share_config,
 )
-from .core.norm_sites import NormSite, find_norms, where_names
+from .core.norm_sites import NormSite, find_norms, is_causal, where_names
 from .modeling.base import BatchStatisticNorm, Norm
 from .modeling.layernorm import LayerNorm
 from .modeling.model_norms import norm_width
@@ -138,6 +138,8 @@ def make_norms(
     """
     norm_class = get_norm(config.norm)
     sites = list(sites)
+    if "sentence" in norm_class.scope:
+        _refuse_causal(model, norm_class.norm_name, sites)
     refuse_computed({site.name: site.module for site in sites})
     # An RMSNorm has no shift, and the affine map that is nearest to it has one.
     fitted = {"bias": True, **norm_class.calibrated_options} if to_be_fitted else {}
@@ -150,6 +152,17 @@ def make_norms(
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
     return norms
+
+
+def _refuse_causal(model: PreTrainedModel, norm: str, sites: Iterable[NormSite]) -> None:
+    """Raises `ValueError` where the statistics of a sentence would show a token what comes after it."""
+    for site in sites:
+        if is_causal(model, site):
+            raise ValueError(
+                f"{site.name} stands in a causal stack, and a {norm} takes statistics of the whole sentence, which "
+                "would show each token those after it: leave that stack out with where or filter_fn, or take a norm "
+                "without statistics of a sentence."
+            )
 
 
 def place_new_norms(model: PreTrainedModel, norms: dict[str, Norm]) -> None:

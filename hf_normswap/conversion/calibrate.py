@@ -73,6 +73,8 @@ def calibrate(
     the blocks are corrected on the way, by ridge regression: to their original outputs for the inputs that they now
     get; the one in front of a norm to what makes the norm return the LayerNorm's output.
 
+    A norm without a gain for each channel, such as ScaleNorm, has nothing to fit and stays as it is.
+
     On several ranks each passes its own share of the data; all end with the same model.
 
     Args:
@@ -117,6 +119,12 @@ def calibrate(
     done = check_swapped(model).get("calibration", {})
     sites = {site.name: site for site in find_norms(model) if _has_fit(site.module)}
     if not sites:
+        for site in find_norms(model):
+            if not getattr(site.module, "has_gain", True):
+                raise ValueError(
+                    f"Calibration fits a gain of each channel, and {site.name}, a {site.kind}, has none: train the "
+                    "model, or swap to another norm."
+                )
         raise ValueError(f"This {type(model).__name__} has no norms to calibrate: call swap_norm(model, ...) first.")
     if teacher is None:
         sites = {name: site for name, site in sites.items() if site.path not in done and _is_new(site.module)}
@@ -252,7 +260,7 @@ def _check_parameters(model, sites: dict[str, NormSite], linears: dict[str, nn.M
 
 
 def _has_fit(norm: nn.Module) -> bool:
-    return isinstance(norm, Norm) and not isinstance(norm, LayerNorm)
+    return isinstance(norm, Norm) and not isinstance(norm, LayerNorm) and norm.has_gain
 
 
 def _is_new(norm: Norm) -> bool:

@@ -141,7 +141,7 @@ class Conversion:
     def _fit(self, site: NormSite) -> AffineFit:
         norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
         estimate_statistics(site.name, norm, ((x, mask) for x, _, mask in self._pairs(site.name)))
-        normalized = ((norm.normalize(promote(x), None), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
+        normalized = ((norm.normalize(promote(x), mask), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
         fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
         _check_finite(site.name, fit.gain, fit.shift)
         norm.weight.copy_(fit.gain)
@@ -154,7 +154,7 @@ class Conversion:
         linear = self.teacher.model.get_submodule(self.predictors[site.name])
         step = math.ceil(count / count_of_tokens(linear))
         tokens = [
-            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), None), layer_norm(t)))
+            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), mask), layer_norm(t)))
             for x, t, mask in self._pairs(site.name)
         ]
         x, target = (torch.cat(parts) for parts in zip(*tokens, strict=True))

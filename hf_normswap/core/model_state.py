@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.configuration_normswap import FORMAT_VERSION
 from hf_normswap.modeling.model_norms import has_hooks, refuse_other_copy, wrapped_attribute
 from hf_normswap.modeling.modeling_normswap import (
@@ -206,7 +207,8 @@ def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _has_plain_parameters(module: nn.Module) -> bool:
-    names = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
+    own = ("bias",) if isinstance(module, Norm) and not module.has_gain else ("weight", "bias")
+    names = [name for name in own if getattr(module, name, None) is not None]
     values = [module._parameters.get(name) for name in names]
     return all(type(value) is nn.Parameter and value.is_floating_point() for value in values)
 

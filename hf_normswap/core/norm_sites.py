@@ -466,6 +466,17 @@ def _elements(name: str) -> list[str]:
     return [".".join(parts[:end]) for end, part in enumerate(parts, 1) if part.isdigit()]
 
 
+def is_causal(model: PreTrainedModel, site: NormSite) -> bool:
+    """Whether the attention around a norm hides later tokens, so that the norm must not see them either.
+
+    The attention layers of transformers say so; where there are none that do, a decoder is taken for causal.
+    """
+    blocks = {site.block} if site.block else {s.block for s in find_norms(model) if s.block and s.stack == site.stack}
+    modules = [module for block in blocks for module in model.get_submodule(block).modules()]
+    said = [module.is_causal for module in modules if hasattr(module, "is_causal")]
+    return any(said) if said else site.stack == "decoder"
+
+
 def _stack_of(model: PreTrainedModel, name: str) -> str:
     """`"encoder"` or `"decoder"`, of a module."""
     config = model.config

@@ -16,6 +16,8 @@ class Affine(Norm):
         bias (`bool`, *optional*, defaults to `True`): whether there is a shift.
     """
 
+    scope = ()
+
     def normalize(self, x, mask):
         return x
 

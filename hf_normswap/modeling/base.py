@@ -37,6 +37,8 @@ class Norm(nn.Module):
     """
 
     norm_name: str  # set by register_norm
+    scope: tuple[str, ...] = ("token",)  # what it takes statistics of: "token", "sentence", "batch"
+    has_gain = True  # whether there is a gain for each channel to train; else `weight` is a constant 1
     keeps_eps = False  # whether a swap takes the eps of the layer it replaces
     options: dict = {}  # those it was made with in a swap
     stock = None  # the StockNorm that it replaced in a swap
@@ -48,7 +50,11 @@ class Norm(nn.Module):
         super().__init__()
         check_number("eps", eps)
         self.num_features, self.eps = num_features, eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        if self.has_gain:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        else:
+            ones = torch.ones(num_features, device=_device_of_unsaved(device), dtype=dtype)
+            self.register_buffer("weight", ones, persistent=False)
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
 
     def normalize(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -64,6 +70,11 @@ class Norm(nn.Module):
         """Normalise `x` of shape `(..., C)`; without a `mask` `(...)` that of the running model call counts."""
         if x.shape[-1] != self.num_features:
             raise ValueError(f"Tokens of {x.shape[-1]} channels do not fit a norm of {self.num_features}.")
+        if "sentence" in self.scope and x.dim() < 3:
+            raise ValueError(
+                f"A {self.norm_name} needs sentences, and cannot tell them apart in tokens of shape {tuple(x.shape)}: "
+                "give it (sentences, tokens, channels), or leave the place out of the swap."
+            )
         mask = self.token_mask(x, mask)
         compute = self.forward_train if self.training else self.forward_eval
         if not torch.is_autocast_enabled(x.device.type):
@@ -78,21 +89,26 @@ class Norm(nn.Module):
     def forward_eval(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """What [`Norm.forward`] does in evaluation mode once the mask is known; the output has the dtype of `x`."""
         values = self.select_finite(promote(x), mask)
-        x_hat = self.normalize(values, mask)
-        y = x_hat * self.weight if self.bias is None else torch.addcmul(self.bias, x_hat, self.weight)
-        return y.to(x.dtype)
+        return self.scale_and_shift(self.normalize(values, mask)).to(x.dtype)
+
+    def scale_and_shift(self, x_hat: torch.Tensor) -> torch.Tensor:
+        """`weight · x_hat + bias`, with those of the two that there are."""
+        if not self.has_gain:
+            return x_hat if self.bias is None else x_hat + self.bias
+        return x_hat * self.weight if self.bias is None else torch.addcmul(self.bias, x_hat, self.weight)
 
     def token_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """`mask`, of shape `(...)` for `x` of shape `(..., C)`, as booleans; without one, that of the model call.
 
-        In evaluation norms have no use for the latter, and exported models no trace of it. In training a norm of a
-        swapped model warns once where it is not known.
+        In evaluation norms without statistics of a sentence have no use for the latter, and exported models no trace
+        of it. Where it matters and is not known, a norm of a swapped model warns once.
         """
         if mask is None:
-            if not self.training:
+            sees_sentence = "sentence" in self.scope
+            if not self.training and not sees_sentence:
                 return None
             is_known, mask = find_mask(x)
-            if not is_known and isinstance(self, BatchStatisticNorm) and self.stock is not None:
+            if not is_known and (sees_sentence or isinstance(self, BatchStatisticNorm)) and self.stock is not None:
                 warn_of_unknown_mask()
             return mask
         if mask.shape != x.shape[:-1]:
@@ -102,6 +118,15 @@ class Norm(nn.Module):
                 "give one entry for each token."
             )
         return mask.bool()
+
+    def channel_gain(self) -> torch.Tensor:
+        """The gain of each channel that a LayerNorm in the place of this norm goes on with."""
+        return self.weight
+
+    @classmethod
+    def wants_shift(cls, had_shift: bool) -> bool:
+        """Whether a swap gives the norm a shift, if nobody says so, in place of a norm that had one or not."""
+        return had_shift and cls.has_gain
 
     def affine_map(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(a, b)` of shape `(C,)` if in evaluation the norm is `y = a ⊙ x + b`, else `None`."""
@@ -126,7 +151,8 @@ class Norm(nn.Module):
 
     def initialize(self) -> None:
         """Set parameters and statistics to those of a new norm, except what was just loaded from a checkpoint."""
-        new = type(self)(self.num_features, device="cpu", **self.options).state_of_its_own()
+        options = {**self.options, "bias": self.bias is not None}
+        new = type(self)(self.num_features, device="cpu", **options).state_of_its_own()
         for name, tensor in self.state_of_its_own().items():
             init.copy_(tensor, new[name])
 
@@ -139,12 +165,17 @@ class Norm(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if new.dtype.itemsize < torch.float32.itemsize:
+            if new.dtype.itemsize < torch.float32.itemsize and name != "weight":
                 self._buffers[name] = old.to(new.device)  # .half() and .bfloat16() never demote a statistic
         return self
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
+
+
+def _device_of_unsaved(device):
+    """The device of a buffer that no checkpoint has, and that what loads one would leave on meta."""
+    return "cpu" if device is None and torch.get_default_device().type == "meta" else device
 
 
 class BatchRecord(NamedTuple):
@@ -183,6 +214,7 @@ class BatchStatisticNorm(Norm):
         penalties (`tuple`): of the training forwards of RBN whose penalty nobody has taken yet; empty elsewhere.
     """
 
+    scope = ("batch",)
     running: dict[str, float]  # buffer name: value at the start
     centered: bool  # of those that normalise a batch: whether by mean and variance, else by the mean square
     regularization: tuple | None = None  # what follows the running values in the penalty, if there is one
@@ -204,8 +236,7 @@ class BatchStatisticNorm(Norm):
         self.penalties: tuple = ()
 
     def _register_pending(self, name, dtype, device):
-        if device is None and torch.get_default_device().type == "meta":
-            device = "cpu"  # no checkpoint has it, and what loads one would leave it on meta
+        device = _device_of_unsaved(device)
         self.register_buffer(
             name, torch.zeros(2 * self.num_features + 1, dtype=dtype, device=device), persistent=False
         )
@@ -240,17 +271,29 @@ class BatchStatisticNorm(Norm):
 
     def normalize_batch(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """A training forward with the statistics of the batch, which it records (see [`NormalizeBatch`])."""
+        return self._normalize_batch(x, mask, self.weight, self.bias)[0]
+
+    def standardize_batch(self, x: torch.Tensor, mask: torch.Tensor | None):
+        """x̂ of a training forward with the statistics of the batch, which it records; float32 at least.
+
+        Returns:
+            x̂; the [`Moments`] of the batch, which can be differentiated; and the running values from before it.
+        """
+        values, ones = promote(x), torch.ones_like(self.weight)
+        return self._normalize_batch(values, mask, ones, torch.zeros_like(ones))
+
+    def _normalize_batch(self, x, mask, weight, bias):
         self.refuse_transforms()
         running, is_first_run = self.running_snapshot() if may_run_again() else (None, True)
-        y, packed, penalty, before = NormalizeBatch.apply(x, self.weight, self.bias, mask, self, running)
+        y, packed, penalty, before = NormalizeBatch.apply(x, weight, bias, mask, self, running)
+        moments = Moments(packed)
         if is_first_run:
-            moments = Moments(packed)
             self._record(moments, before)
             if self.regularization is not None:
                 self.keep_penalty(moments, before, penalty)
             if running is not None:
                 self.update_running(moments)
-        return y
+        return y, moments, before
 
     def refuse_transforms(self) -> None:
         """Raises `RuntimeError` inside a transform of `torch.func`, which cannot see that statistics are updated."""

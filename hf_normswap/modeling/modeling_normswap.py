@@ -277,7 +277,7 @@ def check_chunks(model: PreTrainedModel, norms: dict[str, Norm]) -> None:
         # The attention of a block, and what follows it there, sees the whole batch.
         inside = [name[len(block) :] for block in blocks if name.startswith(f"{block}.")]
         is_chunked = any("attention" not in part and "attn" not in part for part in inside)
-        if is_chunked and isinstance(norm, BatchStatisticNorm):
+        if is_chunked and not {"batch", "sentence"}.isdisjoint(norm.scope):
             raise ValueError(
                 f"chunk_size_feed_forward > 0 calls {name} once per chunk, where a {norm.norm_name} "
                 "needs the whole batch: build or load the model with chunk_size_feed_forward=0."

@@ -3,6 +3,7 @@
 A *token* is one row of C channels; everything here reduces over all dimensions but the last, over real tokens only.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,23 +49,28 @@ class Moments(NamedTuple):
         return self.var + self.mean.square()
 
 
-def sum_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of `values` of shape `(..., C)` over the real tokens of `mask` (`(...)`, True = real), of shape `(C,)`."""
+def sum_tokens(values: torch.Tensor, mask: torch.Tensor | None = None, by_sentence: bool = False) -> torch.Tensor:
+    """Sum of `values` of shape `(..., C)` over the real tokens of `mask` (`(...)`, True = real), of shape `(C,)`.
+
+    It is of shape `(B, C)` where it is `by_sentence`, one for each element of the first dimension.
+    """
     if mask is not None:
         # Selecting, not multiplying: 0 · NaN is NaN.
         values = torch.where(mask.unsqueeze(-1), values, 0)
-    return values.reshape(-1, values.shape[-1]).sum(0)
+    return values.flatten(1, -2).sum(1) if by_sentence else values.reshape(-1, values.shape[-1]).sum(0)
 
 
-def count_tokens(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Number of real tokens of `values` (`(..., C)`), a scalar of float32, or float64 as `values`."""
+def count_tokens(values: torch.Tensor, mask: torch.Tensor | None = None, by_sentence: bool = False) -> torch.Tensor:
+    """Number of real tokens of `values` (`(..., C)`), a scalar or `(B,)` of float32, or float64 as `values`."""
     dtype = torch.promote_types(values.dtype, torch.float32)  # bfloat16 cannot count to 257
     if mask is None:
-        return torch.full((), values.numel() // values.shape[-1], dtype=dtype, device=values.device)
-    return mask.sum().to(dtype)
+        shape = values.shape[:1] if by_sentence else ()
+        count = math.prod(values.shape[len(shape) : -1])
+        return torch.full(shape, count, dtype=dtype, device=values.device)
+    return (mask.flatten(1).sum(1) if by_sentence else mask.sum()).to(dtype)
 
 
-def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
+def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None, by_sentence: bool = False) -> Moments:
     """Two-pass moments of the real tokens, with a corrected mean; never `E[x²] − E[x]²`, which cancels.
 
     Args:
@@ -72,9 +78,11 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Mo
             Tokens, in the dtype that the statistics shall have.
         mask (`torch.Tensor` of shape `(...)`, *optional*):
             True at real tokens. Nothing at the other positions, NaN and infinity included, has any influence.
+        by_sentence (`bool`, *optional*, defaults to `False`):
+            whether to take those of each sentence, an element of the first dimension of `(B, ..., C)`.
 
     Returns:
-        [`Moments`]: of the real tokens; all zero where there are none.
+        [`Moments`]: of the real tokens, `(2C + 1,)`, or `(B, 2C + 1)` by sentence; all zero where there are none.
 
     Example:
 
@@ -88,14 +96,30 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Mo
 
     ```
     """
-    count = count_tokens(values, mask)
-    number = count.clamp(min=1)
-    mean = sum_tokens(values, mask) / number
-    centered = values - mean
+    count = count_tokens(values, mask, by_sentence)
+    number = count.clamp(min=1).unsqueeze(-1)
+    mean = sum_tokens(values, mask, by_sentence) / number
+    centered = values - (spread(mean, values) if by_sentence else mean)
     # A mean far from zero is rounded, as 100 is by 4e-6 in float32. What is left of it belongs to the mean.
-    rest = sum_tokens(centered, mask) / number
-    m2 = sum_tokens(centered.square(), mask) - number * rest.square()
+    rest = sum_tokens(centered, mask, by_sentence) / number
+    m2 = sum_tokens(centered.square(), mask, by_sentence) - number * rest.square()
     return Moments.of(count, mean + rest, m2.clamp(min=0))
+
+
+def spread(of_sentences: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values `(B, C)` of sentences in a shape that goes with their tokens `(B, ..., C)`."""
+    return of_sentences.reshape(len(of_sentences), *[1] * (values.dim() - 2), -1)
+
+
+def standardize(
+    x: torch.Tensor, center: torch.Tensor | None, inverse: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`(x − center) · inverse`; what a loss makes of a pad does not go through the statistics."""
+    x_hat = (x if center is None else x - center) * inverse
+    if mask is None:
+        return x_hat
+    at_pads = (x if center is None else x - center.detach()) * inverse.detach()
+    return torch.where(mask.unsqueeze(-1), x_hat, at_pads)
 
 
 def merge_moments(parts: Moments) -> Moments:

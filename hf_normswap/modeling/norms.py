@@ -2,29 +2,41 @@
 
 import difflib
 
+from .adanorm import AdaNorm
 from .affine import Affine
 from .base import BatchStatisticNorm, Norm
 from .batchnorm import BatchNorm
 from .discrepancy import Statistics
+from .dyt import Derf, DyT
+from .groupnorm import GroupNorm
 from .layernorm import LayerNorm
 from .moments import Moments, masked_moments
 from .powernorm import PowerNorm, PowerNormV
 from .rbn import RegularizedBatchNorm
 from .registry import available_norms, get_norm, register_norm
 from .rmsnorm import RMSNorm
+from .scalenorm import ScaleNorm
+from .simple import LayerNormSimple, RMSNormSimple
 
 
 __all__ = [
+    "AdaNorm",
     "Affine",
     "BatchNorm",
     "BatchStatisticNorm",
+    "Derf",
+    "DyT",
+    "GroupNorm",
     "LayerNorm",
+    "LayerNormSimple",
     "Moments",
     "Norm",
     "PowerNorm",
     "PowerNormV",
     "RMSNorm",
+    "RMSNormSimple",
     "RegularizedBatchNorm",
+    "ScaleNorm",
     "Statistics",
     "available_norms",
     "get_norm",

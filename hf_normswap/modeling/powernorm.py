@@ -62,6 +62,7 @@ class PowerNorm(PowerStatisticNorm):
     ```
     """
 
+    scope = ("token", "batch")
     running = {"running_power": 1.0, "nu": 0.0}
     calibrated_options = {"group_scaling": False}
 

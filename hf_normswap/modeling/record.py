@@ -77,7 +77,7 @@ def options_of(norm: Norm, replaced_eps: float) -> dict:
         if name == "eps" and norm.keeps_eps:
             is_told = value != replaced_eps
         elif name == "bias":
-            is_told = value != (norm.stock is None or norm.stock.has_shift)
+            is_told = value != norm.wants_shift(norm.stock is None or norm.stock.has_shift)
         else:
             is_told = value != default or name in norm.options or name in norm.earlier_defaults
         if is_told:

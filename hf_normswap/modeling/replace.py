@@ -19,7 +19,7 @@ def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool 
     """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag.
 
     A gain that is stored minus 1 becomes a new parameter, and a norm without gain gets one. There is a shift where the
-    old norm has one, or where the option `bias` asks for it.
+    old norm has one and the new one wants it, or where the option `bias` asks for it.
 
     A model under construction makes its buffers `on_default_device`, as every module of it does: its parameters may
     have gone to the meta device meanwhile, to be loaded. Running values that are not loaded with them stay NaN:
@@ -30,7 +30,7 @@ def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool 
     options = dict(config.options)
     if cls.keeps_eps:
         options.setdefault("eps", stock.eps)
-    options.setdefault("bias", getattr(old, "bias", None) is not None)
+    options.setdefault("bias", cls.wants_shift(getattr(old, "bias", None) is not None))
     weight = next(iter(old.parameters()), None)
     like = {} if weight is None else {"dtype": weight.dtype}
     device = None if on_default_device or weight is None else weight.device
@@ -41,7 +41,7 @@ def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool 
     if on_default_device and weight is not None and weight.is_meta:
         for running in getattr(norm, "running", ()):
             getattr(norm, running).fill_(torch.nan)
-    places = ["weight"] if norm.bias is None else ["weight", "bias"]
+    places = [name for name in ("weight", "bias") if norm._parameters.get(name) is not None]
     return _take_over(old, norm, places, 0.0 if isinstance(old, Norm) else stock.offset)
 
 
@@ -85,7 +85,9 @@ def _take_over(old: nn.Module, new: nn.Module, places: Collection[str], offset: 
         parameter = getattr(old, name, None)
         if parameter is None:
             continue
-        if name == "weight" and offset:
+        if name == "weight" and isinstance(old, Norm) and not old.has_gain:
+            parameter = nn.Parameter(old.channel_gain().detach() + offset)
+        elif name == "weight" and offset:
             parameter = nn.Parameter(parameter.detach() + offset, requires_grad=parameter.requires_grad)
         # Else the parameter itself: an optimizer built before, and ties, go on working.
         new._parameters[name] = parameter
@@ -199,6 +201,8 @@ def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -
     given = share if isinstance(share, Mapping) else dict.fromkeys(norms, share)
     check_layer_norm_shares(given, norms)
     shares = {path: float(value) for path, value in {**layer_norm_shares(model), **given}.items() if value}
+    if shares:
+        _refuse_without_gain(norms)
     if shares and any(_blend_of(norms[path]) is None for path in given):
         torch.compiler.reset()  # a compiled model does not look whether it has new hooks
     for path, norm in norms.items():
@@ -208,6 +212,15 @@ def set_layer_norm_share(model: nn.Module, share: float | Mapping[str, float]) -
             blend_norm(norm, given[path])
     record = {name: value for name, value in model.config.norm_swap.items() if name != "layer_norm_share"}
     model.config.norm_swap = {**record, "layer_norm_share": shares} if shares else record
+
+
+def _refuse_without_gain(norms: Mapping[str, Norm]) -> None:
+    for path, norm in norms.items():
+        if not norm.has_gain:
+            raise ValueError(
+                f"LayerNorm and the norm that takes its place share the gains while they are mixed, and {path}, a "
+                f"{norm.norm_name}, has none: swap to it without a mixture, or to another norm."
+            )
 
 
 def layer_norm_shares(model: nn.Module) -> dict[str, float]:

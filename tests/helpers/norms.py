@@ -9,6 +9,36 @@ from hf_normswap import BatchStatisticNorm, Norm, available_norms, get_norm
 
 CHANNELS = 4
 
+# Norms that the tests of a contract take in every family. Each of the others is a few lines on the same base classes: it
+# is tried in one family, and all together in all of them.
+CORE_NORMS = ["affine", "batchnorm", "layernorm", "pnv", "powernorm", "rbn", "rmsnorm"]
+OTHER_NORMS = [name for name in available_norms() if name not in CORE_NORMS]
+SENTENCE_NORMS = [name for name in OTHER_NORMS if "sentence" in get_norm(name).scope]
+WITHOUT_GAIN = [name for name in OTHER_NORMS if not get_norm(name).has_gain]
+
+
+def norms_in(places: list, is_causal=lambda place: False, norms: list | None = None) -> list[tuple]:
+    """`(place, norm)`: the core norms in every place, and each of the others in one, in turn.
+
+    Norms that see a sentence have their turn in the places that are not causal.
+    """
+    pairs = [(place, norm) for norm in CORE_NORMS for place in places]
+    for turn, norm in enumerate(OTHER_NORMS if norms is None else norms):
+        usable = [place for place in places if norm not in SENTENCE_NORMS or not is_causal(place)]
+        pairs.append((usable[11 * turn % len(usable)], norm))  # a step that soon has been in every family
+    return pairs
+
+
+def family_is_causal(family: str) -> bool:
+    """Whether a whole model of one of the four families has a causal stack."""
+    return family in ("marian", "gpt2")
+
+
+def head_is_causal(place: tuple[str, str]) -> bool:
+    """The same of `(family, head)`: a head of a language model makes a decoder of BERT and RoBERTa."""
+    return family_is_causal(place[0]) or place[1] in ("BertLMHeadModel", "RobertaForCausalLM")
+
+
 # name of the variant: (registered norm, options, attributes)
 VARIANTS = {name: (name, {}, {}) for name in available_norms()} | {
     "powernorm-groups": ("powernorm", {"num_groups": 2}, {}),
@@ -18,16 +48,18 @@ VARIANTS = {name: (name, {}, {}) for name in available_norms()} | {
     "rbn-paper": ("rbn", {"distance": "sigma_l2"}, {}),
     "rbn-reference": ("rbn", {"distance": "var_l1"}, {}),
 }
+SENTENCE_VARIANTS = [name for name, (norm, _, _) in VARIANTS.items() if norm in SENTENCE_NORMS]
 BATCH_VARIANTS = [name for name, (norm, _, _) in VARIANTS.items() if issubclass(get_norm(norm), BatchStatisticNorm)]
 
 
 def make_norm(variant: str, dtype=torch.float64, seed: int = 0, **options) -> Norm:
     """A norm in training mode whose gain, shift and statistics are not those of the start."""
     name, usual, attributes = VARIANTS[variant]
-    norm = get_norm(name)(CHANNELS, dtype=dtype, **{**usual, **options})
+    norm = get_norm(name)(CHANNELS, dtype=dtype, **{"bias": True, **usual, **options})
     vars(norm).update(attributes)
     generator = torch.Generator().manual_seed(seed)
-    nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+    if norm.has_gain:
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
     nn.init.uniform_(norm.bias, -1, 1, generator=generator)
     for statistic in getattr(norm, "running", ()):
         getattr(norm, statistic).uniform_(0.2, 1.5, generator=generator)
@@ -48,9 +80,10 @@ def train_step(norm: Norm, x: torch.Tensor, upstream: torch.Tensor, mask: torch.
     if hasattr(norm, "penalty"):
         outputs.append(norm.penalty())
         seeds.append(torch.ones_like(outputs[1]))
-    dx, dw, db = torch.autograd.grad(outputs, [x, norm.weight, norm.bias], seeds)
-    state = {name: value.clone() for name, value in norm.named_buffers()}
-    results = {"y": y.detach(), "dx": dx, "dweight": dw, "dbias": db, **state}
+    parameters = dict(norm.named_parameters())
+    dx, *gradients = torch.autograd.grad(outputs, [x, *parameters.values()], seeds)
+    state = {name: value.clone() for name, value in norm.named_buffers() if name != "weight"}
+    results = {"y": y.detach(), "dx": dx, **dict(zip((f"d{name}" for name in parameters), gradients)), **state}
     return results | ({"penalty": outputs[1].detach()} if len(outputs) > 1 else {})
 
 
@@ -110,3 +143,12 @@ def assert_gradients_are_those_of_differences(norm: Norm, mask: torch.Tensor | N
     inputs = make_tokens(2, 4).requires_grad_(), norm.weight, norm.bias
     assert torch.autograd.gradcheck(outputs, inputs)
     assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
+def assert_computes(norm: Norm, formula, *shape: int) -> None:
+    """`y = γ formula(x) + β` in training and in evaluation, of numpy arrays in float64, and its exact gradient."""
+    x = (0.7 + 1.5 * torch.randn(*(shape or (2, 4)), norm.num_features, dtype=torch.float64)).requires_grad_()
+    expected = formula(x.detach().numpy()) * norm.weight.detach().numpy()
+    expected = expected if norm.bias is None else expected + norm.bias.detach().numpy()
+    for training in (True, False):
+        np.testing.assert_allclose(norm.train(training)(x).detach().numpy(), expected, rtol=1e-11, atol=1e-13)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_normswap import BatchStatisticNorm, accumulate_norm_statistics, update_norm_statistics
-from tests.helpers.norms import BATCH_VARIANTS, CHANNELS, VARIANTS, assert_same, make_norm, make_tokens, train_step
+from tests.helpers.norms import (
+    BATCH_VARIANTS,
+    CHANNELS,
+    SENTENCE_VARIANTS,
+    VARIANTS,
+    assert_same,
+    make_norm,
+    make_tokens,
+    train_step,
+)
 
 
 MASK = torch.tensor([[True, True, True, True], [False, True, True, False]])
@@ -18,6 +27,11 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 
 every_norm = pytest.mark.parametrize("variant", VARIANTS)
 not_that_of_pytorch = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "layernorm"])
+# Of tokens in any shape.
+every_norm_of_tokens = pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in SENTENCE_VARIANTS])
+every_batch_norm_of_tokens = pytest.mark.parametrize(
+    "variant", [name for name in BATCH_VARIANTS if name not in SENTENCE_VARIANTS]
+)
 every_batch_norm = pytest.mark.parametrize("variant", BATCH_VARIANTS)
 seeds = st.integers(0, 2**32 - 1)
 masks = st.lists(st.booleans(), min_size=8, max_size=8).map(lambda row: torch.tensor(row).view(2, 4))
@@ -28,7 +42,9 @@ def real_part(results, mask):
 
 
 def dtypes_of(norm):
-    return {value.dtype for value in norm.buffers() if value.is_floating_point()}
+    """Of the statistics: the constant gain of a norm without one goes with the module."""
+    buffers = {name: value for name, value in norm.named_buffers() if name != "weight"}
+    return {value.dtype for value in buffers.values() if value.is_floating_point()}
 
 
 def make_upstream(*shape, dtype=torch.float64, seed=1):
@@ -64,12 +80,13 @@ def test_content_of_pads_has_no_influence(variant, dtype, mask, junk, seed):
 
         expected = train_step(copy.deepcopy(clean_norm), x, upstream, mask)
         results = train_step(copy.deepcopy(norm), given_x, upstream, mask)
-        assert_same(real_part(expected, mask) | {"dweight": 0}, real_part(results, mask) | {"dweight": 0})
+        of_pads = dict.fromkeys((f"d{name}" for name, _ in norm.named_parameters() if name != "bias"), 0)
+        assert_same(real_part(expected, mask) | of_pads, real_part(results, mask) | of_pads)
         assert results["dx"].isfinite().all()
-        assert results["dweight"].isfinite().all()
+        assert all(results[name].isfinite().all() for name in of_pads)
 
 
-@every_norm
+@every_norm_of_tokens
 @given(mask=masks, seed=seeds)
 def test_real_tokens_do_as_without_pads(variant, mask, seed):
     """Masking is selecting: the same tokens, as rows without any pad, give the same."""
@@ -95,7 +112,7 @@ def test_an_empty_mask_leaves_the_statistics_as_they_were(variant):
     assert_same(before, dict(norm.named_buffers()))
 
 
-@every_batch_norm
+@every_batch_norm_of_tokens
 def test_pads_are_mapped_as_real_tokens_are_with_the_plain_gradient(variant):
     """One affine map per channel: its slope, found at the pads, holds at real tokens, and is the gradient at pads."""
     norm = make_norm(variant)
@@ -120,6 +137,8 @@ def test_gain_and_shift_have_plain_sums_over_every_position_as_gradient(variant)
     results = train_step(norm, x, upstream, MASK)
     x_hat = (results["y"] - norm.bias.detach()) / norm.weight.detach()
     torch.testing.assert_close(results["dbias"], upstream.sum((0, 1)), **CLOSE)
+    if not norm.has_gain:
+        return
     torch.testing.assert_close(results["dweight"], (upstream * x_hat).sum((0, 1)), rtol=1e-10, atol=1e-12)
 
 
@@ -141,7 +160,7 @@ def test_a_mask_of_another_shape_is_refused(variant, shape):
 # Tokens are a set
 
 
-@every_norm
+@every_norm_of_tokens
 @given(mask=masks, order=st.permutations(range(8)), seed=seeds)
 def test_the_order_of_tokens_does_not_matter(variant, mask, order, seed):
     x, upstream = make_tokens(8, seed=seed), make_upstream(8, seed=seed + 1)
@@ -151,7 +170,7 @@ def test_the_order_of_tokens_does_not_matter(variant, mask, order, seed):
     assert_same(expected, train_step(make_norm(variant), x[order], upstream[order], mask[order]), **CLOSE)
 
 
-@every_norm
+@every_norm_of_tokens
 def test_the_shape_of_the_batch_does_not_matter(variant):
     x, upstream = make_tokens(2, 4), make_upstream(2, 4)
     expected = train_step(make_norm(variant), x, upstream, MASK)
@@ -176,7 +195,7 @@ def test_the_layout_in_memory_does_not_matter(variant):
     assert_same(expected, results, **CLOSE)
 
 
-@every_batch_norm
+@every_batch_norm_of_tokens
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5), seed=seeds)
 def test_deferred_statistics_of_parts_are_those_of_the_whole(variant, sizes, seed):
     tokens = max(1, sum(sizes))
@@ -246,7 +265,7 @@ def test_two_forwards_before_one_backward(variant):
         torch.testing.assert_close(gradient, other, **CLOSE)
 
 
-@every_norm
+@every_norm_of_tokens
 def test_evaluation_changes_nothing_and_repeats_itself(variant):
     norm = make_norm(variant)
     train_step(norm, make_tokens(2, 4), make_upstream(2, 4))
@@ -263,7 +282,7 @@ def test_evaluation_changes_nothing_and_repeats_itself(variant):
     assert getattr(norm, "records", ()) is records
 
 
-@every_batch_norm
+@every_batch_norm_of_tokens
 def test_evaluation_is_an_affine_map_of_the_running_values(variant):
     norm = make_norm(variant).eval()
     if getattr(norm, "group_scaling", False):
@@ -306,7 +325,7 @@ def test_half_precision_computes_in_float32(variant, dtype):
     wide.load_state_dict(norm.state_dict())
     x, upstream = make_tokens(2, 40, dtype=dtype), make_upstream(2, 40, dtype=dtype)
     results, expected = train_step(norm, x, upstream), train_step(wide, x.float(), upstream.float())
-    for name in ("y", "dx", "dweight", "dbias"):
+    for name in ("y", "dx", *(f"d{name}" for name, _ in norm.named_parameters())):
         assert results[name].dtype == dtype
         # One rounding of what float32 gives, at the end.
         expected[name] = expected[name].to(dtype)
@@ -455,7 +474,7 @@ def test_initialize_gives_a_new_norm(variant):
     norm = trained(variant)
     norm.initialize()
     _, options, _ = VARIANTS[variant]
-    fresh = type(norm)(CHANNELS, dtype=torch.float64, **options)
+    fresh = type(norm)(CHANNELS, dtype=torch.float64, bias=True, **options)
     assert_same(fresh.state_dict(), norm.state_dict())
     assert_same(dict(fresh.named_buffers()), dict(norm.named_buffers()))
 
