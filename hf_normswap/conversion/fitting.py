@@ -26,6 +26,8 @@ from .sequential import SequentialRunner
 # the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
 # out, it leaves the norm so much too large that what attends to it suffers more.
 SINK_RATIO = 10.0
+# By which the further parameters of a norm are chosen.
+CANDIDATE_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,10 @@ class Conversion:
         return lambda x: x @ weight + bias
 
     def _fit(self, site: NormSite) -> AffineFit:
-        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
+        norm = site.module
         estimate_statistics(site.name, norm, ((x, mask) for x, _, mask in self._pairs(site.name)))
-        normalized = ((norm.normalize(promote(x), mask), layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
-        fit = fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
+        self._choose_parameters(site.name, norm)
+        fit = self._fit_affine(norm, self._wanted(site.name))
         _check_finite(site.name, fit.gain, fit.shift)
         norm.weight.copy_(fit.gain)
         if norm.bias is not None:
@@ -150,12 +152,11 @@ class Conversion:
         return fit
 
     def _fit_to_predictions(self, site: NormSite, count: int) -> None:
-        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
-        linear = self.teacher.model.get_submodule(self.predictors[site.name])
+        norm, linear = site.module, self.teacher.model.get_submodule(self.predictors[site.name])
         step = math.ceil(count / count_of_tokens(linear))
         tokens = [
-            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), mask), layer_norm(t)))
-            for x, t, mask in self._pairs(site.name)
+            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), mask), wanted))
+            for x, wanted, mask in self._wanted(site.name)
         ]
         x, target = (torch.cat(parts) for parts in zip(*tokens, strict=True))
         gain, shift = fit_to_predictions(x, target, linear, norm.weight, norm.bias)
@@ -165,9 +166,26 @@ class Conversion:
 
     def _residual(self, site: NormSite) -> torch.Tensor:
         """Mean square of what is left, summed over channels."""
-        norm, layer_norm = site.module, self.teacher.model.get_submodule(site.name)
-        differences = ((norm(x) - layer_norm(t), mask) for x, t, mask in self._pairs(site.name))
+        norm = site.module
+        differences = ((norm(x) - wanted, mask) for x, wanted, mask in self._wanted(site.name))
         return pooled_moments(differences, norm.num_features, self.device).power.sum()
+
+    def _choose_parameters(self, name: str, norm: nn.Module) -> None:
+        """Set the further parameters of a norm to the candidate that fits best, judged by some of the tokens."""
+        candidates, residuals = norm.fit_candidates(), []
+        if len(candidates) > 1:
+            sample = list(itertools.islice(self._wanted(name), CANDIDATE_BATCHES))
+        for candidate in candidates:
+            norm.load_state_dict(candidate, strict=False)
+            if len(candidates) > 1:
+                residuals.append(self._fit_affine(norm, sample).residual.sum().item())
+        if residuals:
+            norm.load_state_dict(candidates[residuals.index(min(residuals))], strict=False)
+
+    def _fit_affine(self, norm: nn.Module, pairs: Iterable[tuple]) -> AffineFit:
+        """Gain and shift of `norm` for tokens, what shall become of them, and masks."""
+        normalized = ((norm.normalize(promote(x), mask), wanted, mask) for x, wanted, mask in pairs)
+        return fit_affine(normalized, norm.num_features, self.device, norm.bias is not None)
 
     def _count_sinks(self, name: str) -> int:
         sizes = [(promote(x).square().mean(-1, keepdim=True).sqrt(), mask) for x, mask in self.student.inputs(name)]
@@ -175,6 +193,12 @@ class Conversion:
         limit = SINK_RATIO * logarithms.mean.exp().item()
         count = sum((_select(size, mask) > limit).sum() for size, mask in sizes)
         return int(sum_over_ranks(torch.as_tensor(count, device=self.device)))
+
+    def _wanted(self, name: str) -> Iterator[tuple]:
+        """Tokens of a norm, what its LayerNorm returns for them in the original model, and their mask."""
+        layer_norm = self.teacher.model.get_submodule(name)
+        for x, t, mask in self._pairs(name):
+            yield x, layer_norm(t), mask
 
     def _pairs(self, name: str) -> Iterator[tuple]:
         """Inputs in both models, call by call, and the tokens that count."""

@@ -10,8 +10,8 @@ from .simple import WithoutGain
 class AdaNorm(WithoutGain):
     """AdaNorm (Xu et al., NeurIPS 2019, arXiv 1911.07013): `z = φ(y) y` of each token, `φ(y) = C (1 − k y)`.
 
-    y is `(x − μ) / √(σ² + ε)`. φ(y) scales the gradient too, and no gradient goes through it: `dz = φ(y) dy`. So a large positive y is made
-    smaller, and its gradient with it.
+    y is `(x − μ) / √(σ² + ε)`. No gradient goes through φ(y): `dz = φ(y) dy`. So a large positive y becomes smaller,
+    and its gradient with it.
 
     Args:
         num_features (`int`): number of channels.

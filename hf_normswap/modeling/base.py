@@ -132,6 +132,13 @@ class Norm(nn.Module):
         """`(a, b)` of shape `(C,)` if in evaluation the norm is `y = a ⊙ x + b`, else `None`."""
         return None
 
+    def fit_candidates(self) -> list[dict[str, torch.Tensor]]:
+        """Values of further parameters by name, which calibration tries: it keeps those that gain and shift fit best.
+
+        Gain and shift are fitted to [`Norm.normalize`], so what else acts on the output has to be out of use in each.
+        """
+        return []
+
     select_finite = staticmethod(select_finite)
 
     @classmethod

@@ -30,6 +30,10 @@ class DyT(Norm):
     def normalize(self, x, mask):
         return torch.tanh(self.alpha * x)
 
+    def fit_candidates(self):
+        # From activations of a thousand to those of a sixteenth; steps of 2^(1/4).
+        return [{"alpha": torch.full_like(self.alpha, 2 ** (step / 4))} for step in range(-40, 17)]
+
     def extra_repr(self) -> str:
         return f"{self.num_features}"
 
@@ -54,3 +58,6 @@ class Derf(DyT):
 
     def normalize(self, x, mask):
         return torch.erf(self.alpha * x + self.shift)
+
+    def fit_candidates(self):
+        return [{**candidate, "shift": torch.zeros_like(self.shift)} for candidate in super().fit_candidates()]

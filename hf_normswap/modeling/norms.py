@@ -4,29 +4,39 @@ import difflib
 
 from .adanorm import AdaNorm
 from .affine import Affine
+from .attentivenorm import AttentiveNorm
 from .base import BatchStatisticNorm, Norm
 from .batchnorm import BatchNorm
+from .batchrenorm import BatchRenorm
 from .discrepancy import Statistics
 from .dyt import Derf, DyT
+from .frn import FRN
 from .groupnorm import GroupNorm
+from .instancenorm import InstanceNorm
 from .layernorm import LayerNorm
 from .moments import Moments, masked_moments
 from .powernorm import PowerNorm, PowerNormV
 from .rbn import RegularizedBatchNorm
 from .registry import available_norms, get_norm, register_norm
+from .repbn import RepBN
 from .rmsnorm import RMSNorm
 from .scalenorm import ScaleNorm
 from .simple import LayerNormSimple, RMSNormSimple
+from .switchablenorm import SwitchableNorm
 
 
 __all__ = [
+    "FRN",
     "AdaNorm",
     "Affine",
+    "AttentiveNorm",
     "BatchNorm",
+    "BatchRenorm",
     "BatchStatisticNorm",
     "Derf",
     "DyT",
     "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
     "LayerNormSimple",
     "Moments",
@@ -36,8 +46,10 @@ __all__ = [
     "RMSNorm",
     "RMSNormSimple",
     "RegularizedBatchNorm",
+    "RepBN",
     "ScaleNorm",
     "Statistics",
+    "SwitchableNorm",
     "available_norms",
     "get_norm",
     "masked_moments",

@@ -105,7 +105,9 @@ def test_a_saved_model_loads_as_it_was(place, norm, tmp_path):
     for site in find_norms(model):
         # The decoder alone is given no encoder states: its cross-attention does not run.
         if site.sublayer != "cross_attention" or head != "MarianForCausalLM":
-            assert {f"{site.name}.{name}" for name, _ in site.module.named_parameters()} <= moved
+            # A threshold of 0 has no gradient where the loss is the square of what it lets through.
+            trained = [name for name, _ in site.module.named_parameters() if name != "threshold"]
+            assert {f"{site.name}.{name}" for name in trained} <= moved
             assert {f"{site.name}.{name}" for name, _ in site.module.named_buffers() if name in SAVED} <= moved
     expected = outputs(model)
 

@@ -9,8 +9,8 @@ from hf_normswap import BatchStatisticNorm, Norm, available_norms, get_norm
 
 CHANNELS = 4
 
-# Norms that the tests of a contract take in every family. Each of the others is a few lines on the same base classes: it
-# is tried in one family, and all together in all of them.
+# Norms that the tests of a contract take in every family. Each of the others is a few lines on the same base classes:
+# it is tried in one family, and all together in all of them.
 CORE_NORMS = ["affine", "batchnorm", "layernorm", "pnv", "powernorm", "rbn", "rmsnorm"]
 OTHER_NORMS = [name for name in available_norms() if name not in CORE_NORMS]
 SENTENCE_NORMS = [name for name in OTHER_NORMS if "sentence" in get_norm(name).scope]
@@ -41,6 +41,8 @@ def head_is_causal(place: tuple[str, str]) -> bool:
 
 # name of the variant: (registered norm, options, attributes)
 VARIANTS = {name: (name, {}, {}) for name in available_norms()} | {
+    "frn": ("frn", {"tlu": False}, {}),  # its threshold is no affine map of x̂
+    "batchrenorm-bounds": ("batchrenorm", {"bn_steps": 0, "r_steps": 1, "d_steps": 1}, {}),
     "powernorm-groups": ("powernorm", {"num_groups": 2}, {}),
     "powernorm-plain": ("powernorm", {"group_scaling": False}, {}),
     "powernorm-batch": ("powernorm", {"group_scaling": False, "grad_scale": "batch"}, {}),
