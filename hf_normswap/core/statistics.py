@@ -8,11 +8,10 @@ import torch
 from packaging import version
 from torch import nn
 
-from hf_normswap.modeling.base import BatchStatisticNorm
+from hf_normswap.modeling.base import BatchStatisticNorm, GradientStatisticNorm
 from hf_normswap.modeling.discrepancy import Statistics, training_inference_discrepancy
 from hf_normswap.modeling.model_norms import active_modules
 from hf_normswap.modeling.moments import Moments, gather_over_ranks, has_ranks, merge_moments
-from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.modeling.rbn import NO_PENALTY, RegularizedBatchNorm
 
 
@@ -134,7 +133,7 @@ def observing(norms: Iterable[BatchStatisticNorm]) -> Iterator[None]:
             norm.accumulating, norm.frozen, norm.paused, norm.process_group = True, False, False, None
             norm.forget_statistics()
             norm.discard_pending()
-            if isinstance(norm, PowerNorm):
+            if isinstance(norm, GradientStatisticNorm):
                 norm.loss_scale.fill_(1)
             norm.train()
         yield
@@ -273,15 +272,15 @@ def update_norm_statistics(model: nn.Module) -> None:
     norms = statistic_norms(model)
     if not norms:
         return
-    power_norms = [norm for norm in norms if isinstance(norm, PowerNorm)]
-    packed = [norm.pending for norm in norms] + [norm.pending_gradient for norm in power_norms]
-    everywhere = not power_norms and has_ranks()
+    gradient_norms = [norm for norm in norms if isinstance(norm, GradientStatisticNorm)]
+    packed = [norm.pending for norm in norms] + [norm.pending_gradient for norm in gradient_norms]
+    everywhere = not gradient_norms and has_ranks()
     everywhere = everywhere and all(norm.process_group is torch.distributed.group.WORLD for norm in norms)
     pending = torch.cat(packed)
     gathered = pending.unsqueeze(0) if everywhere else gather_over_ranks(pending)
     parts = gathered.split([pending.numel() for pending in packed], dim=1)
     # ν first: its step size belongs to the number of updates from before this one.
-    for norm, part in zip(power_norms, parts[len(norms) :], strict=True):
+    for norm, part in zip(gradient_norms, parts[len(norms) :], strict=True):
         norm.update_gradient_statistic(part.sum(0))
     for norm, part in zip(norms, parts[: len(norms)], strict=True):
         norm.update_statistics(merge_moments(Moments(part)))

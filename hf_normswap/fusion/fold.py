@@ -433,8 +433,8 @@ def _check_norms(model: PreTrainedModel) -> None:
             )
         if norm.affine_map() is None:
             raise ValueError(
-                f"{name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: fold "
-                "a model of batchnorm or rbn without center_tokens, pnv, or powernorm with group_scaling=False."
+                f"{name}, a {norm.norm_name} ({norm.extra_repr()}), {norm.obstacle_to_affine()}: fold a "
+                "model of batchnorm or rbn without center_tokens, pnv, or powernorm with group_scaling=False."
             )
         if has_hooks(norm):
             raise ValueError(f"{name} has hooks, which would go with it: remove them first.")

@@ -152,7 +152,7 @@ def _map_of(site: NormSite) -> tuple[torch.Tensor, torch.Tensor]:
     affine = norm.map_of_statistics() if _is_centered(norm) else norm.affine_map()
     if affine is None:
         raise ValueError(
-            f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), needs statistics of each token at inference: "
+            f"{site.name}, a {norm.norm_name} ({norm.extra_repr()}), {norm.obstacle_to_affine()}: "
             "save a model of batchnorm, rbn, pnv, or powernorm with group_scaling=False."
         )
     if norm.stock.kind == "layernorm" and site.placement == "post" and not _is_centered(norm):

@@ -116,6 +116,71 @@ class PowerNormalize(torch.autograd.Function):
         return dx, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, *(None,) * 9
 
 
+class NormalizeByWindow(torch.autograd.Function):
+    """`y = γ r x̂ + β` (MABN) or `γ x̂ + β` (UN), x̂ = x / √(χ² + ε), with the backward of these norms.
+
+    `running` are the values of the norm from before the batch, the windows among them. The statistic of the gradient
+    goes to buffers of the layer in the backward. The packed moments of the batch about zero are an output, too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, running, tracks, layer):
+        backend, step, before = get_backend(x, weight, layer.pending), running["num_batches_tracked"], "running_power"
+        moments = power_moments(x, mask, backend.sum_squares(x, mask, 0, 0.0))
+        if layer.process_group is not None:
+            moments = merge_over_ranks(moments, layer.process_group)
+        power = layer.power_of(moments, running["power_window"], step, running[before])
+        ratio = layer.correction(power, step, running[before])
+        gain = weight.to(power.dtype) if layer.is_geometric else weight * ratio
+        y, local_moments = backend.power_norm_fwd(x, gain, bias, mask, power, 0, layer.eps)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(moments.packed)
+        windows = running["gradient_window"], running.get("gradient_mean")
+        ctx.save_for_backward(x, weight, mask, power, ratio, step, moments.packed, local_moments.packed, *windows)
+        ctx.layer, ctx.tracks, ctx.accumulating = layer, tracks, layer.accumulating
+        return y, moments.packed
+
+    @staticmethod
+    def backward(ctx, g, _):
+        if g is None:
+            return (None,) * 7
+        x, weight, mask, power, ratio, step, moments, local_moments, window, mean = ctx.saved_tensors
+        layer = ctx.layer
+        with torch.no_grad():
+            backend, wide = get_backend(x, g, weight, power), g.to(x.dtype)
+            gain, inverse = weight * ratio, torch.rsqrt(power + layer.eps)
+            _, products, *_ = backend.grad_sums(wide, x, mask, None, 0, layer.eps)
+            batch = _nu_of_batch(Moments(local_moments).count, products * gain * inverse, layer.process_group)
+            # The windows are in units of a loss that is not scaled.
+            scaled = mean_of_window(window * layer.loss_scale, step, batch)
+            nu = torch.where(layer.is_settled(step), scaled, batch)
+            if mean is not None:
+                nu = torch.lerp(mean * layer.loss_scale, nu, layer.momentum)
+            dx, grad_gain, grad_bias, batch_sums = backend.power_norm_bwd(
+                wide, x, gain, mask, power, None, nu, Moments(local_moments), 0, layer.eps
+            )
+            if layer.is_geometric:  # its output has no r, and neither has the gradient of that map at a pad
+                dx = dx if mask is None else torch.where(mask.unsqueeze(-1), dx, (dx / ratio).to(dx.dtype))
+            else:
+                grad_gain = grad_gain * ratio
+            if ctx.tracks and ctx.accumulating:
+                layer.pending_gradient.add_(batch_sums)
+            elif ctx.tracks:
+                layer.put_gradient(batch / layer.loss_scale, step, Moments(moments).count > 0)
+            gradients = dx, grad_gain.to(weight.dtype), grad_bias.to(weight.dtype)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _NoSecondDerivative.apply(*gradients, g, x, weight)
+        dx, grad_gain, grad_bias = gradients
+        return dx, grad_gain, grad_bias if ctx.needs_input_grad[2] else None, *(None,) * 4
+
+
+def mean_of_window(window, step, batch, geometric: bool = False) -> torch.Tensor:
+    """Mean over the rows of a window `(m, C)`, with `batch` in the place of the row that its step takes."""
+    is_its_row = torch.arange(len(window), device=window.device) == step % len(window)
+    rows = torch.where(is_its_row.unsqueeze(-1), batch.to(window.dtype), window)
+    return rows.log().mean(0).exp() if geometric else rows.mean(0)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Returns the gradients as they are, and raises when they are differentiated.
 
@@ -130,8 +195,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "PowerNorm has no second derivative, as its backward is an approximation with a running statistic: use "
-            "pnv or batchnorm where one is needed."
+            "PowerNorm, MABN and UN have no second derivative, as their backward is an approximation with a running "
+            "statistic: use pnv or batchnorm where one is needed."
         )
 
 

@@ -119,6 +119,12 @@ class Norm(nn.Module):
             )
         return mask.bool()
 
+    def obstacle_to_affine(self) -> str:
+        """What keeps [`Norm.affine_map`] from being one, as the predicate of a sentence."""
+        if not self.scope:
+            return "computes no affine map at inference"
+        return f"needs statistics of each {'sentence' if 'sentence' in self.scope else 'token'} at inference"
+
     def channel_gain(self) -> torch.Tensor:
         """The gain of each channel that a LayerNorm in the place of this norm goes on with."""
         return self.weight
@@ -376,3 +382,25 @@ class PowerStatisticNorm(BatchStatisticNorm):
     def compare(self, moments, running):
         power = torch.where(moments.count > 0, moments.power, running["running_power"])
         return Statistics(None, power, None, running["running_power"])
+
+
+class GradientStatisticNorm(PowerStatisticNorm):
+    """Base of those whose backward has a statistic of earlier gradients in it (PowerNorm, MABN, UN).
+
+    While `accumulating` is set, a backward adds `(n, Σ x̂², Σ γ g x̂)` of its real tokens to `pending_gradient`, for
+    [`GradientStatisticNorm.update_gradient_statistic`]. Gradients are those of a loss times `loss_scale`.
+    """
+
+    def __init__(self, num_features: int, **kwargs):
+        super().__init__(num_features, **kwargs)
+        dtype, device = self.running_power.dtype, self.pending.device
+        self._register_pending("pending_gradient", dtype, device)
+        self.register_buffer("loss_scale", torch.ones((), dtype=dtype, device=device), persistent=False)
+
+    def discard_pending(self):
+        super().discard_pending()
+        self.pending_gradient.zero_()
+
+    def update_gradient_statistic(self, sums: torch.Tensor) -> None:
+        """One update with what was pooled in `pending_gradient`, before that of the running values."""
+        raise NotImplementedError(f"{type(self).__name__} must implement update_gradient_statistic(sums).")

@@ -23,10 +23,12 @@ from .rmsnorm import RMSNorm
 from .scalenorm import ScaleNorm
 from .simple import LayerNormSimple, RMSNormSimple
 from .switchablenorm import SwitchableNorm
+from .windownorm import MABN, UnifiedNorm
 
 
 __all__ = [
     "FRN",
+    "MABN",
     "AdaNorm",
     "Affine",
     "AttentiveNorm",
@@ -50,6 +52,7 @@ __all__ = [
     "ScaleNorm",
     "Statistics",
     "SwitchableNorm",
+    "UnifiedNorm",
     "available_norms",
     "get_norm",
     "masked_moments",

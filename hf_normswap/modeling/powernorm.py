@@ -7,7 +7,7 @@ import torch
 from .activation_checkpointing import replay_or_record, snapshot
 from .autograd import PowerNormalize
 from .backends import get_backend, scale_groups
-from .base import PowerStatisticNorm
+from .base import GradientStatisticNorm, PowerStatisticNorm
 from .moments import Moments
 from .registry import check_number, register_norm
 
@@ -16,7 +16,7 @@ WARMUP_RATIO = 0.1  # share of the steps of a training, where a trainer is not t
 
 
 @register_norm("powernorm", "pn")
-class PowerNorm(PowerStatisticNorm):
+class PowerNorm(GradientStatisticNorm):
     """Power normalisation (Shen et al., ICML 2020, arXiv 2003.07845, Algorithm 2).
 
     Training divides by the running ψ from before the batch, `x̂ = x / √(ψ² + ε)`, `y = γ x̂ + β`. In place of
@@ -90,10 +90,7 @@ class PowerNorm(PowerStatisticNorm):
         self.num_groups, self.group_scaling, self.grad_scale = num_groups, group_scaling, grad_scale
         self.alpha_fwd, self.alpha_bwd = alpha_fwd, alpha_bwd
         self.warmup_steps = 0
-        dtype, device = self.running_power.dtype, self.pending.device
-        self._register_pending("pending_gradient", dtype, device)
-        for name, value in (("loss_scale", 1.0), ("largest_gamma", 0.0)):
-            self.register_buffer(name, torch.full((), value, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("largest_gamma", torch.zeros_like(self.loss_scale), persistent=False)
 
     @classmethod
     def option_defaults(cls):
@@ -121,10 +118,6 @@ class PowerNorm(PowerStatisticNorm):
     def groups(self) -> int:
         """Groups of the group scaling, 0 without one."""
         return self.num_groups if self.group_scaling else 0
-
-    def discard_pending(self):
-        super().discard_pending()
-        self.pending_gradient.zero_()
 
     def normalize(self, x, mask):
         x, _ = scale_groups(x, self.groups, self.eps)
@@ -162,8 +155,7 @@ class PowerNorm(PowerStatisticNorm):
     def update_weight(self):
         return self._weight(self.momentum, self.num_batches_tracked)
 
-    def update_gradient_statistic(self, sums: torch.Tensor) -> None:
-        """One update of ν with the pooled `(n, Σ x̂², Σ g x̂)` of a layer that accumulates."""
+    def update_gradient_statistic(self, sums):
         weight = self._weight(1 - self.alpha_bwd, self.num_batches_tracked)
         with torch.no_grad():
             get_backend(self.nu, sums).update_nu(self.nu, self.largest_gamma, sums, weight, self.loss_scale)

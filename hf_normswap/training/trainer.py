@@ -23,7 +23,7 @@ from hf_normswap.core.statistics import (
     update_norm_statistics,
 )
 from hf_normswap.diagnostics.tid import TidHistory, has_mean
-from hf_normswap.modeling.base import BatchStatisticNorm, Norm
+from hf_normswap.modeling.base import BatchStatisticNorm, GradientStatisticNorm, Norm
 from hf_normswap.modeling.model_norms import refuse_other_copy
 from hf_normswap.modeling.moments import has_ranks
 from hf_normswap.modeling.powernorm import PowerNorm
@@ -128,8 +128,9 @@ def _scale_of(scaler) -> torch.Tensor | float:
 
 
 def _set_loss_scale(model: nn.Module, scale: torch.Tensor | float) -> None:
-    for norm in _power_norms(model):
-        norm.loss_scale.fill_(scale)
+    for norm in statistic_norms(model):
+        if isinstance(norm, GradientStatisticNorm):
+            norm.loss_scale.fill_(scale)
 
 
 def _power_norms(model: nn.Module) -> list[PowerNorm]:

@@ -44,8 +44,12 @@ FRESH = {
     "loss_scale": 1.0,
     "largest_gamma": 0.0,
     "weight": 1.0,  # of a norm without a gain
+    "power_window": 0.0,
+    "gradient_window": 0.0,
+    "gradient_mean": 0.0,
 }
 SAVED = ("running_mean", "running_var", "running_power", "nu", "num_batches_tracked")
+SAVED += ("power_window", "gradient_window", "gradient_mean")
 # Pairs that share a parameter in each usual head.
 TIES = {
     "bert": ("BertForMaskedLM", "bert.embeddings.word_embeddings.weight", ["cls.predictions.decoder.weight"]),
@@ -106,7 +110,7 @@ def test_a_saved_model_loads_as_it_was(place, norm, tmp_path):
         # The decoder alone is given no encoder states: its cross-attention does not run.
         if site.sublayer != "cross_attention" or head != "MarianForCausalLM":
             # A threshold of 0 has no gradient where the loss is the square of what it lets through.
-            trained = [name for name, _ in site.module.named_parameters() if name != "threshold"]
+            trained = [name for name, _ in site.module.named_parameters() if name not in ("bias", "threshold")]
             assert {f"{site.name}.{name}" for name in trained} <= moved
             assert {f"{site.name}.{name}" for name, _ in site.module.named_buffers() if name in SAVED} <= moved
     expected = outputs(model)

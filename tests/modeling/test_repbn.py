@@ -62,7 +62,9 @@ def test_calibrated_it_is_batchnorm():
 
 
 def test_prepbn_is_the_mixture_of_layernorm_and_this_norm():
-    model = swap_norm(tiny_model("bert"), NormSwapConfig("prepbn", eta=0.5), filter_fn=lambda _, name: "0.output" in name)
+    model = swap_norm(
+        tiny_model("bert"), NormSwapConfig("prepbn", eta=0.5), filter_fn=lambda _, name: "0.output" in name
+    )
     set_layer_norm_share(model, 0.25)
     (norm,) = [site.module for site in find_norms(model) if site.kind == "repbn"]
     x = torch.randn(2, 3, 16)
