@@ -11,6 +11,7 @@ from tests.helpers.norms import make_norm, make_tokens, train_step
 
 
 NORMS = ["batchnorm", "rbn", "rbn-reference", "pnv", "powernorm-warm-up"]
+NORMS += ["batchrenorm-bounds", "repbn", "switchablenorm", "mabn", "unifiednorm"]
 SHARES = {"even": 3, "unequal": 1, "empty": 0}  # rows of the first rank, of six
 CASES = list(itertools.product(NORMS, SHARES))
 
