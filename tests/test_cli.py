@@ -740,3 +740,22 @@ def test_sound_without_its_decoder(tmp_path, capsys):
     (tmp_path / "sounds" / "one.wav").write_bytes(b"RIFF")
     options = ["--norm", "batchnorm", "--audio", tmp_path / "sounds"]
     assert "install 'torchcodec'" in refusal(capsys, "calibrate", tmp_path / "stock", tmp_path / "new", *options)
+
+
+# Norms
+
+
+def test_norms_are_listed(capsys):
+    assert main(["norms"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split("  ")[0] == "norm"
+    assert {row.split()[0] for row in rows} >= {"batchnorm", "layernorm", "dyt", "frn", "unifiednorm"}
+    assert main(["norms", "--markdown"]) == 0
+    assert "| frn | sentence | always | no | threshold (C) |" in capsys.readouterr().out
+    assert main(["norms", "--json"]) == 0
+    norms = json.loads(capsys.readouterr().out)
+    properties = {"statistics": "batch", "later": "in training", "affine": "yes", "parameters": "-"}
+    assert norms["batchnorm"] == {"name": "batchnorm", **properties}
+    assert norms["powernorm"]["affine"] == "with group_scaling=False"
+    assert norms["powernorm"]["later"] == norms["layernorm"]["later"] == "no"
+    assert norms["scalenorm"]["parameters"] == "in place of both: gain (1)"

@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 import hf_normswap
-from hf_normswap import NormSwapSeq2SeqTrainingArguments
+from hf_normswap import NormSwapSeq2SeqTrainingArguments, get_norm
 from hf_normswap.cli import VERBS, _make_parser
+from hf_normswap.cli.reports import to_markdown
+from hf_normswap.core.norm_properties import rows_of_norms
 
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,16 @@ def test_the_site_builds(tmp_path):
     assert "[<code>" not in api  # a reference in the style of Hugging Face that was not read
     for verb in VERBS:
         assert f"usage: normswap {verb.__name__.rpartition('.')[2]} " in html["cli.html"]
+
+
+def test_the_table_of_norms_is_up_to_date():
+    """Of the norms of the package: other tests may have registered some of their own."""
+    heading, *rows = rows_of_norms()
+    rows = [row for row in rows if get_norm(row[0]).__module__.startswith("hf_normswap.")]
+    text = (DOCS / "norms.md").read_text(encoding="utf-8")
+    assert f"<!-- norms -->\n\n{to_markdown([heading, *rows])}\n\n" in text, "paste that of normswap norms --markdown"
+    for name, *_ in rows:
+        assert f"`{name}`" in text, name
 
 
 def test_every_public_name_is_in_the_reference():

@@ -4,6 +4,7 @@ Examples:
 
     normswap convert textattack/bert-base-uncased-SST-2 ./sst2-bn --texts reviews.txt
     normswap inspect ./sst2-bn --texts reviews.txt
+    normswap norms
     normswap fold ./sst2-bn ./sst2-without-norms --onnx
     normswap fold --help
 
@@ -19,12 +20,12 @@ from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from hf_normswap import __version__
 
-from . import calibrate, compare, convert, depth, fold, inspect, kernels, push, swap, tid
+from . import calibrate, compare, convert, depth, fold, inspect, kernels, norms, push, swap, tid
 
 
 # A verb is a module of this folder: its docstring is the help, `add_arguments` gives its options, `run` does the work.
 # It imports torch and what needs it in `run` alone: help must not wait for them.
-VERBS = (inspect, convert, swap, calibrate, tid, depth, fold, compare, push, kernels)
+VERBS = (inspect, norms, convert, swap, calibrate, tid, depth, fold, compare, push, kernels)
 
 _DEBUG_HELP = "show the traceback behind an error"
 

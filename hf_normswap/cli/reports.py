@@ -29,6 +29,13 @@ def print_table(rows: list[tuple]) -> None:
     print(format_table(rows))
 
 
+def to_markdown(rows: list[tuple]) -> str:
+    """Rows of cells as a table of Markdown, the first one the heading."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}

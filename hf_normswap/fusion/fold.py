@@ -64,7 +64,8 @@ class FoldReport:
 def fold_norms(model: PreTrainedModel, *, untie: bool = False, dtype: torch.dtype = torch.float16) -> FoldReport:
     """Remove the swapped norms of `model`, in place, without changing what it computes.
 
-    In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`. A norm in front of
+    In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`, and so is every norm
+    that `normswap norms` calls affine. A norm in front of
     linear layers goes into their weights. One behind a residual sum (BERT, RoBERTa, Marian) changes the scale of the
     residual stream's channels, `x = A ⊙ s`: what reads the stream takes up A, what adds to it divides by A, and adds
     the shift. All is computed in float64.

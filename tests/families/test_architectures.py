@@ -9,6 +9,7 @@ import transformers
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, swap_norm
 from hf_normswap.core.residual_stream import is_result
 from tests.helpers.architectures import architectures, tiny_architecture
+from tests.helpers.norms import norms_in
 from tests.helpers.persistence import is_one_sentence, run_fresh
 
 
@@ -19,6 +20,7 @@ CALLED_TWICE, READ_OTHERWISE = "albert", "mobilebert"
 # Convolutions, or a mixture of three tokens, read what stands at pads.
 READS_PADS = ("convbert", "mobilebert")
 # One of each kind: post, pre, parallel, sandwich, cross-attention, experts, images, sound, and two towers.
+OTHER_KINDS = ["distilbert", "deberta-v2", "opt", "vit", "swin"]
 KINDS = ("distilbert", "llama", "gptj", "gemma2", "t5", "mixtral", "swin", "wav2vec2", "clip")
 
 
@@ -66,6 +68,22 @@ def test_other_norms_train_too(name):
         loss = swap_norm(model, norm, where="all").train()(**inputs).loss
         loss.backward()
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize(("name", "norm"), norms_in(OTHER_KINDS, lambda name: name == "opt", core=[]))
+def test_each_other_norm_is_swapped_trained_saved_and_loaded(name, norm, tmp_path):
+    model, inputs = tiny_architecture(name)
+    model = swap_norm(model, norm, where="blocks").train()
+    parameters = [p for site in find_norms(model) if site.kind == norm for p in site.module.parameters()]
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in parameters)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    model.eval().save_pretrained(tmp_path)
+    loaded = getattr(transformers, AUTO[name]).from_pretrained(tmp_path).eval()
+    assert [site.kind for site in find_norms(loaded)] == [site.kind for site in find_norms(model)]
+    assert same(results(loaded, inputs), results(model, inputs))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -17,12 +17,14 @@ SENTENCE_NORMS = [name for name in OTHER_NORMS if "sentence" in get_norm(name).s
 WITHOUT_GAIN = [name for name in OTHER_NORMS if not get_norm(name).has_gain]
 
 
-def norms_in(places: list, is_causal=lambda place: False, norms: list | None = None) -> list[tuple]:
-    """`(place, norm)`: the core norms in every place, and each of the others in one, in turn.
+def norms_in(
+    places: list, is_causal=lambda place: False, norms: list[str] | None = None, core: list[str] | None = None
+) -> list[tuple]:
+    """`(place, norm)`: the `core` norms in every place, and each of the other `norms` in one, in turn.
 
     Norms that see a sentence have their turn in the places that are not causal.
     """
-    pairs = [(place, norm) for norm in CORE_NORMS for place in places]
+    pairs = [(place, norm) for norm in (CORE_NORMS if core is None else core) for place in places]
     for turn, norm in enumerate(OTHER_NORMS if norms is None else norms):
         usable = [place for place in places if norm not in SENTENCE_NORMS or not is_causal(place)]
         pairs.append((usable[11 * turn % len(usable)], norm))  # a step that soon has been in every family

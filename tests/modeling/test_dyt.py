@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_normswap import NormSwapConfig, find_norms, swap_norm
+from hf_normswap import NormSwapConfig, calibrate, find_norms, fold_norms, swap_norm
 from hf_normswap.modeling.norms import Derf, DyT
+from tests.helpers.calibration import batches, inputs_and_outputs, stock
 from tests.helpers.models import tiny_model
 from tests.helpers.norms import assert_computes, assert_gradients_are_those_of_differences, make_norm
-from tests.helpers.persistence import outputs, same, train
+from tests.helpers.persistence import is_one_sentence, outputs, same, train
 
 
 def test_dyt_follows_the_formula():
@@ -49,3 +50,36 @@ def test_the_first_alpha_is_recorded_and_the_trained_one_saved(tmp_path):
     norms = [site.module for site in find_norms(loaded) if site.kind == "derf"]
     assert all(norm.alpha.item() != 0.75 and norm.shift.item() != 0.1 for norm in norms)
     assert same(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("name", ["dyt", "derf"])
+def test_calibration_takes_the_slope_that_fits_best(name):
+    """In numpy: the least residual over slopes of an affine fit of the LayerNorm's outputs, channel by channel."""
+    original, function = stock("gpt2"), np.tanh if name == "dyt" else np.vectorize(math.erf)
+    model, data = swap_norm(stock("gpt2"), NormSwapConfig(name, alpha=7.0), where="blocks"), batches(original)
+    report = calibrate(model, data, linears=False)
+    assert [fit.name for fit in report][0] == "transformer.h.0.ln_1"
+    norm, before = model.transformer.h[0].ln_1, inputs_and_outputs(original, data, ["transformer.h.0.ln_1"])
+    ((x, wanted),) = before.values()
+
+    def residual(alpha):
+        total = 0
+        for channel in range(x.shape[1]):
+            design = np.stack([function(alpha * x[:, channel]), np.ones(len(x))], axis=1)
+            total += np.linalg.lstsq(design, wanted[:, channel], rcond=None)[1].sum()
+        return total
+
+    slopes = 2.0 ** (np.arange(-40, 17) / 4)
+    assert norm.alpha.item() == pytest.approx(slopes[np.argmin([residual(slope) for slope in slopes])])
+    assert residual(norm.alpha.item()) < 0.95 * residual(7.0)
+    assert name == "dyt" or norm.shift.item() == 0
+    variance = ((wanted - wanted.mean(0)) ** 2).sum()
+    assert report[0].r2 == pytest.approx(1 - residual(norm.alpha.item()) / variance, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dyt", "derf"])
+def test_it_does_not_fold(name):
+    model = swap_norm(tiny_model("gpt2").eval(), name)
+    with pytest.raises(ValueError, match=rf"a {name} \(16\), computes no affine map at inference: ") as error:
+        fold_norms(model)
+    assert is_one_sentence(str(error.value))

@@ -149,7 +149,9 @@ def test_no_second_derivative(cls):
 
 @both
 def test_options_and_defaults(cls):
-    assert (cls(4).window, cls(4).warmup_steps, cls(4).momentum) == ((16, 100, 0.02) if cls is MABN else (4, 4000, 0.1))
+    assert (cls(4).window, cls(4).warmup_steps, cls(4).momentum) == (
+        (16, 100, 0.02) if cls is MABN else (4, 4000, 0.1)
+    )
     with pytest.raises(ValueError, match="window is a number of batches"):
         cls(4, window=0)
 
