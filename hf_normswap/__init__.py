@@ -41,18 +41,33 @@ _HOMES = {
     "modeling.modeling_normswap": ["swapped_class"],
     "core.norm_sites": ["NormSite", "find_norms"],
     "modeling.norms": [
+        "AdaNorm",
         "Affine",
+        "AttentiveNorm",
         "BatchNorm",
+        "BatchRenorm",
         "BatchStatisticNorm",
+        "Derf",
+        "DyT",
+        "FRN",
+        "GroupNorm",
+        "InstanceNorm",
         "LayerNorm",
+        "LayerNormSimple",
+        "MABN",
         "Moments",
         "Norm",
         "NormSwapConfig",
         "PowerNorm",
         "PowerNormV",
         "RMSNorm",
+        "RMSNormSimple",
         "RegularizedBatchNorm",
+        "RepBN",
+        "ScaleNorm",
         "Statistics",
+        "SwitchableNorm",
+        "UnifiedNorm",
         "available_norms",
         "get_norm",
         "masked_moments",
@@ -119,18 +134,33 @@ if TYPE_CHECKING:
     from .kernels import use_kernels as use_kernels
     from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
     from .modeling.modeling_normswap import swapped_class as swapped_class
+    from .modeling.norms import FRN as FRN
+    from .modeling.norms import MABN as MABN
+    from .modeling.norms import AdaNorm as AdaNorm
     from .modeling.norms import Affine as Affine
+    from .modeling.norms import AttentiveNorm as AttentiveNorm
     from .modeling.norms import BatchNorm as BatchNorm
+    from .modeling.norms import BatchRenorm as BatchRenorm
     from .modeling.norms import BatchStatisticNorm as BatchStatisticNorm
+    from .modeling.norms import Derf as Derf
+    from .modeling.norms import DyT as DyT
+    from .modeling.norms import GroupNorm as GroupNorm
+    from .modeling.norms import InstanceNorm as InstanceNorm
     from .modeling.norms import LayerNorm as LayerNorm
+    from .modeling.norms import LayerNormSimple as LayerNormSimple
     from .modeling.norms import Moments as Moments
     from .modeling.norms import Norm as Norm
     from .modeling.norms import NormSwapConfig as NormSwapConfig
     from .modeling.norms import PowerNorm as PowerNorm
     from .modeling.norms import PowerNormV as PowerNormV
     from .modeling.norms import RegularizedBatchNorm as RegularizedBatchNorm
+    from .modeling.norms import RepBN as RepBN
     from .modeling.norms import RMSNorm as RMSNorm
+    from .modeling.norms import RMSNormSimple as RMSNormSimple
+    from .modeling.norms import ScaleNorm as ScaleNorm
     from .modeling.norms import Statistics as Statistics
+    from .modeling.norms import SwitchableNorm as SwitchableNorm
+    from .modeling.norms import UnifiedNorm as UnifiedNorm
     from .modeling.norms import available_norms as available_norms
     from .modeling.norms import get_norm as get_norm
     from .modeling.norms import masked_moments as masked_moments

@@ -1,6 +1,7 @@
 """Adapters of PEFT on swapped models: the running statistics that they train are theirs, and are saved with them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -54,8 +55,15 @@ def statistics(model):
     return {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.norm)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "norm"),
+    [
+        *itertools.product(FAMILIES, NORMS),
+        ("bert", NormSwapConfig("switchablenorm")),
+        ("roberta", NormSwapConfig("mabn")),
+    ],
+    ids=lambda value: getattr(value, "norm", value),
+)
 def test_an_adapter_keeps_its_statistics(family, norm, tmp_path):
     base = swapped_base(family, norm)
     batch = tiny_batch(base, lengths=(7, 5), labels=False, seed=9)

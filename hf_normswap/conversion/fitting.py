@@ -26,8 +26,8 @@ from .sequential import SequentialRunner
 # the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
 # out, it leaves the norm so much too large that what attends to it suffers more.
 SINK_RATIO = 10.0
-# By which the further parameters of a norm are chosen.
-CANDIDATE_BATCHES = 8
+# By so many tokens the further parameters of a norm are chosen: each candidate takes a pass over them.
+CANDIDATE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,18 @@ class Conversion:
         return pooled_moments(differences, norm.num_features, self.device).power.sum()
 
     def _choose_parameters(self, name: str, norm: nn.Module) -> None:
-        """Set the further parameters of a norm to the candidate that fits best, judged by some of the tokens."""
-        candidates, residuals = norm.fit_candidates(), []
-        if len(candidates) > 1:
-            sample = list(itertools.islice(self._wanted(name), CANDIDATE_BATCHES))
+        """Set the further parameters of a norm to the candidate that fits best, judged by the first batches."""
+        candidates, sample, tokens = norm.fit_candidates(), [], 0
+        for x, wanted, mask in self._wanted(name) if len(candidates) > 1 else ():
+            sample.append((x, wanted, mask))
+            tokens += x.numel() // x.shape[-1]
+            if tokens > CANDIDATE_TOKENS:
+                break
+        residuals = []
         for candidate in candidates:
             norm.load_state_dict(candidate, strict=False)
-            if len(candidates) > 1:
-                residuals.append(self._fit_affine(norm, sample).residual.sum().item())
-        if residuals:
+            residuals.append(self._fit_affine(norm, sample).residual.sum().item() if sample else 0.0)
+        if len(candidates) > 1:
             norm.load_state_dict(candidates[residuals.index(min(residuals))], strict=False)
 
     def _fit_affine(self, norm: nn.Module, pairs: Iterable[tuple]) -> AffineFit:

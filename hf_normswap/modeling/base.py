@@ -109,7 +109,7 @@ class Norm(nn.Module):
                 return None
             is_known, mask = find_mask(x)
             if not is_known and (sees_sentence or isinstance(self, BatchStatisticNorm)) and self.stock is not None:
-                warn_of_unknown_mask()
+                warn_of_unknown_mask(sees_sentence)
             return mask
         if mask.shape != x.shape[:-1]:
             # One that broadcasts would be counted wrongly.

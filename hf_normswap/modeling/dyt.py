@@ -31,8 +31,8 @@ class DyT(Norm):
         return torch.tanh(self.alpha * x)
 
     def fit_candidates(self):
-        # From activations of a thousand to those of a sixteenth; steps of 2^(1/4).
-        return [{"alpha": torch.full_like(self.alpha, 2 ** (step / 4))} for step in range(-40, 17)]
+        # From activations of a thousand to those of a sixteenth, in steps of the root of 2.
+        return [{"alpha": torch.full_like(self.alpha, 2 ** (step / 2))} for step in range(-20, 9)]
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

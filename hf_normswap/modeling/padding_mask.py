@@ -161,11 +161,12 @@ def find_mask(x: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
 
 
 @torch.compiler.assume_constant_result  # under torch.compile it runs when the graph is made
-def warn_of_unknown_mask() -> None:
-    """Say once that norms did not know which tokens are padding."""
+def warn_of_unknown_mask(of_sentence: bool) -> None:
+    """Say once that norms, with statistics of a sentence or of the batch, did not know which tokens are padding."""
+    norms = "Norms with statistics of a sentence ran" if of_sentence else "Norms with batch statistics ran in training"
     logger.warning_once(
-        "Norms with batch statistics ran in training without knowing which tokens are padding, and counted every "
-        "token: call the whole model with a 2-dimensional attention_mask, or wrap the call in "
+        f"{norms} without knowing which tokens are padding, and counted every token: call the whole model with a "
+        "2-dimensional attention_mask, or wrap the call in "
         "`with hf_normswap.padding_mask(mask):`, where padding_mask(None) says that there is no padding."
     )
 

@@ -42,6 +42,20 @@ _POWERNORM = """@inproceedings{shen2020powernorm,
   year = {2020},
   url = {https://arxiv.org/abs/2003.07845}
 }"""
+_RMSNORM = """@inproceedings{zhang2019root,
+  title = {Root Mean Square Layer Normalization},
+  author = {Zhang, Biao and Sennrich, Rico},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019},
+  url = {https://arxiv.org/abs/1910.07467}
+}"""
+_XU = """@inproceedings{xu2019understanding,
+  title = {Understanding and Improving Layer Normalization},
+  author = {Xu, Jingjing and Sun, Xu and Zhang, Zhiyuan and Zhao, Guangxiang and Lin, Junyang},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019},
+  url = {https://arxiv.org/abs/1911.07013}
+}"""
 _CITATIONS = {
     "powernorm": _POWERNORM,
     "pnv": _POWERNORM,
@@ -66,12 +80,94 @@ _CITATIONS = {
   year = {2016},
   url = {https://arxiv.org/abs/1607.06450}
 }""",
-    "rmsnorm": """@inproceedings{zhang2019root,
-  title = {Root Mean Square Layer Normalization},
-  author = {Zhang, Biao and Sennrich, Rico},
-  booktitle = {Advances in Neural Information Processing Systems},
+    "rmsnorm": _RMSNORM,
+    "layernorm_simple": _XU,
+    "adanorm": _XU,
+    "rmsnorm_simple": _RMSNORM,
+    "scalenorm": """@inproceedings{nguyen2019transformers,
+  title = {Transformers without Tears: Improving the Normalization of Self-Attention},
+  author = {Nguyen, Toan Q. and Salazar, Julian},
+  booktitle = {International Conference on Spoken Language Translation},
   year = {2019},
-  url = {https://arxiv.org/abs/1910.07467}
+  url = {https://arxiv.org/abs/1910.05895}
+}""",
+    "groupnorm": """@inproceedings{wu2018group,
+  title = {Group Normalization},
+  author = {Wu, Yuxin and He, Kaiming},
+  booktitle = {European Conference on Computer Vision},
+  year = {2018},
+  url = {https://arxiv.org/abs/1803.08494}
+}""",
+    "dyt": """@inproceedings{zhu2025transformers,
+  title = {Transformers without Normalization},
+  author = {Zhu, Jiachen and Chen, Xinlei and He, Kaiming and LeCun, Yann and Liu, Zhuang},
+  booktitle = {Computer Vision and Pattern Recognition},
+  year = {2025},
+  url = {https://arxiv.org/abs/2503.10622}
+}""",
+    "derf": """@article{chen2025stronger,
+  title = {Stronger Normalization-Free Transformers},
+  author = {Chen, Mingzhi and others},
+  journal = {arXiv preprint arXiv:2512.10938},
+  year = {2025},
+  url = {https://arxiv.org/abs/2512.10938}
+}""",
+    "batchrenorm": """@inproceedings{ioffe2017batch,
+  title = {Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models},
+  author = {Ioffe, Sergey},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2017},
+  url = {https://arxiv.org/abs/1702.03275}
+}""",
+    "repbn": """@inproceedings{guo2024slab,
+  title = {{SLAB}: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch
+    Normalization},
+  author = {Guo, Jialong and Chen, Xinghao and Tang, Yehui and Wang, Yunhe},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  url = {https://arxiv.org/abs/2405.11582}
+}""",
+    "mabn": """@inproceedings{yan2020towards,
+  title = {Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization},
+  author = {Yan, Junjie and Wan, Ruosi and Zhang, Xiangyu and Zhang, Wei and Wei, Yichen and Sun, Jian},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020},
+  url = {https://arxiv.org/abs/2001.06838}
+}""",
+    "unifiednorm": """@inproceedings{yang2022unified,
+  title = {Unified Normalization for Accelerating and Stabilizing Transformers},
+  author = {Yang, Qiming and others},
+  booktitle = {ACM International Conference on Multimedia},
+  year = {2022},
+  url = {https://github.com/hikvision-research/Unified-Normalization}
+}""",
+    "instancenorm": """@article{ulyanov2016instance,
+  title = {Instance Normalization: The Missing Ingredient for Fast Stylization},
+  author = {Ulyanov, Dmitry and Vedaldi, Andrea and Lempitsky, Victor},
+  journal = {arXiv preprint arXiv:1607.08022},
+  year = {2016},
+  url = {https://arxiv.org/abs/1607.08022}
+}""",
+    "frn": """@inproceedings{singh2020filter,
+  title = {Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks},
+  author = {Singh, Saurabh and Krishnan, Shankar},
+  booktitle = {Computer Vision and Pattern Recognition},
+  year = {2020},
+  url = {https://arxiv.org/abs/1911.09737}
+}""",
+    "switchablenorm": """@inproceedings{luo2019differentiable,
+  title = {Differentiable Learning-to-Normalize via Switchable Normalization},
+  author = {Luo, Ping and Ren, Jiamin and Peng, Zhanglin and Zhang, Ruimao and Li, Jingyu},
+  booktitle = {International Conference on Learning Representations},
+  year = {2019},
+  url = {https://arxiv.org/abs/1806.10779}
+}""",
+    "attentivenorm": """@inproceedings{li2020attentive,
+  title = {Attentive Normalization},
+  author = {Li, Xilai and Sun, Wei and Wu, Tianfu},
+  booktitle = {European Conference on Computer Vision},
+  year = {2020},
+  url = {https://arxiv.org/abs/1908.01259}
 }""",
 }
 

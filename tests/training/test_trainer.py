@@ -593,7 +593,16 @@ def test_statistics_that_were_never_estimated_cannot_be_frozen(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("norm", ["batchnorm", "rbn", "powernorm", "pnv"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *map(NormSwapConfig, ["batchnorm", "rbn", "powernorm", "pnv", "attentivenorm"]),
+        NormSwapConfig("batchrenorm", bn_steps=1, r_steps=4, d_steps=5),
+        NormSwapConfig("mabn", window=2, warmup_steps=3),
+        NormSwapConfig("unifiednorm", window=2, warmup_steps=3),
+    ],
+    ids=lambda norm: norm.norm,
+)
 def test_resume_continues_bit_equal(norm, tmp_path):
     def trainer(folder, **options):
         torch.manual_seed(0)

@@ -10,22 +10,32 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 
 import hf_normswap
 from hf_normswap import (
+    FRN,
+    MABN,
     ActivationProbe,
     ActivationReport,
+    AdaNorm,
     Affine,
+    AttentiveNorm,
     BatchNorm,
+    BatchRenorm,
     BatchStatisticNorm,
     CalibrationReport,
     ConversionReport,
     ConvertedNorm,
     DepthSlope,
     DepthStudy,
+    Derf,
+    DyT,
     Estimate,
     FoldReport,
     GradientNorm,
     GradientReport,
+    GroupNorm,
     InspectReport,
+    InstanceNorm,
     LayerNorm,
+    LayerNormSimple,
     LayerTid,
     Moments,
     Norm,
@@ -42,11 +52,16 @@ from hf_normswap import (
     PowerNormV,
     ProgressiveSwapCallback,
     RegularizedBatchNorm,
+    RepBN,
     RMSNorm,
+    RMSNormSimple,
+    ScaleNorm,
     Statistics,
     StockReport,
+    SwitchableNorm,
     TidHistory,
     TidReport,
+    UnifiedNorm,
     __version__,
     accumulate_norm_statistics,
     available_norms,
@@ -103,9 +118,19 @@ def swapping(model: PreTrainedModel) -> None:
 
 
 def norms(x: torch.Tensor, mask: torch.Tensor) -> None:
-    of_one_token: list[Norm] = [Affine(8), LayerNorm(8), RMSNorm(8)]
+    of_one_token: list[Norm] = [Affine(8), LayerNorm(8), RMSNorm(8), AdaNorm(8, k=0.2), GroupNorm(8, num_groups=2)]
+    of_one_token += [LayerNormSimple(8), RMSNormSimple(8), ScaleNorm(8), DyT(8, alpha=1.0), Derf(8, shift=0.1)]
     of_the_batch: list[BatchStatisticNorm] = [BatchNorm(8), RegularizedBatchNorm(8), PowerNormV(8), PowerNorm(8)]
-    for norm in (*of_one_token, *of_the_batch):
+    of_the_batch += [
+        BatchRenorm(8, r_max=2.0),
+        RepBN(8, eta=1.0),
+        MABN(8, window=4),
+        UnifiedNorm(8),
+        SwitchableNorm(8),
+    ]
+    of_a_sentence: list[Norm] = [InstanceNorm(8), FRN(8, tlu=False), AttentiveNorm(8, num_maps=3)]
+    of_a_sentence += [SwitchableNorm(8)]
+    for norm in (*of_one_token, *of_the_batch, *of_a_sentence):
         norm(x, mask)
     assert_type(available_norms(), list[str])
     assert_type(get_norm("rbn"), type)
