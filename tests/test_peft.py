@@ -59,7 +59,7 @@ def statistics(model):
     ("family", "norm"),
     [
         *itertools.product(FAMILIES, NORMS),
-        ("bert", NormSwapConfig("switchablenorm")),
+        ("bert", NormSwapConfig("repbn", eta=0.5)),
         ("roberta", NormSwapConfig("mabn")),
     ],
     ids=lambda value: getattr(value, "norm", value),

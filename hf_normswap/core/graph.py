@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.modeling.model_norms import HOOKS, is_norm
+from hf_normswap.modeling.padding_mask import padding_mask
 
 
 # Each token keeps its channels, in their order, as long as the last dimension is the one that it was.
@@ -166,9 +167,10 @@ def _kind_of(module: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def _no_side_effects():
-    """No gradients, no autocast, the CPU as the device of new tensors, and the random state as it was."""
+    """No gradients, no autocast, no padding, the CPU as the device of new tensors, and the random state as it was."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        yield
+        with padding_mask(None):  # the copy has no hooks that tell it
+            yield
 
 
 def _copy_modules(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, str]]]:

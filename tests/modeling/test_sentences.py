@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from hf_normswap import calibrate, find_norms, fold_norms, get_norm, padding_mask, swap_norm
 from hf_normswap.modeling.norms import FRN, AttentiveNorm, InstanceNorm, SwitchableNorm
@@ -129,6 +130,19 @@ def test_what_pads_hold_changes_nothing_in_evaluation(name):
     # What the context says counts before the arguments.
     with padding_mask(batch["attention_mask"]):
         assert same(outputs(model, {**batch}), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_does_not_know_its_padding_warns(training, caplog):
+    transformers_logging.warning_once.cache_clear()
+    model = swap_norm(tiny_model("bert"), "instancenorm", where="all").train(training)
+    find_norms(model)  # follows the forward of a copy
+    outputs(model)
+    assert "padding" not in caplog.text
+    model.train(training).bert.encoder(torch.randn(2, 3, 16))
+    (warning,) = [record.getMessage() for record in caplog.records if "padding" in record.getMessage()]
+    assert is_one_sentence(warning)
+    assert warning.startswith("Norms with statistics of a sentence ran without knowing which tokens are padding")
 
 
 @every_norm
