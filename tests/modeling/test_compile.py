@@ -94,7 +94,6 @@ def outputs_of_all(norms, x, mask):
         ("batchnorm", output_alone),
         ("pnv", output_alone),
         ("powernorm-groups", output_alone),
-        ("instancenorm", output_alone),
         ("mabn", output_alone),
         ("rbn", penalty_alone),
         ("rbn", output_and_penalty),

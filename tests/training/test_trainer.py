@@ -599,7 +599,6 @@ def test_statistics_that_were_never_estimated_cannot_be_frozen(tmp_path):
         *map(NormSwapConfig, ["batchnorm", "rbn", "powernorm", "pnv", "attentivenorm"]),
         NormSwapConfig("batchrenorm", bn_steps=1, r_steps=4, d_steps=5),
         NormSwapConfig("mabn", window=2, warmup_steps=3),
-        NormSwapConfig("unifiednorm", window=2, warmup_steps=3),
     ],
     ids=lambda norm: norm.norm,
 )
