@@ -29,7 +29,9 @@ _LOGITS = 2**24  # at once
 def find_predictors(model: PreTrainedModel, sites: Iterable[NormSite]) -> dict[str, str]:
     """For those of the norms whose output a linear layer makes logits of, the name of this layer."""
     stream = ResidualStream(model)
-    found = {site.name: stream.predictor(site) for site in sites}
+    # A norm with statistics of sentences is no map of single tokens.
+    of_tokens = [site for site in sites if "sentence" not in getattr(site.module, "scope", ())]
+    found = {site.name: stream.predictor(site) for site in of_tokens}
     return {name: linear for name, linear in found.items() if linear is not None}
 
 
