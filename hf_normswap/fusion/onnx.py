@@ -123,8 +123,8 @@ def _pools_tokens(node) -> bool:
 
 
 def _error(model, session, batch: dict[str, torch.Tensor]) -> float:
-    """Of every output that has a name in both, for two rows of the batch."""
-    batch = {name: torch.cat([values, values.flip(-1)]) for name, values in batch.items()}
+    """Of every output that has a name in both, for three rows: one more than the graph was traced with."""
+    batch = {name: torch.cat([values, values.flip(-1), values]) for name, values in batch.items()}
     names = {value.name for value in session.get_inputs()}
     values = session.run(None, {name: value.numpy(force=True) for name, value in batch.items() if name in names})
     outputs = dict(zip([value.name for value in session.get_outputs()], values, strict=True))

@@ -8,6 +8,7 @@ The scope is a `threading.local`, which `torch.compile(fullgraph=True)` can trac
 """
 
 import inspect
+import math
 import sys
 import threading
 from typing import NamedTuple
@@ -423,7 +424,7 @@ def _token_shape(given: dict, prefix: str = "") -> tuple[int, int] | None:
     if ids is None and embeddings is None:
         return None
     shape = ids.shape if ids is not None else embeddings.shape[:-1]
-    return shape[:-1].numel(), shape[-1]
+    return math.prod(shape[:-1]), shape[-1]  # Size.numel() would fix the batch size of an exported graph
 
 
 def _inherit(outer: TokenMask | None, shape: tuple | None) -> TokenMask | None:
