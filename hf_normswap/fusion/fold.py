@@ -26,6 +26,9 @@ from .equivalence import apply_if_equivalent, compare_outputs
 
 logger = logging.get_logger(__name__)
 
+# The largest values of a channel, in standard deviations.
+_DEVIATIONS = 4
+
 
 @dataclass
 class FoldReport:
@@ -61,7 +64,13 @@ class FoldReport:
 
 
 @torch.no_grad()
-def fold_norms(model: PreTrainedModel, *, untie: bool = False, dtype: torch.dtype = torch.float16) -> FoldReport:
+def fold_norms(
+    model: PreTrainedModel,
+    *,
+    untie: bool = False,
+    dtype: torch.dtype = torch.float16,
+    affine_every: int | None = None,
+) -> FoldReport:
     """Remove the swapped norms of `model`, in place, without changing what it computes.
 
     In evaluation BatchNorm, RBN, PN-V and PowerNorm without group scaling are `y = a ⊙ x + b`, and so is every norm
@@ -84,15 +93,18 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False, dtype: torch.dtyp
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             the narrowest dtype that the folded model will run in. With `torch.float32`, which has the range of
             bfloat16, fewer norms stay as [`Affine`], and a cast to float16 may overflow.
+        affine_every (`int`, *optional*):
+            in a post-norm model, one norm in so many stays as an [`Affine`], which evens out the scales of the stream.
+            This is for a graph in 8 bits, where 4 keeps most of the accuracy. By default no norm stays for this.
 
     Returns:
         [`FoldReport`]: what was folded, what was kept and why; print it for a table.
 
     Raises:
         ValueError: when a swapped norm is not affine in evaluation, has hooks or adapters on it or around it, nothing
-            can be folded, the model is in training mode, `dtype` is no floating point dtype, or the outputs for random
-            tokens would change by more than rounding does (1e-5 in float32, or four times what rounding costs the
-            model itself). The model is untouched then.
+            can be folded, the model is in training mode, `dtype` is no floating point dtype, `affine_every` is less
+            than 1, or the outputs for random tokens would change by more than rounding does (1e-5 in float32, or four
+            times what rounding costs the model itself). The model is untouched then.
 
     Example:
 
@@ -108,9 +120,11 @@ def fold_norms(model: PreTrainedModel, *, untie: bool = False, dtype: torch.dtyp
     """
     if not dtype.is_floating_point:
         raise ValueError(f"No model runs in {_name(dtype)}: pass a dtype such as torch.float16 or torch.float32.")
+    if affine_every is not None and affine_every < 1:
+        raise ValueError(f"One norm in {affine_every} cannot stay: pass a positive affine_every, or None.")
     check_swapped(model)
     _check_norms(model)
-    plan = _Plan(model, untie, min(dtype, model.dtype, key=lambda each: torch.finfo(each).max))
+    plan = _Plan(model, untie, min(dtype, model.dtype, key=lambda each: torch.finfo(each).max), affine_every)
     if not plan.report.folded:
         reasons = plan.report.reasons() or "none is of this package"
         raise ValueError(f"No norm can be folded ({reasons}): swap more of them first.")
@@ -140,8 +154,8 @@ def _error_in_half(model: PreTrainedModel, plan: "_Plan") -> float | None:
 class _Plan:
     """What folding changes in `model`, computed without changing it; weights and maps are float64."""
 
-    def __init__(self, model: PreTrainedModel, untie: bool, dtype: torch.dtype):
-        self.model, self.report, self.dtype = model, FoldReport(), dtype
+    def __init__(self, model: PreTrainedModel, untie: bool, dtype: torch.dtype, affine_every: int | None = None):
+        self.model, self.report, self.dtype, self.affine_every = model, FoldReport(), dtype, affine_every
         self.weights: dict[str, torch.Tensor] = {}  # (out, in) of linear layers, and whole embedding tables
         self.biases: dict[str, torch.Tensor] = {}
         self.affines: dict[str, tuple] = {}
@@ -240,6 +254,7 @@ class _Plan:
         """Fold the norms of the residual stream `x = scale ⊙ s`, where s is what the folded model computes."""
         maps = [self._map(site) for site in sites]
         scale = torch.ones(norm_width(sites[0].module), dtype=torch.float64)
+        folded_in_a_row = 0
         for index, site in enumerate(sites):
             if index:
                 self._scale_inputs(self.stream.readers_before(site).linears, scale)
@@ -252,13 +267,17 @@ class _Plan:
                 self._keep(site, gain, shift / scale, "without an encoder it is left out")  # the scale stays
                 continue
             rest = zip(sites[index + 1 :], maps[index + 1 :], strict=True)
-            following = [affine for other, affine in rest if affine is None or not self._is_optional(other)]
+            following = [(other, affine) for other, affine in rest if affine is None or not self._is_optional(other)]
             scale = gain * scale
             as_it_is = self._reason_for_x(site, sites[index + 1 :], following)
             reason, tables = as_it_is or self._misfit(scale), self._tables(site)
             reason = reason or self._reason_for_shift(site)
+            folded_in_a_row += 1
+            if not reason and folded_in_a_row == self.affine_every:
+                reason = f"one norm in {self.affine_every} evens out the scales of the stream"
             if reason or tables:
-                new = torch.ones_like(scale) if as_it_is else self._centre(following)
+                folded_in_a_row = 0
+                new = torch.ones_like(scale) if as_it_is else self._even(site, following)
                 if tables:
                     self._scale_tables(tables, scale / new)
                 else:
@@ -270,7 +289,7 @@ class _Plan:
         if not self._obstacle(reading := self.stream.readers(sites[-1])) and not reading.sums:
             self._scale_inputs(reading.linears, scale)
 
-    def _reason_for_x(self, site: NormSite, rest: list[NormSite], following: list[tuple | None]) -> str | None:
+    def _reason_for_x(self, site: NormSite, rest: list[NormSite], following: list[tuple]) -> str | None:
         """Why x itself is needed behind a norm of the stream that has these norms, and maps, `following` it."""
         reading = self.stream.readers(site)
         if not rest:
@@ -281,7 +300,7 @@ class _Plan:
             return obstacle
         if not following:
             return self._obstacle(self.stream.readers(rest[-1]))
-        return "the LayerNorm after the next sublayer stays" if following[0] is None else None
+        return "the LayerNorm after the next sublayer stays" if following[0][1] is None else None
 
     def _reason_for_shift(self, site: NormSite) -> str | None:
         """Why nothing can be added to the stream in front of a norm."""
@@ -320,15 +339,21 @@ class _Plan:
         if zeros := (scale == 0).sum().item():
             return f"{zeros} of its gains are 0"
         low, high = _range_of(self.dtype)
-        if ((scale.abs() < low) | (scale.abs() > high)).any():
+        slack = 1 + 1e-9  # of rounding: a scale may have been chosen at an end of the range
+        if ((scale.abs() * slack < low) | (scale.abs() > high * slack)).any():
             return f"the stream would leave the range of {_name(self.dtype)} without it"
         return None
 
-    def _centre(self, following: list[tuple | None]) -> torch.Tensor:
-        """A scale, free to choose, from which the gains that follow lead as far up as down."""
+    def _even(self, site: NormSite, following: list[tuple]) -> torch.Tensor:
+        """A scale, free to choose, with which the channels come out as even as the range of the dtype allows.
+
+        Even channels lose least where one scale of 8 bits serves all of them (SmoothQuant, arXiv 2211.10438).
+        """
         low, high = _range_of(self.dtype)
-        product = smallest = largest = torch.ones_like(following[0][0]) if following else torch.ones(())
-        for affine in following:
+        even = self._even_scale(site)
+        product = smallest = largest = torch.ones_like(even)
+        logarithms = [even.log()]
+        for other, affine in following[: self.affine_every and self.affine_every - 1]:
             if affine is None or (affine[0] == 0).any():
                 break
             product = product * affine[0].abs()
@@ -336,7 +361,21 @@ class _Plan:
             if (bounds[1] / bounds[0] > high / low).any():
                 break
             smallest, largest = bounds
-        return torch.rsqrt(smallest * largest)
+            logarithms.append(self._even_scale(other).log() - product.log())
+        return torch.stack(logarithms).mean(0).exp().clamp(low / smallest, high / largest)
+
+    def _even_scale(self, site: NormSite) -> torch.Tensor:
+        """The scale of the stream behind a norm that makes its channels, and the weights that read them, even.
+
+        A norm with statistics tells how large its outputs are; those of an affine map count as equally large.
+        """
+        norm, size = site.module, torch.ones(norm_width(site.module), dtype=torch.float64)
+        if not isinstance(norm, Affine):
+            size = _DEVIATIONS * norm.weight.to("cpu", torch.float64).abs()
+            size = size if norm.bias is None else size + norm.bias.to("cpu", torch.float64).abs()
+        weights = [self._linear(name)[0].abs().amax(0) for name in self.stream.readers(site).linears]
+        weight = torch.stack(weights).amax(0) if weights else torch.ones_like(size)
+        return (_positive(size) / _positive(weight)).sqrt()
 
     def _tables(self, site: NormSite) -> list[str]:
         """The embedding tables in front of a norm, if there are some and nothing else needs them as they are."""
@@ -441,6 +480,11 @@ def _check_norms(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} has hooks, which would go with it: remove them first.")
 
 
+def _positive(sizes: torch.Tensor) -> torch.Tensor:
+    """Sizes of channels, of which none is more than a thousandth below the mean."""
+    return sizes.clamp(min=sizes.mean().item() / 1000 or 1.0)
+
+
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:
     """Scales by which weights of a usual size can be multiplied and divided without loss."""
     info = torch.finfo(dtype)
@@ -460,6 +504,9 @@ class _Rehearsal(_Plan):
             return None
         ones = torch.ones(norm_width(site.module), dtype=torch.float64)
         return ones, ones
+
+    def _even_scale(self, site: NormSite) -> torch.Tensor:
+        return torch.ones(norm_width(site.module), dtype=torch.float64)
 
     def _scale_tables(self, names: list[str], gain: torch.Tensor) -> None:
         pass
