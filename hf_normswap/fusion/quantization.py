@@ -1,0 +1,43 @@
+"""Graphs in 8 bits, by ONNX Runtime: of which nodes, and with which ranges."""
+
+import ast
+from typing import Any
+
+from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+
+
+# The node's place among the modules, in the metadata that torch.onnx writes.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# Of these a static graph has 8 bits. Attention multiplies two activations, and these, like outputs that are rounded
+# before the bias or the residual sum, cost most of the accuracy, with LayerNorms too.
+_STATIC = {
+    "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
+    "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+}
+
+
+def make_quantizer(mode: str, batches: list[dict[str, Any]], keep_float: list[str]) -> "Quantizer":
+    """A quantizer of the exporter; the batches are those that give a static graph its ranges."""
+    if mode == "static":
+        return Quantizer(OnnxRuntimeStaticConfig(per_channel=True, **_STATIC), batches, keep_float)
+    return Quantizer(OnnxRuntimeDynamicConfig(per_channel=True), None, keep_float)
+
+
+class Quantizer(OnnxRuntimeQuantizer):
+    """ONNX Runtime's quantizer, which leaves the nodes of some modules in float.
+
+    Args:
+        config: as in [`~transformers.exporters.OnnxRuntimeQuantizer`].
+        calibration_dataset (list of dict, *optional*): batches that give a static graph its ranges.
+        keep_float (list of `str`): names of these modules.
+    """
+
+    def __init__(self, config, calibration_dataset: list[dict[str, Any]] | None, keep_float: list[str]):
+        super().__init__(config, calibration_dataset)
+        self.keep_float = set(keep_float)
+
+    def quantize(self, model, sample_inputs, export_format):
+        """Quantize the graph, as its name says."""
+        nodes = ((node.name, ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))) for node in model.graph)
+        self.config.nodes_to_exclude = [name for name, scopes in nodes if self.keep_float & set(scopes)]
+        return super().quantize(model, sample_inputs, export_format)
