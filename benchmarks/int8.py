@@ -1,0 +1,199 @@
+"""
+What 8 bits cost a model with LayerNorms, the converted one and the folded one, in ONNX Runtime.
+
+    python benchmarks/int8.py --task sst2 --model ./outputs/sst2-layernorm-0
+    python benchmarks/int8.py --task wnut17 --model ./outputs/wnut17-layernorm-0 --dataset_name leondz/wnut_17
+    python benchmarks/int8.py --task stsb --model sentence-transformers/all-MiniLM-L6-v2
+
+All norms are converted with training texts. Each form is exported in float32 and in 8 bits, dynamic and static, and
+scored: accuracy on SST-2, the F1 of entities on the test split of WNUT-17, the Spearman correlation of the cosines of
+pooled embeddings on STS-B. The error is `‖Δ‖₂ / ‖outputs‖₂` against the same form in float32. The folded model
+computes what the converted one does.
+"""
+
+import copy
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from datasets import load_dataset
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+from transformers.hf_argparser import HfArg
+
+from hf_normswap import convert_norms, export_onnx, fold_norms, restore_norm
+from hf_normswap.metrics import GlueMetric, SeqevalMetric
+from hf_normswap.reporting.results import describe_environment, write_result
+
+
+FORMS = {"converted": None, "folded": {}, "folded, affine_every=4": {"affine_every": 4}}
+
+
+@dataclass
+class Arguments:
+    task: str = dataclasses.field(metadata={"help": "What to score.", "choices": ["sst2", "wnut17", "stsb"]})
+    model: str = dataclasses.field(metadata={"help": "Folder or Hub id of the model with LayerNorms."})
+    dataset_name: str = HfArg(help="Data set of the Hub, or a local folder laid out like one.", default="nyu-mll/glue")
+    output_dir: str = HfArg(help="Folder for the record.", default="outputs/int8")
+    norm: str = HfArg(help="Norm to convert to.", default="batchnorm")
+    texts: int = HfArg(help="Training texts to convert with, and to find the ranges with.", default=512)
+    seed: int = HfArg(help="Seed of the choice of texts, and of the model in the name of the record.", default=0)
+
+
+class Sentiment:
+    """Accuracy on SST-2."""
+
+    model_class, metric = AutoModelForSequenceClassification, "accuracy"
+
+    def __init__(self, args, tokenizer):
+        data = load_dataset(args.dataset_name, "sst2")
+        # Training examples are phrases, those of the validation split sentences: these are nearer to them.
+        self.texts = data["train"].filter(lambda row: row["sentence"].rstrip().endswith("."))["sentence"]
+        self.encoded = tokenizer(list(data["validation"]["sentence"]), truncation=True, max_length=128)
+        self.labels = np.array(data["validation"]["label"])
+
+    def read(self, output, mask):
+        return output
+
+    def score(self, outputs, model):
+        return float((np.stack(outputs).argmax(-1) == self.labels).mean())
+
+
+class Entities:
+    """F1 of entities on the test split of WNUT-17."""
+
+    model_class, metric = AutoModelForTokenClassification, "f1"
+
+    def __init__(self, args, tokenizer):
+        data = load_dataset(args.dataset_name)
+        self.texts = [" ".join(words) for words in data["train"]["tokens"]]
+        words = list(data["test"]["tokens"])
+        self.encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=128)
+        self.tags, self.names = data["test"]["ner_tags"], data["test"].features["ner_tags"].feature.names
+
+    def read(self, output, mask):
+        return output[: mask.sum()]
+
+    def score(self, outputs, model):
+        found, true = [], []
+        for index, (logits, tags) in enumerate(zip(outputs, self.tags, strict=True)):
+            words = self.encoded.word_ids(index)
+            first = [
+                at
+                for at, (word, before) in enumerate(zip(words, [None, *words[:-1]], strict=True))
+                if word is not None and word != before
+            ]
+            found.append([model.config.id2label[label] for label in logits[first].argmax(-1)])
+            true.append([self.names[tags[words[at]]] for at in first])
+        return SeqevalMetric().compute(predictions=found, references=true)["overall_f1"]
+
+
+class Similarity:
+    """Spearman correlation of cosines with the scores of STS-B, validation split."""
+
+    model_class, metric = AutoModel, "spearmanr"
+
+    def __init__(self, args, tokenizer):
+        data = load_dataset(args.dataset_name, "stsb")
+        self.texts = sorted({*data["train"]["sentence1"], *data["train"]["sentence2"]})
+        sentences = [*data["validation"]["sentence1"], *data["validation"]["sentence2"]]
+        self.encoded = tokenizer(sentences, truncation=True, max_length=128)
+        self.labels = data["validation"]["label"]
+
+    def read(self, output, mask):
+        return output[mask.astype(bool)].mean(0)
+
+    def score(self, outputs, model):
+        embeddings = np.stack(outputs)
+        embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        first, second = np.split(embeddings, 2)
+        return GlueMetric("stsb").compute(predictions=(first * second).sum(-1), references=self.labels)["spearmanr"]
+
+
+TASKS = {"sst2": Sentiment, "wnut17": Entities, "stsb": Similarity}
+
+
+def predict(folder, task, tokenizer):
+    """What the graph in `folder` returns for each example."""
+    session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    lengths = [len(ids) for ids in task.encoded["input_ids"]]
+    order, outputs = np.argsort(lengths, kind="stable"), [None] * len(lengths)
+    for start in range(0, len(order), 32):
+        rows = order[start : start + 32]
+        batch = tokenizer.pad({name: [task.encoded[name][row] for row in rows] for name in names}, return_tensors="np")
+        found = session.run(None, {name: batch[name].astype(np.int64) for name in names})[0]
+        for row, output, mask in zip(rows, found, batch["attention_mask"], strict=True):
+            outputs[row] = task.read(output, mask)
+    return outputs
+
+
+def relative_error(outputs, exact):
+    """`‖Δ‖₂ / ‖exact‖₂` over the outputs for all examples."""
+    outputs, exact = (np.concatenate([np.ravel(output) for output in each]) for each in (outputs, exact))
+    return float(np.linalg.norm(outputs - exact) / np.linalg.norm(exact))
+
+
+def measure(model, form, task, texts, tokenizer, exact=None):
+    """Rows for the graphs of a model, and its outputs in float32, which may be known as `exact`."""
+    rows = []
+    for bits in ("dynamic", "static") if exact else (False, "dynamic", "static"):
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"data": texts, "tokenizer": tokenizer, "tolerance": np.inf} if bits else {}
+            export_onnx(model, folder, int8=bits, **options)
+            outputs = predict(folder, task, tokenizer)
+            size = sum(Path(folder, name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+        exact = exact or outputs
+        row = {
+            "form": form,
+            "graph": bits or "float32",
+            "score": 100 * task.score(outputs, model),
+            "error": relative_error(outputs, exact),
+            "megabytes": round(size / 1e6, 1),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows, exact
+
+
+def main(argv=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    task = TASKS[args.task](args, tokenizer)
+    texts = list(np.random.default_rng(args.seed).permutation(np.array(task.texts, dtype=object))[: args.texts])
+    model = task.model_class.from_pretrained(args.model).eval()
+    if hasattr(model.config, "norm_swap"):  # the LayerNorm baseline of the recipes
+        restore_norm(model)
+    rows, _ = measure(model, "LayerNorm", task, texts, tokenizer)
+    convert_norms(model, texts, args.norm, tokenizer=tokenizer)
+    exact = None
+    for form, options in FORMS.items():
+        changed = copy.deepcopy(model)
+        if options is not None:
+            fold_norms(changed, **options)
+        more, exact = measure(changed, form, task, texts, tokenizer, exact)
+        rows += more
+    record = {
+        "task": args.task,
+        "model": "all-MiniLM-L6-v2" + ("" if args.task == "stsb" else ", fine-tuned"),
+        "norm": args.norm,
+        "seed": args.seed,
+        "metrics": {f"{row['form']}, {row['graph']}": row["score"] for row in rows},
+        "metric": task.metric,
+        "rows": rows,
+        "texts": len(texts),
+        **describe_environment(),
+    }
+    print(write_result(record, Path(args.output_dir, f"{args.task}-{args.seed}.json")))
+
+
+if __name__ == "__main__":
+    main()
