@@ -169,6 +169,67 @@ def test_affines_keep_the_stream_in_range(family):
     assert set(report.kept.values()) == {"the stream would leave the range of float32 without it"}
 
 
+def spread_stream(family, layers):
+    """A calibrated model, some channels of whose stream are 20 times as large as the others."""
+    model = tiny_model(family, **layers).double().eval()
+    for index, norm in enumerate(module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.weight.data[[3, 5 + index % 2]] *= 20
+    batches = [tiny_batch(model, lengths=(9, 8), labels=False, seed=seed) for seed in range(8)]
+    return swap_norm(model, "batchnorm", where="all", calibrate_on=batches), batches
+
+
+def ranges_of_inputs(model, batches):
+    """Largest value over the median one, of the channels that come to each linear layer of a block; the mean."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("query", "q_proj", "intermediate.dense", "fc1")):
+
+            def note(module, args, name=name):
+                found.setdefault(name, []).append(args[0].detach().flatten(0, -2).abs().amax(0))
+
+            module.register_forward_pre_hook(note)
+    for batch in batches:
+        outputs(model, batch)
+    sizes = [torch.stack(values).amax(0) for values in found.values()]
+    return torch.stack([size.max() / size.median() for size in sizes]).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("bert", {"num_hidden_layers": 4}),
+        ("roberta", {"num_hidden_layers": 4}),
+        ("marian", {"encoder_layers": 4, "decoder_layers": 1}),
+    ],
+)
+def test_the_channels_of_a_folded_stream_are_even(family, layers):
+    model, batches = spread_stream(family, layers)
+    before, uneven = outputs(model, batches[0]), ranges_of_inputs(copy.deepcopy(model), batches)
+    report = fold_norms(model, dtype=torch.float32, affine_every=2)
+    assert relative_error(before, outputs(model, batches[0])) < 1e-11
+    assert any(reason.startswith("one norm in 2 evens out") for reason in report.kept.values())
+    assert ranges_of_inputs(model, batches) < 0.5 * uneven
+
+
+@pytest.mark.parametrize(("every", "kept"), [(1, 8), (2, 4), (3, 2), (4, 2), (9, 0), (None, 0)])
+def test_one_norm_in_so_many_stays(every, kept):
+    """Of the eight norms of four blocks, behind that of the embeddings; the pooler reads the last."""
+    model, batches = spread_stream("bert", {"num_hidden_layers": 4})
+    before = outputs(model, batches[0])
+    report = fold_norms(model, dtype=torch.float32, affine_every=every)
+    assert len(report.kept) == kept
+    assert relative_error(before, outputs(model, batches[0])) < 1e-11
+    if kept:
+        (saved,) = model.config.norm_swap["norms"]
+        assert len(saved["modules"]) == kept
+
+
+def test_no_norm_in_zero_can_stay():
+    model = swapped("bert")
+    with pytest.raises(ValueError, match="pass a positive affine_every"):
+        fold_norms(model, affine_every=0)
+
+
 @pytest.mark.parametrize(
     ("family", "head"), [("bert", "BertLMHeadModel"), ("marian", "MarianForCausalLM"), ("gpt2", "GPT2LMHeadModel")]
 )
