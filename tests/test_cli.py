@@ -463,7 +463,11 @@ def test_distillation_brings_it_nearer(tmp_path, texts):
     [
         (["--norm", "rbn"], "which needs data"),
         (["--distillation_steps", "5"], "which needs data"),
-        (["--int8"], "pass --onnx too"),
+        (["--int8"], "int8 is for the ONNX graph: pass --onnx too"),
+        (["--tolerance", "0.2"], "tolerance is for the ONNX graph: pass --onnx too"),
+        (["--keep_float", "bert"], "keep_float is for the ONNX graph: pass --onnx too"),
+        (["--onnx", "--int8", "static"], "needs data for the ranges"),
+        (["--gains", "--affine_every", "4"], "leave it out with --gains"),
         (["--gains", "--norm", "rbn"], "leave the options of a conversion out"),
         (["--gains", "--texts", "TEXTS"], "leave the options of a conversion out"),
         ([], "has LayerNorms: pass --norm"),

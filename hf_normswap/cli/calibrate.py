@@ -64,7 +64,7 @@ def add_fitting_arguments(parser: argparse.ArgumentParser, required: bool) -> No
 def run(args: argparse.Namespace) -> None:
     """Calibrate, save, and print the report."""
     with atomic_directory(args.output) as folder:
-        model, tokenizer, report = convert(args)
+        model, tokenizer, report = convert(args, read_data(args))
         save_checkpoint(model, tokenizer, folder, args.model)
     if args.json:
         print_json({"output": args.output, "fits": list(map(asdict, report))})
@@ -73,14 +73,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"saved in {args.output}")
 
 
-def convert(args: argparse.Namespace) -> tuple:
-    """Model, processor and report of the calibration."""
+def convert(args: argparse.Namespace, data) -> tuple:
+    """Model, processor and report of the calibration on this data."""
     from hf_normswap import Norm, NormSwapConfig, calibrate, distill, find_norms, restore_norm
     from hf_normswap.swap import swap_to_fit
 
     if args.norm:
         norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
-    data = read_data(args)
     model, tokenizer = load_checkpoint(args.model)
     kinds = {site.kind for site in find_norms(model) if isinstance(site.module, Norm)}
     if kinds == {"layernorm"}:  # the baseline of the recipes

@@ -60,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert, fold if asked to, save, and print the report."""
     check_export(args)
-    if args.untie and not args.fold:
-        raise ValueError("untie is for folding: pass --fold too.")
+    for name in ("untie", "affine_every"):
+        if getattr(args, name) and not args.fold:
+            raise ValueError(f"{name} is for folding: pass --fold too.")
     from hf_normswap import NormSwapConfig, convert_norms, fold_norms
 
     with atomic_directory(args.output) as folder:
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             memory_budget=args.memory_budget,
         )
-        folded = fold_norms(model, untie=args.untie) if args.fold else None
-        onnx = save(args, model, tokenizer, folder)
+        folded = fold_norms(model, untie=args.untie, affine_every=args.affine_every) if args.fold else None
+        onnx = save(args, model, tokenizer, folder, data)
     if args.json:
         of_fold = {"fold": asdict(folded)} if folded else {}
         print_json({"output": args.output, **asdict(report), **of_fold, **content_of_onnx(args, onnx)})

@@ -20,8 +20,8 @@ from pathlib import Path
 from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_conversion_arguments, convert
-from .checkpoints import load_checkpoint, save_checkpoint
-from .data import SOURCES, has_data
+from .checkpoints import load_checkpoint, save_checkpoint, with_pad_token
+from .data import SOURCES, count, has_data, read_data
 from .reports import print_json, print_table
 
 
@@ -48,21 +48,52 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="give a head that shares its weights with the embeddings its own, to fold the norm in front of it too",
     )
     parser.add_argument("--onnx", action="store_true", help="write an ONNX graph too, into OUTPUT/onnx")
-    parser.add_argument("--int8", action="store_true", help="with weights of 8 bits in the graph")
+    parser.add_argument(
+        "--int8",
+        nargs="?",
+        const="dynamic",
+        choices=["dynamic", "static"],
+        help="with 8 bits in the graph; static takes the ranges of activations from the data (default: dynamic)",
+    )
+    parser.add_argument(
+        "--keep_float", nargs="+", metavar="MODULE", help="modules whose layers stay in float32 in a graph in 8 bits"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="ERROR",
+        help="largest error of the graph (default: 1e-4, in 8 bits 0.1)",
+    )
+    parser.add_argument(
+        "--affine_every",
+        type=count,
+        metavar="N",
+        help="in a post-norm model, fold all norms but one in N: 4 is good for 8 bits (default: fold all)",
+    )
 
 
 def check_export(args: argparse.Namespace) -> None:
     """Raises `ValueError` where the arguments contradict each other."""
-    if args.int8 and not args.onnx:
-        raise ValueError("int8 is for the ONNX graph: pass --onnx too.")
+    for name in ("int8", "keep_float", "tolerance"):
+        if getattr(args, name) is not None and not args.onnx:
+            raise ValueError(f"{name} is for the ONNX graph: pass --onnx too.")
+    if args.int8 == "static" and not has_data(args):
+        raise ValueError("int8 static needs data for the ranges of activations: pass --texts or other data.")
 
 
-def save(args: argparse.Namespace, model, tokenizer, folder: Path):
-    """Write model, processor and graph into `folder`; returns the report of the graph, if there is one."""
+def save(args: argparse.Namespace, model, tokenizer, folder: Path, data=None):
+    """Write model, processor and graph into `folder`; returns the report of the graph, if there is one.
+
+    The `data` is for a graph in 8 bits.
+    """
     from hf_normswap import export_onnx
 
     save_checkpoint(model, tokenizer, folder, args.model)
-    return export_onnx(model, folder / "onnx", int8=args.int8) if args.onnx else None
+    if not args.onnx:
+        return None
+    of_int8 = {"data": data, "tokenizer": with_pad_token(tokenizer)} if args.int8 and data is not None else {}
+    options = {"int8": args.int8 or False, "keep_float": args.keep_float or (), "tolerance": args.tolerance}
+    return export_onnx(model, folder / "onnx", **options, **of_int8)
 
 
 def content_of_onnx(args: argparse.Namespace, onnx) -> dict:
@@ -92,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
     given = [name for name in _OF_A_CONVERSION if getattr(args, name)]
     if args.gains and (has_data(args) or given):
         raise ValueError("gains are those of a model with its own norms: leave the options of a conversion out.")
+    if args.gains and args.affine_every:
+        raise ValueError("affine_every is for norms that are folded whole: leave it out with --gains.")
     if given and not has_data(args):
         raise ValueError(
             f"{given[0]} is for a conversion, which needs data: pass --texts, --images, --audio or --dataset_name too."
@@ -100,13 +133,15 @@ def run(args: argparse.Namespace) -> None:
     from hf_normswap import fold_gains, fold_norms
 
     with atomic_directory(args.output) as folder:
-        model, tokenizer = convert(args)[:2] if has_data(args) else load_checkpoint(args.model)
+        data = read_data(args)
+        model, tokenizer = convert(args, data)[:2] if data is not None else load_checkpoint(args.model)
         if not args.gains and getattr(model.config, "norm_swap", None) is None:
             raise ValueError(
                 f"{args.model} has LayerNorms: pass --norm and data, such as --texts, to convert them first."
             )
-        report = (fold_gains if args.gains else fold_norms)(model.eval(), untie=args.untie)
-        onnx = save(args, model, tokenizer, folder)
+        options = {} if args.gains else {"affine_every": args.affine_every}
+        report = (fold_gains if args.gains else fold_norms)(model.eval(), untie=args.untie, **options)
+        onnx = save(args, model, tokenizer, folder, data)
     if args.json:
         print_json({"output": args.output, **asdict(report), **content_of_onnx(args, onnx)})
         return

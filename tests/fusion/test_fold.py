@@ -170,10 +170,10 @@ def test_affines_keep_the_stream_in_range(family):
 
 
 def spread_stream(family, layers):
-    """A calibrated model, some channels of whose stream are 20 times as large as the others."""
+    """A calibrated model, some channels of whose stream are 8 times as large as the others."""
     model = tiny_model(family, **layers).double().eval()
     for index, norm in enumerate(module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-        norm.weight.data[[3, 5 + index % 2]] *= 20
+        norm.weight.data[[3, 5 + index % 2]] *= 8
     batches = [tiny_batch(model, lengths=(9, 8), labels=False, seed=seed) for seed in range(8)]
     return swap_norm(model, "batchnorm", where="all", calibrate_on=batches), batches
 
