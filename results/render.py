@@ -46,6 +46,7 @@ OTHERS = """## Benchmarks
 | [post-training](post-training) | `benchmarks/post_training.py` | [calibration](../docs/calibration.md#what-pays) |
 | [finetuning.json](finetuning.json) | `benchmarks/finetuning.py` | [calibration](../docs/calibration.md#fine-tuning-a-converted-model) |
 | [inference-cpu.json](inference-cpu.json) | `benchmarks/inference.py` | [folding](../docs/folding.md#what-it-gains) |
+| [int8](int8) | `benchmarks/int8.py` | [folding](../docs/folding.md#in-8-bits) |
 | [depth.json](depth.json) | `normswap depth` | [diagnostics](../docs/diagnostics.md#depth) |
 | [speed](speed) | `benchmarks/norms.py`, `benchmarks/training.py` | [speed](../docs/speed.md) |
 | [training](training) | `benchmarks/training.py` | [diagnostics](../docs/diagnostics.md), [scaling](../docs/scaling.md) |
@@ -187,6 +188,24 @@ def share_that_stays(figures):
     return 1 - figures["relative_error"]
 
 
+INT8 = """## int8
+
+What 8 bits cost in ONNX Runtime, by `benchmarks/int8.py`: accuracy on SST-2, the F1 of entities on WNUT-17, the
+Spearman correlation of embeddings on STS-B. The error is that of the outputs against the same form in float32.
+"""
+
+
+def render_int8():
+    """The table of graphs in 8 bits."""
+    rows = [("task", "form", "graph", "score", "error", "MB"), ("---",) * 6]
+    for path in sorted((FOLDER / "int8").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            cells = (f"{row['score']:.2f}", f"{row['error']:.3f}", f"{row['megabytes']:.1f}")
+            rows.append((f"[{result['task']}]({path.relative_to(FOLDER)})", row["form"], row["graph"], *cells))
+    return INT8 + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def render():
     """The whole page."""
     parts = [LEAD]
@@ -197,7 +216,8 @@ def render():
             rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(f"## {folder}\n\n{about}\n\n{table}\n")
-    return "\n".join([*parts, render_conversions(), render_post_training(), render_sweep(), OTHERS])
+    pages = [render_conversions(), render_post_training(), render_int8(), render_sweep(), OTHERS]
+    return "\n".join([*parts, *pages])
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def _divide(model, mode: str | None, data, tokenizer) -> tuple[list[dict], list[
 def _without_labels(model, batch: dict) -> dict:
     """A batch with the tokens that the decoder reads in place of the labels."""
     rest = {name: values for name, values in batch.items() if name != "labels"}
-    if "labels" in batch:
+    if "labels" in batch and model.config.is_encoder_decoder:
         rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return rest
 
