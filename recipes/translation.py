@@ -31,6 +31,7 @@ from recipes.common import (
     train_and_record,
 )
 from recipes.loading import apply_norm_args, load_splits, load_swapped
+from recipes.ngram import limit_attention
 from recipes.token_batches import TokenBatches
 from recipes.vocabulary import train_tokenizer
 
@@ -46,6 +47,9 @@ class DataArguments:
         default=None, metadata={"help": "Tokens of a batch and device, in place of a number of sentences."}
     )
     test_split: str | None = field(default=None, metadata={"help": "A split to score in the end too, such as test."})
+    ngram: int | None = field(
+        default=None, metadata={"help": "Tokens of the target that its tokens attend to: themselves and those before."}
+    )
 
 
 def load_pairs(data_args):
@@ -135,6 +139,8 @@ def main(argv=None):
         positions = model.config.max_position_embeddings
         if data_args.max_length > positions:
             raise ValueError(f"max_length is {data_args.max_length}, but the model has {positions} positions.")
+        if data_args.ngram is not None:
+            limit_attention(model, data_args.ngram)
         with training_args.main_process_first(desc="tokenizing"):
             encoded = tokenize(data, tokenizer, data_args)
         training_args.predict_with_generate = explicit_args.get("predict_with_generate", True)

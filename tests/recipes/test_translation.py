@@ -65,7 +65,8 @@ def test_from_scratch_and_scored_by_beam_search(run, tmp_path):
 
 
 def test_batches_of_so_many_tokens(run):
-    result = run("--max_tokens=48", "--max_steps=6", norm="powernorm")
+    result = run("--max_tokens=48", "--max_steps=6", "--ngram=3", norm="powernorm")
+    assert result["arguments"]["ngram"] == 3
     assert len([entry for entry in result["history"] if "loss" in entry]) == 6
 
 
@@ -114,6 +115,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, assert_resumes)
         (["--source=fr"], "has no language 'fr', only de, en"),
         (["--test_split=dev"], "has no split 'dev'"),
         (["--config_overrides=[]x"], "no JSON object"),
+        (["--ngram=0"], "an ngram of 1 or more"),
         (['--config_overrides={"max_position_embeddings": 8}'], "has 8 positions"),
     ],
 )
