@@ -47,6 +47,7 @@ class _Reached(Exception):
     """Ends a forward at the linear layer."""
 
 
+@torch.inference_mode(False)  # which a caller may be in, and which lets nothing have a gradient
 def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm: str, linear: str) -> list:
     """For each batch, which tokens of a norm's output the predictions are made of, in its shape without channels.
 
@@ -56,6 +57,7 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
 
     def cut(module, args, output):
         nonlocal states
+        torch.set_grad_enabled(True)  # from here on: what comes before needs no graph
         states = output.detach().requires_grad_()
         return states
 
@@ -71,10 +73,12 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
             model.get_submodule(linear).register_forward_pre_hook(stop, prepend=True),
         ]
         try:
-            with torch.enable_grad():
+            with torch.no_grad():
                 run_model(model, batch)
         except _Reached:
             pass
+        else:
+            raise ValueError(f"A batch does not reach {linear}, as others do: pass batches of one kind.")
         finally:
             for handle in handles:
                 handle.remove()
@@ -89,6 +93,7 @@ def count_of_tokens(linear: nn.Module) -> int:
     return min(_MOST, max(_FEWEST, _PRODUCTS // linear.weight.numel()))
 
 
+@torch.inference_mode(False)
 def fit_to_predictions(
     x: torch.Tensor, target: torch.Tensor, linear: nn.Module, gain: torch.Tensor, shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -104,7 +109,8 @@ def fit_to_predictions(
         linear (`torch.nn.Linear` or `Conv1D`): what makes logits of it.
         gain, shift (`torch.Tensor` of shape `(C,)`): those to start from; a `shift` of `None` stays away.
     """
-    weight, bias = promote(linear.weight.detach()), None if linear.bias is None else promote(linear.bias.detach())
+    # Clones have gradients even where the originals were made in inference mode.
+    weight, bias = (None if each is None else promote(each.detach()).clone() for each in (linear.weight, linear.bias))
     weight = weight.T if isinstance(linear, Conv1D) else weight
     tokens = _over_ranks(torch.stack([promote(x), promote(target)]))
     # In an order that neither batches nor ranks decide, so that the same tokens are held out.

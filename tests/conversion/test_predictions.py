@@ -186,3 +186,14 @@ def test_a_conversion_of_a_masked_language_model_is_measured_where_tokens_are_ma
     assert held_out.name == "cls.predictions.transform.LayerNorm"
     assert held_out.tokens < 60
     assert report.norms[0].tokens > 200  # of every other norm it is all real tokens
+
+
+def test_inference_mode_does_not_matter():
+    original = stock("gpt2", "GPT2LMHeadModel")
+    data, models = batches(original), []
+    for is_on in (False, True):
+        model = swap_norm(copy.deepcopy(original), "batchnorm", where="all")
+        with torch.inference_mode(is_on):
+            assert calibrate(model, data)[-1].is_last
+        models.append(model.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
