@@ -154,10 +154,9 @@ class Conversion:
     def _fit_to_predictions(self, site: NormSite, count: int) -> None:
         norm, linear = site.module, self.teacher.model.get_submodule(self.predictors[site.name])
         step = math.ceil(count / count_of_tokens(linear))
-        tokens = [
-            tuple(_select(values, mask)[::step] for values in (norm.normalize(promote(x), mask), wanted))
-            for x, wanted, mask in self._wanted(site.name)
-        ]
+        tokens = [(promote(norm.weight.new_empty(0, norm.num_features)),) * 2]  # a rank may have no batch
+        for x, wanted, mask in self._wanted(site.name):
+            tokens.append(tuple(_select(each, mask)[::step] for each in (norm.normalize(promote(x), mask), wanted)))
         x, target = (torch.cat(parts) for parts in zip(*tokens, strict=True))
         gain, shift = fit_to_predictions(x, target, linear, norm.weight, norm.bias)
         norm.weight.copy_(gain)

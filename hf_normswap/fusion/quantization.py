@@ -12,7 +12,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 # before the bias or the residual sum, cost most of the accuracy, with LayerNorms too.
 _STATIC = {
     "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
-    "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+    "extra_options": {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
 }
 
 
@@ -38,6 +38,18 @@ class Quantizer(OnnxRuntimeQuantizer):
 
     def quantize(self, model, sample_inputs, export_format):
         """Quantize the graph, as its name says."""
-        nodes = ((node.name, ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))) for node in model.graph)
-        self.config.nodes_to_exclude = [name for name, scopes in nodes if self.keep_float & set(scopes)]
+        self.config.nodes_to_exclude = [
+            node.name
+            for node in model.graph
+            if self.keep_float & set(ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")))
+            # ONNX Runtime has an option for this, which a static graph does not heed (1.32).
+            or node.op_type == "MatMul"
+            and not any(map(_is_constant, node.inputs))
+        ]
         return super().quantize(model, sample_inputs, export_format)
+
+
+def _is_constant(value) -> bool:
+    """Whether a value of the graph is a weight, or made of weights alone."""
+    producer = value.producer()
+    return value.const_value is not None or producer is not None and all(map(_is_constant, producer.inputs))

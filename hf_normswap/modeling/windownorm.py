@@ -104,7 +104,7 @@ class MABN(WindowNorm):
 
     χ² is the mean of the last m batches' mean(x²), this one included. In the backward stands the mean of the last m
     batches' `mean(g x̂)`, `dx = (g − x̂ · mean) / √(χ² + ε)`, with `x̂ = x / √(χ² + ε)` and `g = γ r dL/dy`. r is the
-    ratio of √(χ² + ε) to the running one, between 1/5 and 5, and has no gradient. The gradient is an approximation by
+    ratio of √(χ² + ε) to the running one, between 0.2 and 5, and has no gradient. The gradient is an approximation by
     design, and has no second derivative. The paper also centres the weights of the layer in front: that is no part of
     a norm, and left out.
 
@@ -132,7 +132,7 @@ class UnifiedNorm(WindowNorm):
     χ² is the geometric mean of the last m batches' mean(x²), this one included. In the backward stands an average over
     updates, `dx = (g − x̂ · average) / √(χ² + ε)`, with `x̂ = x / √(χ² + ε)` and `g = γ r dL/dy`: the average, with
     weight `momentum`, of the mean of the last m batches' `mean(g x̂)`. r is the ratio of √(χ² + ε) to the running one,
-    between 1/5 and 5. The gradient is an approximation by design, and has no second derivative; that of γ is exact.
+    between 0.2 and 5. The gradient is an approximation by design, and has no second derivative; that of γ is exact.
     The filter of outliers, which the authors advise against in text, is left out.
 
     Args:

@@ -525,7 +525,7 @@ def test_the_verb_writes_nothing_on_an_error(options, said, tmp_path, texts, cap
 def test_an_interrupted_save_leaves_no_folder(error, code, tmp_path, texts, capsys, monkeypatch):
     stock = save_stock(tmp_path / "stock")
 
-    def half(args, model, tokenizer, folder):
+    def half(args, model, tokenizer, folder, data):
         model.save_pretrained(folder)
         raise error("the disk is full")
 
