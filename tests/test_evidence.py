@@ -403,4 +403,3 @@ def test_a_runner_that_was_killed_in_a_real_cell(tiny, tmp_path):
     assert second.relative_to(tmp_path / "second") == first.relative_to(tmp_path / "first")
     assert curve(second) == curve(first)
     assert json.loads(second.read_text())["cpu_minutes"] is None  # a part of them was lost
-    finish(start("third", f"--again={first}"))

@@ -31,11 +31,11 @@ CASES = {
     family: [
         *itertools.product([family], NORMS, SHARES, ["plain"]),
         *itertools.product([family], NORMS, ["unequal", "empty"], ["accumulation"]),
-        *itertools.product([family], NORMS, ["unequal"], ["checkpointing", "sharded", "sharded checkpointing"]),
+        *itertools.product([family], NORMS[2:], ["unequal"], ["checkpointing", "sharded", "sharded checkpointing"]),
     ]
     for family in HEADS
 }
-CASES["bert"] += itertools.product(["bert"], NORMS[2:], ["even"], ["compiled"])
+CASES["bert"] += itertools.product(["bert"], ["batchnorm", "rbn", "powernorm"], ["even"], ["compiled"])
 STEPS, MICRO_BATCHES = 3, 2
 
 

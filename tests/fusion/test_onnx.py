@@ -77,7 +77,7 @@ def test_int8(tmp_path):
 
 def fine_model(**options):
     """Folded after a calibration, so that its channels are as large as those of a LayerNorm."""
-    model = tiny_model("bert", num_hidden_layers=4).eval()
+    model = tiny_model("bert", num_hidden_layers=2).eval()
     swap_norm(model, "batchnorm", where="all", calibrate_on=batches_of(model))
     fold_norms(model, **options)
     return model
@@ -153,7 +153,7 @@ def test_a_static_graph_rounds_the_inputs_of_linear_layers_alone(tmp_path):
     producer = {output: node for node in nodes for output in node.output}
     products = [node for node in nodes if node.op_type == "MatMul"]
     with_weight = [node for node in products if producer.get(node.input[1], node).op_type == "DequantizeLinear"]
-    assert len(with_weight) == 6 * 4
+    assert len(with_weight) == 6 * 2
     for node in products:
         is_rounded = [producer.get(name, node).op_type == "DequantizeLinear" for name in node.input]
         assert is_rounded == ([True, True] if node in with_weight else [False, False])
