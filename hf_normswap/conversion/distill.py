@@ -1,7 +1,7 @@
 """Train a converted model against the original one: unlabelled text takes away most of what a calibration leaves."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from hf_normswap.modeling.moments import gather_over_ranks, has_ranks, sum_over_
 from hf_normswap.modeling.padding_mask import current_mask
 
 from .fitting import check_teacher, linears_of_blocks, places_of_linears
+from .predictions import find_predictors
 from .sequential import run_model
 
 
@@ -42,8 +43,9 @@ def distill(
     A pruned or parametrized linear layer is trained in the parameters that its weight is computed from, one with an
     adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms'
     outputs to those of the teacher's LayerNorms, averaged over norms, and the Kullback–Leibler divergence of the two
-    predictions (squared distance where there is one output); AdamW, gradients of norm 1 at most, and a learning rate
-    that rises over a tenth of the steps and then falls linearly to 0.
+    predictions (squared distance where there is one output). A norm that predictions are made of counts by these
+    alone. AdamW, gradients of norm 1 at most, and a learning rate that rises over a tenth of the steps and then falls
+    linearly to 0.
 
     On several ranks each passes its own share of the data, at least one batch; gradients are averaged.
 
@@ -64,8 +66,10 @@ def distill(
         ValueError: as [`calibrate`] does, or when a linear layer has no weight to train, as a quantized one has not.
     """
     check_swapped(model)
-    norms = {site.name: site.module for site in find_norms(model) if isinstance(site.module, Norm)}
+    sites = [site for site in find_norms(model) if isinstance(site.module, Norm)]
+    norms = {site.name: site.module for site in sites}
     check_teacher(teacher, norms)
+    last = find_predictors(model, sites)
     if any(norm.weight.dtype.itemsize < torch.float32.itemsize for norm in norms.values()):
         raise ValueError("Steps of half precision are too coarse for a distillation: call model.float() first.")
     if linears:
@@ -90,7 +94,7 @@ def distill(
         for step in tqdm(range(steps), "Distilling", disable=silent):
             if step % len(batches) == 0:
                 order = torch.randperm(len(batches), generator=generator).tolist()
-            loss = _distance(model, teacher, norms, batches[order[step % len(batches)]]) / world_size
+            loss = _distance(model, teacher, norms, last, batches[order[step % len(batches)]]) / world_size
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = sum_over_ranks(gradient)
@@ -126,16 +130,20 @@ def _check_trainable(linears: dict[str, nn.Module]) -> None:
             )
 
 
-def _distance(model, teacher, norms: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+def _distance(model, teacher, norms: dict[str, nn.Module], last: Container[str], batch: dict) -> torch.Tensor:
+    """The loss of one batch; the outputs of the `last` norms count by the predictions alone."""
     ours, prediction = _observe(model, norms, batch)
     with torch.no_grad():
         theirs, wanted = _observe(teacher, norms, batch)
     relative = []
     for name, (output, mask) in ours.items():
+        if name in last:
+            continue
         output, original = (values if mask is None else values[mask] for values in (output, theirs[name][0]))
         relative.append((output - original).square().sum() / original.square().sum())
     predicted = predicted_tokens(model, batch)
-    return torch.stack(relative).mean() + _divergence(prediction, wanted, mask if predicted is None else predicted)
+    distance = torch.stack(relative).mean() if relative else 0.0
+    return distance + _divergence(prediction, wanted, mask if predicted is None else predicted)
 
 
 def _observe(model, norms: dict[str, nn.Module], batch: dict) -> tuple[dict, torch.Tensor | None]:

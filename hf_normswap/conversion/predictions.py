@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.data import predicted_tokens
-from hf_normswap.core.norm_sites import NormSite
+from hf_normswap.core.norm_sites import NormSite, describe
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.backends import promote
 from hf_normswap.modeling.moments import has_ranks
@@ -27,7 +27,12 @@ _LOGITS = 2**24  # at once
 
 
 def find_predictors(model: PreTrainedModel, sites: Iterable[NormSite]) -> dict[str, str]:
-    """For those of the norms whose output a linear layer makes logits of, the name of this layer."""
+    """For those of the norms whose output a linear layer makes logits of, the name of this layer.
+
+    In a model whose forward could not be followed none is known.
+    """
+    if describe(model).obstacle is not None:
+        return {}
     stream = ResidualStream(model)
     # A norm with statistics of sentences is no map of single tokens.
     of_tokens = [site for site in sites if "sentence" not in getattr(site.module, "scope", ())]
