@@ -188,7 +188,9 @@ def measure(folder, args):
             "worst_r2": min(norm.r2 for norm in report.norms),
             **compare(task, found, wanted),
         }
-    return record | {"arguments": {**vars(args), "runs": "", "data_root": ""}, **describe_environment()}
+    places = ("runs", "data_root", "output_dir", "only")
+    options = {name: value for name, value in vars(args).items() if name not in places}
+    return record | {"arguments": options, **describe_environment()}
 
 
 def main(argv=None):
