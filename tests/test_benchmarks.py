@@ -243,6 +243,7 @@ def test_memory_is_that_of_the_process_which_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_dry_run_of_all_that_a_gpu_has_to_show(tmp_path):
     """In processes of their own, as on a device: each phase leaves a file, which is shown."""
     words = random.Random(0).choices(WORDS, k=8 * 400)

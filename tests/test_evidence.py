@@ -374,6 +374,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_runner_that_was_killed_in_a_real_cell(tiny, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
 

@@ -44,6 +44,7 @@ def test_every_head(family, head):
         assert all(item.value >= 0 for item in gradient_norms(model, tiny_batch(model)))
 
 
+@pytest.mark.release
 def test_slopes_are_those_of_the_theorem():
     study = study_depth(["layernorm", "pnv", "powernorm"], seeds=4)
     slopes = {(item.norm, item.placement): item.slope for item in study}

@@ -28,6 +28,7 @@ def kill_one(launcher):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a launcher in /proc")
 @pytest.mark.skipif(BEFORE_5_23, reason=NO_RESUME_ON_CPU_RANKS)
+@pytest.mark.release
 def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp_path):
     run(*TORCHRUN, *command(tmp_path / "whole", *RUN))
     output, resume = tmp_path / "killed", []

@@ -38,6 +38,7 @@ def test_two_ranks_of_four_are_one_of_eight(family, norm, warmup, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.release
 def test_two_nodes_of_two_ranks_are_two_ranks_on_their_own(tmp_path):
     (tmp_path / "nodes").mkdir()
     nodes = {"RANKS_OF_A_NODE": "2"}
