@@ -26,7 +26,7 @@ from .sequential import SequentialRunner
 # the first one in GPT-2. No affine map serves it and the others equally well. It stays in the fits all the same: left
 # out, it leaves the norm so much too large that what attends to it suffers more.
 SINK_RATIO = 10.0
-# By so many tokens the further parameters of a norm are chosen: each candidate takes a pass over them.
+# Tokens that decide between candidates for the other parameters of a norm. Each candidate takes a pass over them.
 CANDIDATE_TOKENS = 2048
 
 
@@ -171,18 +171,21 @@ class Conversion:
 
     def _choose_parameters(self, name: str, norm: nn.Module) -> None:
         """Set the further parameters of a norm to the candidate that fits best, judged by the first batches."""
-        candidates, sample, tokens = norm.fit_candidates(), [], 0
-        for x, wanted, mask in self._wanted(name) if len(candidates) > 1 else ():
-            sample.append((x, wanted, mask))
-            tokens += x.numel() // x.shape[-1]
-            if tokens > CANDIDATE_TOKENS:
-                break
-        residuals = []
+        candidates = norm.fit_candidates()
+        if len(candidates) > 1:
+            sample, tokens, residuals = [], 0, []
+            for x, wanted, mask in self._wanted(name):
+                sample.append((x, wanted, mask))
+                tokens += x.numel() // x.shape[-1]
+                if tokens > CANDIDATE_TOKENS:
+                    break
+            for candidate in candidates:
+                norm.load_state_dict(candidate, strict=False)
+                # A rank without a batch takes part, too: the tokens of all ranks are pooled.
+                residuals.append(self._fit_affine(norm, sample).residual.sum().item())
+            candidates = [candidates[residuals.index(min(residuals))]]
         for candidate in candidates:
             norm.load_state_dict(candidate, strict=False)
-            residuals.append(self._fit_affine(norm, sample).residual.sum().item() if sample else 0.0)
-        if len(candidates) > 1:
-            norm.load_state_dict(candidates[residuals.index(min(residuals))], strict=False)
 
     def _fit_affine(self, norm: nn.Module, pairs: Iterable[tuple]) -> AffineFit:
         """Gain and shift of `norm` for tokens, what shall become of them, and masks."""

@@ -15,10 +15,10 @@ def data(family):
 
 
 def estimated(family, batches):
-    """The states of a calibrated model, and of one whose statistics alone were estimated, and the TID of that one."""
+    """The states of calibrated models, and of one whose statistics alone were estimated, and the TID of that one."""
     states = []
-    for estimate in (calibrate, reestimate_statistics):
-        model = swap_norm(tiny_model(family).double().eval(), "batchnorm", where="all")
+    for norm, estimate in (("dyt", calibrate), ("batchnorm", calibrate), ("batchnorm", reestimate_statistics)):
+        model = swap_norm(tiny_model(family).double().eval(), norm, where="all")
         estimate(model, batches)
         states.append(model.state_dict())
     report = measure_tid(model, batches)
