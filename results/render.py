@@ -54,6 +54,12 @@ OTHERS = """## Benchmarks
 """  # noqa: E501
 
 
+def table(rows):
+    """Rows of cells in Markdown, the first one the heading."""
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines) + "\n"
+
+
 def find_runs(folder):
     """The paths of the runs of a folder, by everything in their names except for the seed."""
     groups = {}
@@ -87,7 +93,7 @@ warm-ups of PowerNorm apart.
 
 def render_sweep():
     """The table of RBN's weights and PowerNorm's warm-ups."""
-    rows = [("placement", "norm", "λ or warm-up", "validation loss", "validation", "test", "TID of σ"), ("---",) * 7]
+    rows = [("placement", "norm", "λ or warm-up", "validation loss", "validation", "test", "TID of σ")]
     for path in sorted((FOLDER / "penalty").rglob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         given, history = result["arguments"], result["history"]
@@ -104,8 +110,8 @@ def render_sweep():
                 f"{tid[-1]:.4f}" if tid else "–",
             )
         )
-    rows[2:] = sorted(rows[2:], key=lambda row: (row[0], row[1].split("]")[0], row[2] if row[2] != "–" else 0))
-    return SWEEP + "\n" + "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
+    rows[1:] = sorted(rows[1:], key=lambda row: (row[0], row[1].split("]")[0], row[2] if row[2] != "–" else 0))
+    return SWEEP + "\n" + table(rows)
 
 
 CONVERSIONS = """## conversion
@@ -128,7 +134,6 @@ def render_conversions():
     """The table of models that are converted after their training."""
     rows = [
         ("model", "score", "LayerNorm or RMSNorm", "calibrated on", "distilled", "after", "worse by"),
-        ("---",) * 7,
     ]
     for path in sorted((FOLDER / "conversion").rglob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +150,7 @@ def render_conversions():
                     f"{result['relative_loss_percent'][metric]:.1f} %",
                 )
             )
-    return CONVERSIONS + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return CONVERSIONS + "\n" + table(rows)
 
 
 def render_post_training():
@@ -154,7 +159,7 @@ def render_post_training():
     for path in sorted((FOLDER / "post-training").glob("*.json")):
         groups.setdefault(path.stem.rpartition("-")[0], []).append(path)
     columns = ("task", "seeds", "LayerNorm", "way", "norms", "score", "difference", "kept", "divergence", "seconds")
-    rows = [columns, ("---",) * len(columns)]
+    rows = [columns]
     for task, paths in groups.items():
         records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         seeds = ", ".join(f"[{path.stem.rpartition('-')[2]}](post-training/{path.name})" for path in paths)
@@ -177,7 +182,7 @@ def render_post_training():
                     f"{sum(each['seconds'] for each in figures) / len(figures):.0f}",
                 )
             )
-    return POST_TRAINING + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return POST_TRAINING + "\n" + table(rows)
 
 
 def share_that_stays(figures):
@@ -197,25 +202,24 @@ Spearman correlation of embeddings on STS-B. The error is that of the outputs ag
 
 def render_int8():
     """The table of graphs in 8 bits."""
-    rows = [("task", "form", "graph", "score", "error", "MB"), ("---",) * 6]
+    rows = [("task", "form", "graph", "score", "error", "MB")]
     for path in sorted((FOLDER / "int8").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
             cells = (f"{row['score']:.2f}", f"{row['error']:.3f}", f"{row['megabytes']:.1f}")
             rows.append((f"[{result['task']}]({path.relative_to(FOLDER)})", row["form"], row["graph"], *cells))
-    return INT8 + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return INT8 + "\n" + table(rows)
 
 
 def render():
     """The whole page."""
     parts = [LEAD]
     for folder, about in RUNS.items():
-        rows = [("task", "norm", "placement", "variant", "seeds", "metric", "score"), ("---",) * 7]
+        rows = [("task", "norm", "placement", "variant", "seeds", "metric", "score")]
         for (task, norm, placement, variant), paths in find_runs(folder).items():
             seeds = ", ".join(f"[{NAME.fullmatch(path.stem)['seed']}]({folder}/{path.name})" for path in paths)
             rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"## {folder}\n\n{about}\n\n{table}\n")
+        parts.append(f"## {folder}\n\n{about}\n\n{table(rows)}")
     pages = [render_conversions(), render_post_training(), render_int8(), render_sweep(), OTHERS]
     return "\n".join([*parts, *pages])
 
