@@ -99,11 +99,11 @@ def _outputs(model, texts, tokenizer, batch_size):
     import torch
 
     from hf_normswap import make_batches
+    from hf_normswap.conversion.sequential import run_model
 
     for batch in make_batches(model, texts, tokenizer, batch_size):
-        batch = {name: values.to(model.device) for name, values in batch.items()}
         with torch.no_grad():
-            yield batch, model(**batch)
+            yield batch, run_model(model, batch)
 
 
 def _score_accuracy(model, texts, labels, tokenizer, batch_size) -> float:
@@ -123,7 +123,7 @@ def _score_ranks(model, texts, labels, tokenizer, batch_size) -> float:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         chosen = iter(order)
         for batch, output in _outputs(model, [texts[index] for index in order], tokenizer, batch_size):
-            mask = batch["attention_mask"][..., None]
+            mask = batch["attention_mask"][..., None].to(output.last_hidden_state.device)
             for vector in (output.last_hidden_state * mask).sum(1) / mask.sum(1):
                 vectors[next(chosen)] = vector
         return vectors
@@ -147,10 +147,10 @@ def _score_perplexity(model, texts, labels, tokenizer, batch_size) -> float:
     import torch
 
     from hf_normswap import make_batches
+    from hf_normswap.conversion.sequential import run_model
 
     total = tokens = 0
     for batch in make_batches(model, texts, tokenizer, batch_size):
-        batch = {name: values.to(model.device) for name, values in batch.items()}
         predicted = batch.get("labels")
         if predicted is None:  # the next token of each
             mask = batch["attention_mask"]
@@ -159,7 +159,7 @@ def _score_perplexity(model, texts, labels, tokenizer, batch_size) -> float:
         number = (predicted != -100).sum().item()
         if number:
             with torch.no_grad():
-                total, tokens = total + model(**batch).loss.item() * number, tokens + number
+                total, tokens = total + run_model(model, batch).loss.item() * number, tokens + number
     if not tokens:
         raise ValueError("The examples to score have no token that the model predicts: choose a longer split.")
     return math.exp(total / tokens)

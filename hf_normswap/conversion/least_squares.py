@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_normswap.modeling.moments import Moments, gather_over_ranks, masked_moments, merge_moments, sum_over_ranks
+from hf_normswap.modeling.moments import (
+    Moments,
+    gather_over_ranks,
+    has_ranks,
+    masked_moments,
+    merge_moments,
+    sum_over_ranks,
+)
 
 
 # How strongly a correction holds to the present weights where there are as many tokens as inputs, in units of the mean
@@ -43,6 +50,15 @@ def add_tokens(pooled: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | 
     """Packed moments in float64 with the tokens of one batch added to them."""
     batch = masked_moments(values.to("cpu", torch.float64), None if mask is None else mask.cpu())
     return merge_moments(Moments(torch.stack([pooled, batch.packed]))).packed
+
+
+def tokens_of_all_ranks(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """`values` of every rank, of any number each, one behind the other along `dim`."""
+    if not has_ranks():
+        return values
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, values.cpu())
+    return torch.cat(parts, dim).to(values.device)
 
 
 def fit_affine(tokens: Iterable, width: int, device, intercept: bool = True) -> AffineFit:

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from hf_normswap.core.data import predicted_tokens
 from hf_normswap.core.norm_sites import find_norms
-from hf_normswap.modeling.moments import Moments, has_ranks, merge_over_ranks
+from hf_normswap.modeling.moments import Moments, merge_over_ranks
 
-from .least_squares import add_tokens
+from .least_squares import add_tokens, tokens_of_all_ranks
 from .predictions import both, find_predictors, tokens_of_predictions
 from .sequential import given_mask, run_model
 
@@ -104,7 +104,7 @@ def measure_conversion(
             values = torch.cat([t, y - t], dim=-1)
             empty = torch.zeros(2 * values.shape[-1] + 1, dtype=torch.float64)
             pooled[name] = add_tokens(pooled.get(name, empty), values, mask)
-    table = {name: _over_ranks(torch.cat([part[name] for part in tables])) for name in tables[0]}
+    table = {name: tokens_of_all_ranks(torch.cat([part[name] for part in tables])) for name in tables[0]}
     if not all(column.isfinite().all() for column in table.values()):
         raise ValueError("The outputs for the held-out data are not finite: check the data, and the model's dtype.")
     moments = {name: merge_over_ranks(Moments(pooled[name].to(model.device))) for name in norms if name in pooled}
@@ -229,14 +229,6 @@ def _embed(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return states.flatten(1)
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
     return states.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _over_ranks(column: torch.Tensor) -> torch.Tensor:
-    if not has_ranks():
-        return column
-    columns: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(columns, column)
-    return torch.cat(columns)
 
 
 def _estimate(table: dict[str, torch.Tensor], seed: int) -> dict[str, Estimate]:

@@ -12,15 +12,15 @@ from hf_normswap.core.data import predicted_tokens
 from hf_normswap.core.norm_sites import NormSite, describe
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.backends import promote
-from hf_normswap.modeling.moments import has_ranks
 
-from .sequential import run_model
+from .least_squares import tokens_of_all_ranks
+from .sequential import Reached, run_model
 
 
 # Products of a token and the linear layer in one pass: 3,000 tokens of BERT-base, whose vocabulary is 30,000.
 _PRODUCTS = 2**36
 _FEWEST, _MOST = 1024, 4096  # tokens, whatever the size of the linear layer
-_HELD_OUT = 5  # one of so many tokens is not fitted to, and says when to stop
+_HELD_OUT = 5  # every fifth token takes no part in the fit; these tokens say when to stop
 _ROUNDS, _STEPS = 8, 5
 _ENOUGH = 0.98  # a round that lowers the divergence by less is the last one
 _LOGITS = 2**24  # at once
@@ -34,7 +34,7 @@ def find_predictors(model: PreTrainedModel, sites: Iterable[NormSite]) -> dict[s
     if describe(model).obstacle is not None:
         return {}
     stream = ResidualStream(model)
-    # A norm with statistics of sentences is no map of single tokens.
+    # The output of a norm with statistics of sentences depends on other tokens, too.
     of_tokens = [site for site in sites if "sentence" not in getattr(site.module, "scope", ())]
     found = {site.name: stream.predictor(site) for site in of_tokens}
     return {name: linear for name, linear in found.items() if linear is not None}
@@ -46,10 +46,6 @@ def both(mask: torch.Tensor | None, other: torch.Tensor | None, values: torch.Te
         mask = other if mask is None else mask
         return None if mask is None else mask.reshape(values.shape[:-1])
     return mask & other.view_as(mask)
-
-
-class _Reached(Exception):
-    """Ends a forward at the linear layer."""
 
 
 @torch.inference_mode(False)  # which a caller may be in, and which lets nothing have a gradient
@@ -69,7 +65,7 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
     def stop(module, args):
         (gradient,) = torch.autograd.grad(args[0].sum(), states)
         tokens.append((gradient != 0).any(-1))
-        raise _Reached
+        raise Reached
 
     for batch in batches:
         states = None
@@ -80,7 +76,7 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
         try:
             with torch.no_grad():
                 run_model(model, batch)
-        except _Reached:
+        except Reached:
             pass
         else:
             raise ValueError(f"A batch does not reach {linear}, as others do: pass batches of one kind.")
@@ -117,7 +113,7 @@ def fit_to_predictions(
     # Clones have gradients even where the originals were made in inference mode.
     weight, bias = (None if each is None else promote(each.detach()).clone() for each in (linear.weight, linear.bias))
     weight = weight.T if isinstance(linear, Conv1D) else weight
-    tokens = _over_ranks(torch.stack([promote(x), promote(target)]))
+    tokens = tokens_of_all_ranks(torch.stack([promote(x), promote(target)]), dim=1)
     # In an order that neither batches nor ranks decide, so that the same tokens are held out.
     tokens = tokens[:, tokens[1, :, 0].argsort(stable=True)]
     is_held_out = torch.arange(tokens.shape[1], device=tokens.device) % _HELD_OUT == _HELD_OUT - 1
@@ -157,12 +153,3 @@ def fit_to_predictions(
         if is_slow:
             break
     return values[0], None if shift is None else values[1]
-
-
-def _over_ranks(tokens: torch.Tensor) -> torch.Tensor:
-    """The tokens `(2, N, C)` of all ranks."""
-    if not has_ranks():
-        return tokens
-    parts: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, tokens.cpu())
-    return torch.cat(parts, dim=1).to(tokens.device)

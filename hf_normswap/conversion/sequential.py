@@ -99,7 +99,7 @@ class _Value(NamedTuple):
     value: object
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward at the last module that is visited in it."""
 
 
@@ -285,7 +285,7 @@ class SequentialRunner:
                 if name in missing:
                     missing.remove(name)
                 if once and not missing:
-                    raise _Reached
+                    raise Reached
 
             handles = [
                 self.model.get_submodule(name).register_forward_pre_hook(
@@ -298,7 +298,7 @@ class SequentialRunner:
             ]
             try:
                 run(index)
-            except _Reached:
+            except Reached:
                 pass
             finally:
                 for handle in handles:

@@ -94,7 +94,7 @@ def fold_norms(
             the narrowest dtype that the folded model will run in. With `torch.float32`, which has the range of
             bfloat16, fewer norms stay as [`Affine`], and a cast to float16 may overflow.
         affine_every (`int`, *optional*):
-            in a post-norm model, one norm in so many stays as an [`Affine`], which evens out the scales of the stream.
+            in a post-norm model, every N-th norm stays as an [`Affine`], which evens out the scales of the stream.
             This is for a graph in 8 bits, where 4 keeps most of the accuracy. By default no norm stays for this.
 
     Returns:
@@ -481,7 +481,7 @@ def _check_norms(model: PreTrainedModel) -> None:
 
 
 def _positive(sizes: torch.Tensor) -> torch.Tensor:
-    """Sizes of channels, of which none is more than a thousandth below the mean."""
+    """Sizes of channels; those below a thousandth of the mean are raised to it."""
     return sizes.clamp(min=sizes.mean().item() / 1000 or 1.0)
 
 
