@@ -18,7 +18,7 @@ from hf_normswap.modeling.moments import Moments, merge_over_ranks, sum_over_ran
 from hf_normswap.modeling.padding_mask import padding_mask
 
 from .least_squares import AffineFit, fit_affine, fit_correction, pooled_moments
-from .predictions import both, count_of_tokens, fit_to_predictions, tokens_of_predictions
+from .predictions import both, count_of_tokens, fit_to_predictions, logits_layer, tokens_of_predictions
 from .sequential import SequentialRunner
 
 
@@ -152,7 +152,8 @@ class Conversion:
         return fit
 
     def _fit_to_predictions(self, site: NormSite, count: int) -> None:
-        norm, linear = site.module, self.teacher.model.get_submodule(self.predictors[site.name])
+        norm, linear = site.module, self.predictors[site.name]
+        linear = logits_layer(self.teacher.model, self.teacher.batches, site.name, linear)
         step = math.ceil(count / count_of_tokens(linear))
         tokens = [(promote(norm.weight.new_empty(0, norm.num_features)),) * 2]  # a rank may have no batch
         for x, wanted, mask in self._wanted(site.name):

@@ -1,5 +1,6 @@
 """The last norm of a model, which a linear layer makes logits of: fitted to the predictions themselves."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from hf_normswap.core.data import predicted_tokens
 from hf_normswap.core.norm_sites import NormSite, describe
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.backends import promote
+from hf_normswap.modeling.moments import sum_over_ranks
 
 from .least_squares import tokens_of_all_ranks
 from .sequential import Reached, run_model
@@ -89,6 +91,59 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
     return tokens
 
 
+@torch.inference_mode(False)
+def logits_layer(model: PreTrainedModel, batches: list[dict], norm: str, linear: str) -> nn.Linear:
+    """What makes logits of the output of a norm, as one linear layer in at least float32.
+
+    That is more than the layer `linear` where the model multiplies tokens or logits by a number or adds a constant to
+    them. Both are measured on one token; a rank without batches learns of them from the others.
+    """
+    layer, seen = model.get_submodule(linear), {}
+    # Clones have gradients even where the originals were made in inference mode.
+    weight = promote(layer.weight.detach()).clone()
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+
+    def cut(module, args, output, name):
+        torch.set_grad_enabled(True)  # from here on: what comes before needs no graph
+        seen[name] = output.detach().requires_grad_()
+        return seen[name]
+
+    def keep(module, args):
+        torch.set_grad_enabled(False)  # the weights may have been made in inference mode
+        seen["read"] = args[0]
+
+    measured = weight.new_zeros(2 + len(weight))  # the number of ranks with a batch, factors, and constants
+    if batches:
+        handles = [
+            model.get_submodule(norm).register_forward_hook(functools.partial(cut, name="states")),
+            layer.register_forward_pre_hook(keep),
+            layer.register_forward_hook(functools.partial(cut, name="made")),
+        ]
+        try:
+            with torch.no_grad():
+                logits = run_model(model, batches[0]).logits.flatten(0, -2)[-1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        after, place = _factor(logits, seen["made"])
+        before, place = _factor(seen["read"].flatten(0, -2)[place], seen["states"])
+        state = promote(seen["states"].detach().flatten(0, -2)[place])
+        constant = promote(logits.detach()) - after * before * functional.linear(state, weight)
+        measured = torch.cat([torch.stack([torch.ones_like(after), after * before]), constant]).to(weight)
+    count, factor, *_ = measured = sum_over_ranks(measured)
+    found = nn.Linear(*weight.T.shape, device="meta")
+    found.weight, found.bias = nn.Parameter(weight * (factor / count)), nn.Parameter(measured[2:] / count)
+    return found
+
+
+def _factor(result: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """By how much one of the tokens `values` is multiplied on the way to `result`, and which one it is."""
+    (gradient,) = torch.autograd.grad(result.sum(), values)
+    gradient = promote(gradient.flatten(0, -2))
+    place = int(gradient.any(-1).nonzero()[-1])
+    return gradient[place, 0], place
+
+
 def count_of_tokens(linear: nn.Module) -> int:
     """How many tokens a fit takes, about: a large vocabulary makes each of them expensive."""
     return min(_MOST, max(_FEWEST, _PRODUCTS // linear.weight.numel()))
@@ -107,12 +162,10 @@ def fit_to_predictions(
     Args:
         x (`torch.Tensor` of shape `(N, C)`): normalised tokens of this rank.
         target (`torch.Tensor` of shape `(N, C)`): what the original norm returns for them.
-        linear (`torch.nn.Linear` or `Conv1D`): what makes logits of it.
+        linear (`torch.nn.Linear`): what makes logits of it, as [`logits_layer`] returns it.
         gain, shift (`torch.Tensor` of shape `(C,)`): those to start from; a `shift` of `None` stays away.
     """
-    # Clones have gradients even where the originals were made in inference mode.
-    weight, bias = (None if each is None else promote(each.detach()).clone() for each in (linear.weight, linear.bias))
-    weight = weight.T if isinstance(linear, Conv1D) else weight
+    weight, bias = linear.weight.detach(), linear.bias.detach()
     tokens = tokens_of_all_ranks(torch.stack([promote(x), promote(target)]), dim=1)
     # In an order that neither batches nor ranks decide, so that the same tokens are held out.
     tokens = tokens[:, tokens[1, :, 0].argsort(stable=True)]

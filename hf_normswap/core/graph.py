@@ -35,6 +35,7 @@ _GROUPED = "_grouped_mm"
 LINEAR, CONVOLUTION, EMBEDDING, NORM = "linear", "convolution", "embedding", "norm"
 WEIGHTED = frozenset({LINEAR, CONVOLUTION, "mm", "addmm", _GROUPED})
 ADDITION = frozenset({"add", "add_"})
+SCALING = frozenset({"mul", "mul_", "div", "div_"})
 
 
 @dataclass(frozen=True)

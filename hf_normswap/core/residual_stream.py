@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .graph import ADDITION, EMBEDDING, LINEAR, NORM, Node
+from .graph import ADDITION, EMBEDDING, LINEAR, NORM, SCALING, Node
 from .norm_sites import NormSite, ResidualSum, describe
 
 
@@ -95,13 +95,33 @@ class ResidualStream:
         return Reading(obstacle="it follows no residual sum") if total is None else self._readers_of(total.skip)
 
     def predictor(self, site: NormSite) -> str | None:
-        """The linear layer that makes logits of the output of a norm, where nothing else reads this output."""
-        reading = self.readers(site) if self.is_reached(site) else Reading()
+        """The linear layer that makes logits of the output of a norm, where nothing else reads this output.
+
+        Tokens and logits may be multiplied by a number on the way, as in T5 and Cohere, and the model may add a
+        constant to the logits, as Marian does.
+        """
+        if not self.is_reached(site) or self._is_returned(self.order(site)):
+            return None
+        value = self._behind_constants(self.order(site))
+        reading = self._readers_of(value)
         if reading.obstacle is not None or reading.sums or len(reading.linears) != 1:
             return None
         (name,) = reading.linears
         node = next(node for node in self.graph.nodes if node.op == LINEAR and _place(node.name) == name)
-        return name if self.graph.outputs.get("logits") in self.graph.passed(node.index) else None
+        logits = self._behind_constants(node.index)
+        return name if self.graph.outputs.get("logits") in self.graph.passed(logits) else None
+
+    def _behind_constants(self, value: int) -> int:
+        """A value behind multiplications by a number and sums with a parameter, where nothing else reads it."""
+        while len(readers := [node for node in self.graph.readers(value) if not self.is_dead(node)]) == 1:
+            (reader,) = readers
+            others = [self.graph.nodes[index].op for index in reader.inputs if self.graph.source(index) != value]
+            is_scaled = reader.op in SCALING and not others
+            is_shifted = reader.op in ADDITION and others in (["parameter"], ["buffer"])
+            if not is_scaled and not is_shifted:
+                break
+            value = reader.index
+        return value
 
     def sum_before(self, site: NormSite) -> ResidualSum | None:
         """The residual sum that a norm reads."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_normswap.core.graph import ADDITION, CONVOLUTION, EMBEDDING, LINEAR, NORM, PASSED, Node
+from hf_normswap.core.graph import ADDITION, CONVOLUTION, EMBEDDING, LINEAR, NORM, PASSED, SCALING, Node
 from hf_normswap.core.model_state import PLAIN, check_whole, obstacle_of_linear, refuse_training
 from hf_normswap.core.norm_sites import BLOCK_SUBLAYERS, find_norms, where_names
 from hf_normswap.core.residual_stream import ResidualStream, find_tied_head, in_words, is_result
@@ -26,9 +26,8 @@ logger = logging.get_logger(__name__)
 
 # They do the same to every channel. What else they read (indices, a mask) is no part of the result.
 _SUMS = ADDITION | {"sub", "sub_"}
-_PRODUCTS = frozenset({"mul", "mul_", "div", "div_"})
 _CHOICES = frozenset({"where", "cat", "mean", "sum", "neg"})
-_LINEAR_IN_THE_STREAM = PASSED | _SUMS | _PRODUCTS | _CHOICES
+_LINEAR_IN_THE_STREAM = PASSED | _SUMS | SCALING | _CHOICES
 # They read a shape, a dtype or a device, and no values.
 _VALUELESS = frozenset("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like".split())
 
@@ -217,7 +216,7 @@ class _Plan:
             others = node.inputs[1:] if node.op == "where" and len(node.inputs) == 3 else node.inputs
             if all(index in wide for index in others):
                 return list(others)
-        elif node.op in _PRODUCTS and is_wide and wide:
+        elif node.op in SCALING and is_wide and wide:
             others = [self.graph.nodes[index].shape for index in node.inputs if index not in wide]
             is_factor = node.op.startswith("mul")
             if len(wide) == 1 and all(shape[-1:] in ((), (1,)) for shape in others):

@@ -10,7 +10,12 @@ from torch.nn import functional
 from transformers import BertTokenizer
 
 from hf_normswap import calibrate, convert_norms, find_norms, make_batches, swap_norm
-from hf_normswap.conversion.predictions import find_predictors, fit_to_predictions, tokens_of_predictions
+from hf_normswap.conversion.predictions import (
+    find_predictors,
+    fit_to_predictions,
+    logits_layer,
+    tokens_of_predictions,
+)
 from tests.helpers.architectures import tiny_architecture
 from tests.helpers.calibration import WORDS, batches, stock
 from tests.helpers.models import tiny_batch, tiny_model
@@ -86,12 +91,24 @@ def test_what_cannot_be_improved_stays():
         ("vit", "vit.layernorm", "classifier"),
         ("roberta", "lm_head.layer_norm", "lm_head.decoder"),
         ("bert", None, None),  # a pooler comes between
-        ("t5", None, None),  # its states are scaled first
+        ("t5", "decoder.final_layer_norm", "lm_head"),  # its states are multiplied by a number first
+        ("marian", "model.decoder.layers.1.final_layer_norm", "lm_head"),  # it adds a constant to them
+        ("gemma2", None, None),  # it bends them
     ],
 )
 def test_the_linear_layer_that_predicts(name, norm, linear):
-    model, _ = tiny_architecture(name)
+    model, batch = tiny_architecture(name)
     assert find_predictors(model, find_norms(model)) == ({} if norm is None else {norm: linear})
+    if norm is None:
+        return
+    if name == "marian":
+        model.final_logits_bias.normal_()
+    seen = []
+    model.get_submodule(norm).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    found = logits_layer(model, [batch], norm, linear)(seen[0])
+    torch.testing.assert_close(found[:, 0] if name == "vit" else found, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_tokens_that_predictions_are_made_of():
