@@ -4,10 +4,10 @@ What a trained model keeps when all its norms are replaced after the training: i
     python -m recipes.glue --task_name sst2 --model_name_or_path all-MiniLM-L6-v2 --output_dir ./runs/sst2-0 ...
     python benchmarks/post_training.py --runs ./runs --data_root ./data --output_dir results/post-training
 
-Each folder of `--runs` is a model that a recipe has trained with LayerNorm; its name says task and seed. Two copies
-are converted from unlabelled training examples alone: one by calibration, one with a distillation behind it. Both are
-scored on the split that the task is scored on. A model of sentence embeddings, in a folder `embeddings-<seed>`, is not
-trained at all: the seed is that of the sentences. Each folder leaves one JSON file.
+Each folder of `--runs` is a model that a recipe has trained with LayerNorm; its name says task and seed. A copy is
+converted with unlabelled training examples, scored on the split that the task is scored on, distilled with the same
+examples, and scored again. A model of sentence embeddings, in a folder `embeddings-<seed>`, is not trained at all: the
+seed is that of the sentences. Each folder leaves one JSON file.
 """
 
 import copy
@@ -28,7 +28,7 @@ from transformers import (
     HfArgumentParser,
 )
 
-from hf_normswap import convert_norms
+from hf_normswap import convert_norms, distill
 from hf_normswap.metrics import SeqevalMetric
 from hf_normswap.reporting.results import describe_environment, write_result
 
@@ -42,6 +42,7 @@ class Task:
     columns: tuple[str, ...]
     split: str
     kind: str = "classes"  # or "regression", "entities", "embeddings"
+    least_words: int = 1  # of a training example, where most are shorter than those to score
 
     @property
     def auto_class(self):
@@ -52,7 +53,7 @@ class Task:
 GLUE = "nyu-mll/glue"
 PAIR = ("sentence1", "sentence2")
 TASKS = {
-    "sst2": Task(GLUE, "sst2", ("sentence",), "validation"),
+    "sst2": Task(GLUE, "sst2", ("sentence",), "validation", least_words=10),
     "mrpc": Task(GLUE, "mrpc", PAIR, "validation"),
     "trec": Task("SetFit/TREC-QC", None, ("text",), "test"),
     "stsb": Task(GLUE, "stsb", PAIR, "validation", "regression"),
@@ -69,9 +70,9 @@ class Arguments:
     output_dir: str = field(default="outputs/post-training", metadata={"help": "Folder for the records."})
     only: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks."})
     norm: str = field(default="batchnorm", metadata={"help": "The new norm."})
-    examples: int = field(default=512, metadata={"help": "Examples of the fit; a fourth of that is held out."})
-    distill_examples: int = field(default=2048, metadata={"help": "The same where a distillation follows."})
+    examples: int = field(default=2048, metadata={"help": "Examples of the fit; a fourth of that is held out."})
     distill_steps: int = field(default=200, metadata={"help": "Steps of the distillation; 0 leaves it out."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of the distillation."})
     budgets: list[float] = field(
         default_factory=list, metadata={"help": "Distances that one more conversion each may not exceed."}
     )
@@ -84,6 +85,7 @@ def texts_of(task, rows):
     if task.kind == "embeddings":
         return list(dict.fromkeys(text for column in task.columns for text in rows[column]))
     texts = [tuple(texts) for texts in zip(*(rows[name] for name in task.columns), strict=True)]
+    texts = [each for each in texts if len(" ".join(each).split()) >= task.least_words]
     return texts if len(task.columns) > 1 else [text for (text,) in texts]
 
 
@@ -167,27 +169,25 @@ def measure(folder, args):
         "metrics": {"before": score(task, rows, wanted)},
         "conversions": {},
     }
-    ways = {"converted": (args.examples, {})}
-    if args.distill_steps:
-        ways["distilled"] = args.distill_examples, {"distill_steps": args.distill_steps}
-    ways |= {f"budget {budget:g}": (args.examples, {"budget": budget}) for budget in args.budgets}
-    for way, (count, options) in ways.items():
-        model, start = copy.deepcopy(original), time.perf_counter()
-        chosen = texts[: round(1.25 * count)]
-        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
-        seconds = time.perf_counter() - start
-        found = predict(model, task, rows, tokenizer)
+    chosen = texts[: round(1.25 * args.examples)]
+
+    def note(way, model, start, **options):
+        seconds, found = time.perf_counter() - start, predict(model, task, rows, tokenizer)
         record["metrics"][way] = score(task, rows, found)
-        record["conversions"][way] = {
-            "examples": len(chosen),
-            **options,
-            "is_distilled": report.distilled,
-            "seconds": round(seconds),
-            "norms": len(report.norms),
-            "kept": report.kept,
-            "worst_r2": min(norm.r2 for norm in report.norms),
-            **compare(task, found, wanted),
-        }
+        figures = {"examples": len(chosen), "seconds": round(seconds), **compare(task, found, wanted)}
+        record["conversions"][way] = {**options, **figures}
+
+    ways = {"converted": {}} | {f"budget {budget:g}": {"budget": budget} for budget in args.budgets}
+    for way, options in ways.items():
+        model, start = copy.deepcopy(original), time.perf_counter()
+        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
+        worst = min(norm.r2 for norm in report.norms)
+        note(way, model, start, **options, norms=len(report.norms), kept=report.kept, worst_r2=worst)
+        if way == "converted" and args.distill_steps:
+            start = time.perf_counter()
+            options = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
+            distill(model, original, chosen, tokenizer=tokenizer, seed=seed, **options)
+            note("distilled", model, start, **options)
     places = ("runs", "data_root", "output_dir", "only")
     options = {name: value for name, value in vars(args).items() if name not in places}
     return record | {"arguments": options, **describe_environment()}
