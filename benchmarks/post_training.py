@@ -16,9 +16,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import load_dataset
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
+from seqeval.metrics.sequence_labeling import get_entities
 from torch.nn import functional
 from transformers import (
     AutoModel,
@@ -29,7 +31,6 @@ from transformers import (
 )
 
 from hf_normswap import convert_norms, distill
-from hf_normswap.metrics import SeqevalMetric
 from hf_normswap.reporting.results import describe_environment, write_result
 
 
@@ -116,20 +117,43 @@ def predict(model, task, rows, tokenizer):
     return found
 
 
-def score(task, rows, predictions):
-    """The score of the task, times 100."""
+def scorer(task, rows, predictions):
+    """A function that returns the score, times 100, of the examples of some indices."""
     if task.kind == "entities":
         tags = rows.features["ner_tags"].feature.names
-        found = [[tags[tag] for tag in logits.argmax(-1)] for logits in predictions]
-        true = [[tags[tag] for tag in row][: len(logits)] for row, logits in zip(rows["ner_tags"], predictions)]
-        return 100 * SeqevalMetric().compute(predictions=found, references=true)["overall_f1"]
+        counts = []
+        for logits, row in zip(predictions, rows["ner_tags"], strict=True):
+            found, true = (
+                set(get_entities([tags[tag] for tag in each])) for each in (logits.argmax(-1), row[: len(logits)])
+            )
+            counts.append((2 * len(found & true), len(found) + len(true)))
+        counts = np.array(counts)
+        return lambda index: 100 * np.divide(*counts[index].sum(0))
+    labels = np.array(rows["label"])
+    if task.kind == "classes":
+        right = torch.stack(predictions).argmax(-1).numpy() == labels
+        return lambda index: 100 * right[index].mean()
     if task.kind == "embeddings":
         first, second = torch.stack(predictions).chunk(2)
-        return 100 * spearmanr(functional.cosine_similarity(first, second).numpy(), rows["label"]).statistic
-    logits = torch.stack(predictions)
-    if task.kind == "regression":
-        return 100 * spearmanr(logits[:, 0].numpy(), rows["label"]).statistic
-    return 100 * (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+        values = functional.cosine_similarity(first, second).numpy()
+    else:
+        values = torch.stack(predictions)[:, 0].numpy()
+    return lambda index: 100 * spearmanr(values[index], labels[index]).statistic
+
+
+def compare_scores(task, rows, ours, wanted):
+    """Both scores, and the 95 % interval of their difference: a bootstrap over examples."""
+    ours, theirs = scorer(task, rows, ours), scorer(task, rows, wanted)
+    examples = np.arange(len(rows))
+    found = bootstrap(
+        (examples,),
+        lambda index: ours(index) - theirs(index),
+        vectorized=False,
+        n_resamples=1000,
+        method="percentile",
+        rng=0,
+    )
+    return float(ours(examples)), float(theirs(examples)), [float(end) for end in found.confidence_interval]
 
 
 def compare(task, predictions, wanted):
@@ -166,16 +190,16 @@ def measure(folder, args):
         "model": f"{original.config.model_type}-{original.config.num_hidden_layers}x{original.config.hidden_size}",
         "norm": args.norm,
         "seed": seed,
-        "metrics": {"before": score(task, rows, wanted)},
+        "metrics": {},
         "conversions": {},
     }
     chosen = texts[: round(1.25 * args.examples)]
 
     def note(way, model, start, **options):
         seconds, found = time.perf_counter() - start, predict(model, task, rows, tokenizer)
-        record["metrics"][way] = score(task, rows, found)
+        record["metrics"][way], record["metrics"]["before"], interval = compare_scores(task, rows, found, wanted)
         figures = {"examples": len(chosen), "seconds": round(seconds), **compare(task, found, wanted)}
-        record["conversions"][way] = {**options, **figures}
+        record["conversions"][way] = {**options, **figures, "interval_of_difference": interval}
 
     ways = {"converted": {}} | {f"budget {budget:g}": {"budget": budget} for budget in args.budgets}
     for way, options in ways.items():
