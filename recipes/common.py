@@ -21,8 +21,8 @@ from hf_normswap.reporting.results import compare_results, describe_environment,
 from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 
 
-PLACEMENTS = ("post", "pre")
 FROM_SCRATCH = ("bert", "gpt2", "roberta")
+PLACEMENTS = ("post", "pre", "deep", "sub", "peri", "rskip")
 HELD_OUT = "held_out"  # the split that is a share of the training split
 DEBUG = "HF_NORMSWAP_DEBUG"  # 1 shows the traceback of an error
 LOADED = ("model_name_or_path", "dataset_name")  # options that take an id on the Hub or a folder

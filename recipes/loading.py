@@ -130,9 +130,11 @@ def apply_norm_args(model, processor, args, examples):
         return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=processor)
     places = {path for entry in recorded["norms"] for path in entry["modules"]}
     asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}
+    # Where the record says nothing, the norms stand where the family has them.
+    placements = [recorded["placement"]] if "placement" in recorded else [s.placement for s in find_norms(model)]
     for entry in recorded["norms"]:
         same_norm = args.norm is None or get_norm(args.norm).norm_name == entry["norm"]
-        same_place = args.placement in {None, *(site.placement for site in find_norms(model))}
+        same_place = args.placement is None or args.placement in placements
         same_options = args.norm_options.items() <= entry["options"].items()
         if not same_norm or not same_place or not same_options or (args.where and asked != places):
             raise ValueError(

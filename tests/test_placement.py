@@ -1,6 +1,7 @@
 """Pre- and Post-LN, against the models of transformers that have their norms in the other place."""
 
 import copy
+import math
 import pickle
 import re
 
@@ -27,6 +28,7 @@ from tests.helpers.versions import BEFORE_5_23, NO_LAYERDROP_IN_A_GRAPH
 
 
 OTHER = {"bert": "pre", "roberta": "pre", "marian": "pre", "gpt2": "post"}
+FURTHER = ["deep", "sub", "peri", "rskip"]
 NORMS = ["layernorm", "rmsnorm", "batchnorm", "rbn", "pnv", "powernorm"]
 BERT_HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
 ORACLES = {
@@ -199,16 +201,20 @@ def test_a_placement_alone_is_saved_and_loaded(tmp_path):
 
 
 def test_it_loads_without_the_package(tmp_path):
-    model = train(swap_norm(set_norm_placement(tiny_model("roberta"), "pre"), "rbn", where="all"))
-    model.save_pretrained(tmp_path / "model")
-    batch = tiny_batch(model, labels=False)
-    torch.save((batch, model(**batch).logits), tmp_path / "expected.pt")
+    expected = {}
+    for family, placement in {"roberta": "pre", "marian": "sub"}.items():
+        model = train(swap_norm(set_norm_placement(tiny_model(family), placement), "rbn", where="all"))
+        model.save_pretrained(tmp_path / family)
+        batch = tiny_batch(model, labels=False)
+        expected[family] = batch, model(**batch).logits
+    torch.save(expected, tmp_path / "expected.pt")
     script = """
 import torch
-from transformers import AutoModelForMaskedLM
-model = AutoModelForMaskedLM.from_pretrained("model", trust_remote_code=True)
-batch, expected = torch.load("expected.pt")
-assert torch.equal(model(**batch).logits, expected)
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+autos = {"roberta": AutoModelForMaskedLM, "marian": AutoModelForSeq2SeqLM}
+for folder, (batch, expected) in torch.load("expected.pt").items():
+    model = autos[folder].from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model(**batch).logits, expected)
 """
     run_fresh(script, tmp_path, package=False)
 
@@ -318,13 +324,18 @@ def test_post_norm_cross_attention_is_folded():
 
 def test_what_is_refused():
     model = tiny_model("gpt2")
-    with pytest.raises(ValueError, match=r"placement is one of post, pre, not 'sandwich'"):
+    with pytest.raises(ValueError, match=r"placement is one of post, pre, deep, sub, peri, rskip, not 'sandwich'"):
         set_norm_placement(model, "sandwich")
     with pytest.raises(ValueError, match=r"ln_f has a gain .* drop_final=True"):
         set_norm_placement(model, "post")
     assert type(model).__name__ == "GPT2LMHeadModel"
     with pytest.raises(ValueError, match="wrapped in"):
         set_norm_placement(nn.DataParallel(model), "post")
+    with pytest.raises(ValueError, match="for the placements deep and sub, not for peri"):
+        set_norm_placement(model, "peri", scale_weights=True)
+    model.name_or_path = "a checkpoint"
+    with pytest.raises(ValueError, match="this one is pretrained"):
+        set_norm_placement(model, "deep", drop_final=True, scale_weights=True)
     with pytest.raises(ValueError, match="LayerNorms already"):
         restore_norm(set_norm_placement(tiny_model("bert"), "pre"))
     folded = swap_norm(tiny_model("bert").eval(), "batchnorm", where="all")
@@ -347,3 +358,204 @@ def test_what_is_known_of_a_lost_norm_is_forgotten():
     set_norm_placement(model, "post", drop_final=True)
     assert path not in str(model.config.norm_swap)
     assert "placement" not in model.config.norm_swap
+
+
+# Names of the parts of a block: query, key, value and output of an attention, and its norm; both layers of a
+# feed-forward network, and its norm.
+PARTS = {
+    "bert": (
+        {"": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")},
+        ("intermediate.dense", "output.dense"),
+        {"": "attention.output.LayerNorm", "ffn": "output.LayerNorm"},
+    ),
+    "marian": (
+        {
+            "": tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            "cross": tuple(f"encoder_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+        },
+        ("fc1", "fc2"),
+        {"": "self_attn_layer_norm", "cross": "encoder_attn_layer_norm", "ffn": "final_layer_norm"},
+    ),
+    "gpt2": (
+        {"": ("attn.q", "attn.k", "attn.v", "attn.c_proj")},
+        ("mlp.c_fc", "mlp.c_proj"),
+        {"": "ln_1", "ffn": "ln_2"},
+    ),
+}
+
+
+class Block:
+    """One block of a tiny model, written out from the equations of its placement."""
+
+    def __init__(self, family, weights, prefix, placement, alpha):
+        self.attentions, self.ffn, self.norms = PARTS[family]
+        self.weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        if family == "gpt2":  # its weights are transposed, and those of queries, keys and values are in one
+            self.weights = {
+                name: w.T if "ln_" not in name and "norm" not in name and w.dim() == 2 else w
+                for name, w in self.weights.items()
+            }
+            for kind in ("weight", "bias"):
+                whole = self.weights.pop(f"attn.c_attn.{kind}")
+                self.weights |= {f"attn.{k}.{kind}": w for k, w in zip("qkv", whole.chunk(3), strict=True)}
+        self.placement, self.alpha = placement, alpha
+        self.family, self.eps = family, {"bert": 1e-12}.get(family, 1e-5)
+
+    def norm(self, name, x):
+        centered = x - x.mean(-1, keepdim=True)
+        scale = (centered.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return centered / scale * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def linear(self, name, x):
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def last(self, name, x):
+        if self.placement != "sub":
+            return self.linear(name, x)
+        return self.linear(f"{name}.linear", self.norm(f"{name}.norm", x))
+
+    def attend(self, kind, x, states, causal):
+        query, key, value, out = self.attentions[kind]
+        states = x if states is None else states
+        heads = []
+        q, k, v = self.linear(query, x), self.linear(key, states), self.linear(value, states)
+        for channels in torch.arange(16).chunk(4):
+            scores = q[:, channels] @ k[:, channels].T / 2
+            if causal:
+                scores += torch.full_like(scores, -torch.inf).triu(1)
+            heads.append(scores.softmax(-1) @ v[:, channels])
+        return self.last(out, torch.cat(heads, -1))
+
+    def feed_forward(self, x):
+        inner = self.linear(self.ffn[0], x)
+        inner = {
+            "bert": nn.functional.gelu,
+            "marian": nn.functional.gelu,
+            "gpt2": lambda z: z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+        }[self.family](inner)
+        return self.last(self.ffn[1], inner)
+
+    def sublayer(self, x, kind, function):
+        name = self.norms[kind]
+        if self.placement == "deep":
+            return self.norm(name, self.alpha * x + function(x))
+        if self.placement == "sub":
+            return x + function(self.norm(name, x))
+        if self.placement == "peri":
+            return x + self.norm(f"{name}_outer", function(self.norm(name, x)))
+        return self.norm(f"{name}_outer", x + self.norm(name, x + function(x)))
+
+    def __call__(self, x, states=None, causal=False):
+        x = self.sublayer(x, "", lambda x: self.attend("", x, None, causal))
+        if states is not None:
+            x = self.sublayer(x, "cross", lambda x: self.attend("cross", x, states, False))
+        return self.sublayer(x, "ffn", self.feed_forward)
+
+
+# α of two blocks in each stack.
+ALPHAS = {
+    "bert": {"encoder.layer.": 4**0.25},
+    "gpt2": {"h.": 4**0.25},
+    "marian": {"encoder.layers.": 0.81 * 32 ** (1 / 16), "decoder.layers.": 6**0.25},
+}
+HEADLESS = {"bert": "BertModel", "marian": "MarianModel", "gpt2": "GPT2Model"}
+FINAL = {"encoder.layer.": "encoder.LayerNorm", "h.": "ln_f"}
+
+
+@pytest.mark.parametrize("family", HEADLESS)
+@pytest.mark.parametrize("placement", FURTHER)
+def test_blocks_compute_their_equations(family, placement):
+    model = set_norm_placement(tiny_model(family, HEADLESS[family]), placement, drop_final=True).double().eval()
+    for site in find_norms(model):
+        nn.init.uniform_(site.module.weight, 0.5, 1.5)
+        nn.init.uniform_(site.module.bias, -0.5, 0.5)
+    weights = model.state_dict()
+    streams = {}  # what each stack is given
+    stacks = {prefix: model.get_submodule(f"{prefix}0") for prefix in ALPHAS[family]}
+    for prefix, block in stacks.items():
+        block.register_forward_pre_hook(lambda _, args, prefix=prefix: streams.update({prefix: args[0][0]}))
+    batch = tiny_batch(model, lengths=(6,))
+    with torch.no_grad():
+        returned = model(**batch).last_hidden_state[0]
+    states = None
+    for prefix, alpha in ALPHAS[family].items():
+        x = streams[prefix]
+        causal = prefix in ("h.", "decoder.layers.")
+        for layer in range(2):
+            x = Block(family, weights, f"{prefix}{layer}.", placement, alpha)(x, states, causal)
+        if placement in ("sub", "peri"):
+            name = FINAL.get(prefix, f"{prefix[:7]}.layer_norm")
+            eps = {"bert": 1e-12}.get(family, 1e-5)
+            x = nn.functional.layer_norm(x, [16], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+        states = x
+    torch.testing.assert_close(returned, states, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_through_every_placement_and_back(family):
+    model = tiny_model(family)
+    for site in find_norms(model):
+        if site.sublayer == "final":
+            nn.init.ones_(site.module.weight)
+            nn.init.zeros_(site.module.bias)
+    swap_norm(model, "batchnorm")
+    stock, config, before, names = type(model), copy.deepcopy(model.config), outputs(model), set(model.state_dict())
+    places = {"deep": {"post"}, "sub": {"pre", "inner"}, "peri": {"pre", "sandwich"}, "rskip": {"sandwich", "post"}}
+    for placement, found in places.items():
+        set_norm_placement(model, placement)
+        assert {site.placement for site in find_norms(model) if site.block} == found
+        assert not same(before, outputs(model))
+    set_norm_placement(model, "pre" if family == "gpt2" else "post")
+    assert same(before, outputs(model))
+    assert type(model) is stock
+    assert model.config.to_dict() == config.to_dict()
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("family", "placement"), [("bert", "sub"), ("roberta", "peri"), ("marian", "rskip"), ("gpt2", "deep")]
+)
+def test_further_placements_are_saved_and_loaded(family, placement, tmp_path):
+    model = set_norm_placement(tiny_model(family), placement, drop_final=True)
+    model = train(swap_norm(model, "batchnorm", where="all"))
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert same(outputs(model), outputs(loaded))
+    assert same(outputs(model), outputs(pickle.loads(pickle.dumps(model))))
+    if placement != "rskip":
+        assert fold_norms(loaded, untie=True).error < 1e-5
+
+
+# Factors for two blocks in each stack, and a part of the names of the weights that they are for.
+SCALES = {
+    ("bert", "deep"): {r"\.(value|dense)(\.linear)?\.weight": 16**-0.25},
+    ("bert", "sub"): {r"\.(value|dense)(\.linear)?\.weight": math.sqrt(math.log(4))},
+    ("marian", "deep"): {
+        r"encoder\.layers.*(v_proj|out_proj|fc1|fc2)\.weight": 0.87 * 32 ** (-1 / 16),
+        r"decoder\.layers.*(v_proj|out_proj|fc1|fc2)\.weight": 24**-0.25,
+    },
+    ("marian", "sub"): {
+        r"encoder\.layers.*(v_proj|out_proj|fc1|fc2)(\.linear)?\.weight": math.sqrt(math.log(6) * math.log(4) / 3),
+        r"decoder\.layers.*(v_proj|out_proj|fc1|fc2)(\.linear)?\.weight": math.sqrt(math.log(6)),
+    },
+    ("gpt2", "deep"): {r"c_(attn|proj|fc)\.weight": 16**-0.25},
+}
+
+
+@pytest.mark.parametrize(("family", "placement"), SCALES)
+def test_initial_weights_are_scaled(family, placement):
+    head = {"bert": "BertForMaskedLM"}.get(family)
+    plain = set_norm_placement(tiny_model(family, head), placement, drop_final=True)
+    scaled = set_norm_placement(tiny_model(family, head), placement, drop_final=True, scale_weights=True)
+    before = dict(plain.named_parameters())
+    for name, weight in scaled.named_parameters():
+        is_inside = re.search(r"\.(layer|layers|h)\.\d", name)
+        scales = [scale for pattern, scale in SCALES[family, placement].items() if re.search(pattern, name)]
+        expected = before[name].detach().clone()
+        if is_inside and scales:
+            part = expected[:, 32:] if "c_attn" in name else expected
+            part *= scales[0]
+        torch.testing.assert_close(weight.detach(), expected)
+        if not (is_inside and scales):
+            assert torch.equal(weight, before[name])

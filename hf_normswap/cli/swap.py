@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model to start from")
     parser.add_argument("output", metavar="OUTPUT", help="folder to save the swapped model in, new or empty")
     add_norm_arguments(parser, required=True)
-    parser.add_argument("--placement", help="put the norms of the blocks there, pre or post (default: as they are)")
+    parser.add_argument(
+        "--placement",
+        help="put the norms of the blocks there: post, pre, deep, sub, peri or rskip (default: as they are)",
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 

@@ -232,7 +232,9 @@ def _structure_of(model: PreTrainedModel) -> tuple:
             continue
         shapes = tuple((key, None if p is None else tuple(p.shape)) for key, p in module._parameters.items())
         # Which parts of an adapter are in use, and how often a chunked layer is called.
-        state = tuple(str(getattr(module, key, None)) for key in ("active_adapters", "disable_adapters", "merged"))
+        state = tuple(
+            str(getattr(module, key, None)) for key in ("active_adapters", "disable_adapters", "merged", "placement")
+        )
         parts.append(
             (name, stock_class_of(type(module)), shapes, state, getattr(module, "chunk_size_feed_forward", 0))
         )

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForTokenClassification
 
 from hf_normswap.core.norm_sites import format_table
+from hf_normswap.modeling.configuration_normswap import NORMS_IN_FRONT
 from hf_normswap.modeling.norms import NormSwapConfig
 from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.placement import set_norm_placement
@@ -76,7 +77,7 @@ def study_depth(
 
     Args:
         norms (list of `str` or [`NormSwapConfig`], *optional*): norms of the blocks, and the final one.
-        placements (list of `str`, *optional*): `"post"`, `"pre"` or both.
+        placements (list of `str`, *optional*): those of [`set_norm_placement`], without a factor for weights.
         depths (list of `int`, *optional*): numbers of blocks.
         width (`int`, *optional*, defaults to 128): channels of the model.
         seeds (`int`, *optional*, defaults to 4): models for each depth.
@@ -129,7 +130,7 @@ def _last_gradient(norm: NormSwapConfig, placement: str, depth: int, width: int,
         for weight in model.bert.encoder.layer.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=width**-0.5)
-        swap_norm(model, norm, where=["blocks", "final"] if placement == "pre" else "blocks")
+        swap_norm(model, norm, where=["blocks", "final"] if placement in NORMS_IN_FRONT else "blocks")
         for module in model.modules():
             if isinstance(module, PowerNorm):
                 module.warmup_steps = 1

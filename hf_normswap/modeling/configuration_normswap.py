@@ -26,7 +26,9 @@ STOCK_CLASS_GUARD = (
     "hf_normswap, whose norms this folder has: load it with an Auto class after `import hf_normswap`, or with "
     "trust_remote_code=True"
 )
-PLACEMENTS = ("post", "pre")
+# See block_placement.py. Those with a norm in front of each sublayer have one behind the last block, too.
+PLACEMENTS = ("post", "pre", "deep", "sub", "peri", "rskip")
+NORMS_IN_FRONT = ("pre", "sub", "peri")
 # Where the norms of the blocks stand in the models that `set_norm_placement` can change.
 STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
 _PREFIX, _TYPE_PREFIX = "NormSwap", "normswap_"
@@ -61,7 +63,7 @@ def auto_map(config_class: type) -> dict[str, str]:
 
 
 def placement_of(config) -> str | None:
-    """`"post"` or `"pre"`: where the norms stand in a model of a family that `set_norm_placement` can change."""
+    """One of `PLACEMENTS`: where the norms stand in a model of a family that `set_norm_placement` can change."""
     record = getattr(config, "norm_swap", None) or {}
     return record.get("placement", STOCK_PLACEMENTS.get(family_of(config.model_type or "")))
 

@@ -10,7 +10,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .base import Norm
-from .configuration_normswap import FORMAT_VERSION, layer_norm_eps, placement_of
+from .configuration_normswap import FORMAT_VERSION, NORMS_IN_FRONT, layer_norm_eps, placement_of
 from .model_norms import WRAPPED, active_modules, is_norm, path_of, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
@@ -93,8 +93,9 @@ def _find_folded(model: PreTrainedModel) -> list[str]:
         for attribute, value in vars(module).items()
         if value is pass_through
     ]
-    # In the post placement GPT-2 has no final norm, folded or not.
-    return [path for path in paths if path != "transformer.ln_f" or placement_of(model.config) != "post"]
+    # Without norms in front of its sublayers GPT-2 has no final norm, folded or not.
+    has_final = (placement_of(model.config) or "pre") in NORMS_IN_FRONT
+    return [path for path in paths if path != "transformer.ln_f" or has_final]
 
 
 def check_record(model: PreTrainedModel, record: dict) -> None:
@@ -133,16 +134,17 @@ def _places(model: PreTrainedModel) -> dict[str, str]:
     for name, module in active_modules(model):
         if is_norm(module):
             block = re.match(r"(.*\.\d+)\.", name)  # an element of a list of modules
-            where = f"in a {_class_name(model.get_submodule(block[1]))}" if block else "there"
+            where = f"in {_describe(model.get_submodule(block[1]))}" if block else "there"
             places[path_of(model, name)] = where
     return places
 
 
-def _class_name(block: nn.Module) -> str:
+def _describe(block: nn.Module) -> str:
     while wrapped := [block._modules[name] for name in WRAPPED if name in block._modules]:
         (block,) = wrapped
     cls = next(cls for cls in type(block).__mro__ if not cls.__name__.startswith("FSDP"))  # fully_shard adds them
-    return f"{cls.__module__}.{cls.__name__}"
+    placement = next((part.placement for part in block.modules() if "placement" in vars(part)), None)
+    return f"a {cls.__module__}.{cls.__name__}" + (f" ({placement})" if placement else "")
 
 
 def norms_of_record(model: PreTrainedModel, record: dict) -> dict[str, Norm]:

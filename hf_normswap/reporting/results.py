@@ -9,7 +9,7 @@ A result is a plain dictionary:
 | `seed` | seed of the run |
 | `metrics` | final scores, `{name: number}`; `null` where a score was NaN or infinite |
 | `norm_swap` | *optional*, what was swapped: `model.config.norm_swap` |
-| `placement` | *optional*, `"pre"` or `"post"` |
+| `placement` | *optional*, as `set_norm_placement` takes it |
 | `baselines` | *optional*, scores that need no training, `{name: number}` |
 | `arguments`, `history`, `versions`, `hardware`, `command` | *optional*, how the run went and how to repeat it |
 """
