@@ -32,6 +32,7 @@ _HOMES = {
     "diagnostics.gradients": ["GradientNorm", "GradientReport", "gradient_norms"],
     "diagnostics.inspection": ["InspectReport", "NormAudit", "inspect_model"],
     "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
+    "fixup": ["initialize_fixup"],
     "fusion.fold": ["FoldReport", "fold_norms"],
     "fusion.gains": ["fold_gains"],
     "fusion.onnx": ["OnnxReport", "export_onnx"],
@@ -50,7 +51,9 @@ _HOMES = {
         "Derf",
         "DyT",
         "FRN",
+        "Fixup",
         "GroupNorm",
+        "Hamming",
         "InstanceNorm",
         "LayerNorm",
         "LayerNormSimple",
@@ -68,6 +71,7 @@ _HOMES = {
         "Statistics",
         "SwitchableNorm",
         "UnifiedNorm",
+        "WeightNorm",
         "available_norms",
         "get_norm",
         "masked_moments",
@@ -123,6 +127,7 @@ if TYPE_CHECKING:
     from .diagnostics.tid import TidHistory as TidHistory
     from .diagnostics.tid import TidReport as TidReport
     from .diagnostics.tid import measure_tid as measure_tid
+    from .fixup import initialize_fixup as initialize_fixup
     from .fusion.fold import FoldReport as FoldReport
     from .fusion.fold import fold_norms as fold_norms
     from .fusion.gains import fold_gains as fold_gains
@@ -144,7 +149,9 @@ if TYPE_CHECKING:
     from .modeling.norms import BatchStatisticNorm as BatchStatisticNorm
     from .modeling.norms import Derf as Derf
     from .modeling.norms import DyT as DyT
+    from .modeling.norms import Fixup as Fixup
     from .modeling.norms import GroupNorm as GroupNorm
+    from .modeling.norms import Hamming as Hamming
     from .modeling.norms import InstanceNorm as InstanceNorm
     from .modeling.norms import LayerNorm as LayerNorm
     from .modeling.norms import LayerNormSimple as LayerNormSimple
@@ -161,6 +168,7 @@ if TYPE_CHECKING:
     from .modeling.norms import Statistics as Statistics
     from .modeling.norms import SwitchableNorm as SwitchableNorm
     from .modeling.norms import UnifiedNorm as UnifiedNorm
+    from .modeling.norms import WeightNorm as WeightNorm
     from .modeling.norms import available_norms as available_norms
     from .modeling.norms import get_norm as get_norm
     from .modeling.norms import masked_moments as masked_moments

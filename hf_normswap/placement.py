@@ -1,15 +1,23 @@
 """Where the norms of the blocks stand: Post-LN, Pre-LN, DeepNorm, sub-LN, Peri-LN and rSkip-LN."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .core.model_state import check_model, refuse_meta, restore_transformers_class, set_recorded_swap
+from .core.model_state import (
+    check_model,
+    obstacle_of_linear,
+    refuse_meta,
+    restore_transformers_class,
+    set_recorded_swap,
+)
 from .core.norm_sites import NormSite, find_norms
 from .modeling.block_placement import FAMILIES, added_norms, branch_scales, linear_of, parts_of, place_blocks
 from .modeling.configuration_normswap import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
 from .modeling.model_norms import path_of
-from .modeling.record import recorded_swap
+from .modeling.record import changed_linears, recorded_swap
 
 
 logger = logging.get_logger(__name__)
@@ -102,6 +110,8 @@ def _move_norms(model: PreTrainedModel, before: str, placement: str, drop: bool)
         )
     place_blocks(model, placement)
     record = _without(recorded_swap(model), lost)
+    if linears := changed_linears(model):
+        record["linears"] = linears  # one that gets a norm in front of it has another path
     if placement != STOCK_PLACEMENTS[family_of(model.config.model_type)]:
         set_recorded_swap(model, {**record, "placement": placement})
     elif record["norms"]:
@@ -119,6 +129,11 @@ def _check_scaling(model: PreTrainedModel, placement: str) -> None:
             "build a new model from the configuration."
         )
     refuse_meta(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and (obstacle := obstacle_of_linear(module)):
+            raise ValueError(
+                f"{name} {obstacle}, and its weight cannot be scaled: scale the weights of a plain model."
+            )
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """Swap the norms of a live model, and put them back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .core.model_state import (
+    PLAIN,
     check_model,
     check_whole,
+    obstacle_of_linear,
     refuse_computed,
     refuse_folded,
     restore_transformers_class,
@@ -16,6 +18,7 @@ from .core.model_state import (
     share_config,
 )
 from .core.norm_sites import NormSite, find_norms, is_causal, where_names
+from .core.residual_stream import ResidualStream
 from .modeling.base import BatchStatisticNorm, Norm
 from .modeling.layernorm import LayerNorm
 from .modeling.model_norms import norm_width
@@ -29,7 +32,7 @@ from .modeling.modeling_normswap import (
 from .modeling.norms import NormSwapConfig
 from .modeling.record import read_record, recorded_swap
 from .modeling.registry import get_norm
-from .modeling.replace import change_class, new_norm, new_stock_norm, place_norms
+from .modeling.replace import change_class, change_linears, new_norm, new_stock_norm, place_norms, restore_linears
 
 
 logger = logging.get_logger(__name__)
@@ -138,6 +141,11 @@ def make_norms(
     """
     norm_class = get_norm(config.norm)
     sites = list(sites)
+    if to_be_fitted and norm_class.linear_classes:
+        raise ValueError(
+            f"{norm_class.norm_name} changes linear layers of the model, which no calibration makes up for: swap to "
+            "it without calibration, and train the model."
+        )
     if "sentence" in norm_class.scope:
         _refuse_causal(model, norm_class.norm_name, sites)
     refuse_computed({site.name: site.module for site in sites})
@@ -148,6 +156,7 @@ def make_norms(
         defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))
         options = {**defaults, **fitted, **config.options}
         norms[site.name] = new_norm(site.module, NormSwapConfig(config.norm, **options))
+    linears_to_change(model, norms)
     check_chunks(model, norms)
     for module in model.modules():
         check_checkpointing(getattr(module, "_gradient_checkpointing_func", None), norms.values())
@@ -167,8 +176,32 @@ def _refuse_causal(model: PreTrainedModel, norm: str, sites: Iterable[NormSite])
 
 def place_new_norms(model: PreTrainedModel, norms: dict[str, Norm]) -> None:
     """Put the norms of [`make_norms`] in their places, and record that."""
+    linears = linears_to_change(model, norms)
     place_norms(model, norms)
+    change_linears(model, linears)
     set_recorded_swap(model, read_record(model))
+
+
+def linears_to_change(model: PreTrainedModel, norms: Mapping[str, Norm]) -> dict[str, str]:
+    """The linear layers of the sublayers whose norms shall be `norms`, and the norm, where it wants other ones.
+
+    Raises:
+        ValueError: when it cannot have them.
+    """
+    if not any(norm.linear_classes for norm in norms.values()):
+        return {}
+    found = {}
+    for name, site in ResidualStream(model).sites_of_linears(find_norms(model)).items():
+        norm, linear = norms.get(site.name), model.get_submodule(name)
+        if norm is None or not norm.linear_classes:
+            continue
+        obstacle = obstacle_of_linear(linear)
+        if obstacle is None and type(linear) not in norm.linear_classes:
+            obstacle = f"is a {type(linear).__name__}"
+        if obstacle is not None:
+            raise ValueError(f"{name} {obstacle}, and {norm.norm_name} cannot change it: {PLAIN} first.")
+        found[name] = norm.norm_name
+    return found
 
 
 def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
@@ -193,6 +226,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
         )
     refuse_computed({site.name: site.module for site in norms})
     place_norms(model, {site.name: new_stock_norm(site.module) for site in norms})
+    restore_linears(model)
     record = recorded_swap(model)
     kept = {name: record[name] for name in ("format_version", "placement") if name in record}
     if "placement" in kept:

@@ -25,7 +25,7 @@ LAYERS = [
     {"modeling"},
     {"core", "kernels", "metrics"},
     {"conversion"},
-    {"swap", "placement"},
+    {"swap", "placement", "fixup"},
     {"fusion", "diagnostics", "reporting"},
     {"training", "convert"},
     {"auto"},

@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .graph import ADDITION, EMBEDDING, LINEAR, NORM, SCALING, Node
+from .graph import ADDITION, EMBEDDING, LINEAR, NORM, SCALING, WEIGHTED, Node
 from .norm_sites import NormSite, ResidualSum, describe
 
 
@@ -48,6 +49,23 @@ class Writing:
 
     linears: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The linear layers between the stream and the residual sum that adds what they compute.
+
+    Attributes:
+        linears (tuple of `str`): all of them, by name, in the order of the forward.
+        ends (tuple of `str`): those that no other one of them reads.
+        length (`int`): the largest number of them in a row.
+        obstacle (`str`, *optional*): what else has weights there, in words.
+    """
+
+    linears: tuple[str, ...]
+    ends: tuple[str, ...]
+    length: int
     obstacle: str | None = None
 
 
@@ -139,6 +157,49 @@ class ResidualStream:
     def writers_before(self, site: NormSite) -> Writing:
         """What a norm reads, where that is no residual sum."""
         return self._writers_of(self._read_by(site))
+
+    def branches(self) -> list[Branch]:
+        """The residual branches of the model that have weights, in the order of the forward."""
+        found = []
+        for each in self.sums:
+            nodes = self._nodes_back(
+                each.branch, stop=lambda node, each=each: self.graph.depends(each.skip, node.index)
+            )
+            linears = [node for node in nodes if node.op == LINEAR]
+            others = [node for node in nodes if node.op in WEIGHTED - {LINEAR}]
+            rows: dict[int, int] = {}
+            for node in linears:
+                rows[node.index] = 1 + max((rows[i] for i in rows if self.graph.depends(node.index, i)), default=0)
+            ends = [
+                node
+                for node in linears
+                if not any(self.graph.depends(other.index, node.index) for other in linears if other is not node)
+            ]
+            if linears or others:
+                obstacle = f"{in_words(others[0])} has weights of its own" if others else None
+                names = (tuple(dict.fromkeys(_place(node.name) for node in some)) for some in (linears, ends))
+                found.append(Branch(*names, max(rows.values(), default=0), obstacle))
+        return found
+
+    def heads(self) -> list[str]:
+        """The last linear layers in front of what the model returns, where they are in no residual branch."""
+        found = []
+        for name in filter(is_result, self.graph.outputs):
+            nodes = self._nodes_back(self.graph.outputs[name], stop=lambda node: False, past_linears=False)
+            found += [_place(node.name) for node in nodes if node.op == LINEAR]
+        return list(dict.fromkeys(found))
+
+    def _nodes_back(self, start: int, stop: Callable[[Node], bool], past_linears: bool = True) -> list[Node]:
+        """The nodes that a value is computed by, in order, back to residual sums and to where it says `stop`."""
+        sums, found, todo = {each.node for each in self.sums}, {}, [start]
+        while todo:
+            node = self.graph.nodes[todo.pop()]
+            if node.index in found or node.index in sums or stop(node):
+                continue
+            found[node.index] = node
+            if past_linears or node.op != LINEAR:
+                todo += node.inputs
+        return [found[index] for index in sorted(found)]
 
     def sites_of_linears(self, sites: list[NormSite]) -> dict[str, NormSite]:
         """For each linear layer of the blocks, by name, the norm of the sublayer that it belongs to."""

@@ -44,6 +44,7 @@ class Norm(nn.Module):
     stock = None  # the StockNorm that it replaced in a swap
     replaced: nn.Module | None = None  # that module, without parameters
     calibrated_options: dict = {}  # defaults in a swap that is calibrated
+    linear_classes: dict[type, type] = {}  # what a swap makes of the linear layers of its sublayer, by their class
     earlier_defaults: dict = {}  # what a record without these options means; from now on they are always recorded
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):

@@ -17,6 +17,7 @@ OPTIONAL_ENTRIES = {
     "calibration": dict,
     "folded": [str],
     "layer_norm_share": dict,
+    "linears": dict,
     "placement": str,
     "untied": [str],
 }
@@ -102,7 +103,8 @@ class NormSwapConfigMixin:
     and `modules` (paths of the modules in a model with a head). In the middle of a progressive swap there is also
     `layer_norm_share`, the share that LayerNorm still has in a norm, by path; after a calibration there is
     `calibration`, the R² of each norm's fit, by path; after a folding there is `folded`, the paths of the norms that
-    are gone. `biases` and `untied` are linear layers of the head that got a bias, or weights of their own.
+    are gone. `biases` and `untied` are linear layers of the head that got a bias, or weights of their own. `linears`
+    are the linear layers that have changed in the place of a norm, by path, and the norm.
     """
 
     def __post_init__(self, **kwargs):

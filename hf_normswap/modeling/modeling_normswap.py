@@ -20,11 +20,12 @@ from .activation_checkpointing import CHECKPOINTING, checkpoint_norms
 from .base import BatchStatisticNorm, Norm
 from .block_placement import place_blocks
 from .configuration_normswap import auto_heads, config_class_of, find_config_class
+from .linears import ChangedLinear
 from .model_norms import swapped_norms
 from .padding_mask import unwatch_masks, watch_masks
 from .rbn import RegularizedBatchNorm
-from .record import check_record, fold_as_recorded, norms_of_record, read_record
-from .replace import blend_norm, place_norms
+from .record import check_record, fold_as_recorded, linears_of_record, norms_of_record, read_record
+from .replace import blend_norm, change_linears, place_norms
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,7 @@ class NormSwapMixin:
         norms = norms_of_record(self, record)
         check_chunks(self, norms)
         place_norms(self, norms)
+        change_linears(self, linears_of_record(self, record))
         fold_as_recorded(self, record)
         shares = record.get("layer_norm_share", {})
         for path, norm in swapped_norms(self).items():
@@ -81,8 +83,8 @@ class NormSwapMixin:
     def initialize_weights(self):
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, Norm):
-                module.initialize()  # transformers knows nothing of our buffers
+            if isinstance(module, Norm | ChangedLinear):
+                module.initialize()  # transformers knows nothing of what is ours
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         # Of an encoder-decoder transformers would resize the embeddings alone.

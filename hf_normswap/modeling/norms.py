@@ -10,10 +10,12 @@ from .batchnorm import BatchNorm
 from .batchrenorm import BatchRenorm
 from .discrepancy import Statistics
 from .dyt import Derf, DyT
+from .fixup import Fixup
 from .frn import FRN
 from .groupnorm import GroupNorm
 from .instancenorm import InstanceNorm
 from .layernorm import LayerNorm
+from .linears import Hamming, WeightNorm
 from .moments import Moments, masked_moments
 from .powernorm import PowerNorm, PowerNormV
 from .rbn import RegularizedBatchNorm
@@ -37,7 +39,9 @@ __all__ = [
     "BatchStatisticNorm",
     "Derf",
     "DyT",
+    "Fixup",
     "GroupNorm",
+    "Hamming",
     "InstanceNorm",
     "LayerNorm",
     "LayerNormSimple",
@@ -53,6 +57,7 @@ __all__ = [
     "Statistics",
     "SwitchableNorm",
     "UnifiedNorm",
+    "WeightNorm",
     "available_norms",
     "get_norm",
     "masked_moments",

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .base import Norm
 from .configuration_normswap import FORMAT_VERSION, NORMS_IN_FRONT, layer_norm_eps, placement_of
+from .linears import ChangedLinear
 from .model_norms import WRAPPED, active_modules, is_norm, path_of, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
@@ -52,9 +53,46 @@ def read_record(model: PreTrainedModel) -> dict:
     paths = {path for _, _, path in found}
     r2 = {path: value for path, value in record.get("calibration", {}).items() if path in paths}
     folded = [*_find_folded(model), *(path for path in record.get("folded", []) if _part(path) not in parts)]
-    read = {"calibration": r2, "layer_norm_share": layer_norm_shares(model), "folded": folded}
+    others = {path: norm for path, norm in record.get("linears", {}).items() if _part(path) not in parts}
+    read = {
+        "calibration": r2,
+        "folded": folded,
+        "layer_norm_share": layer_norm_shares(model),
+        "linears": {**changed_linears(model), **others},
+    }
     kept = {name: value for name, value in record.items() if name not in read}
     return {**kept, "norms": norms, **{name: value for name, value in read.items() if value}}
+
+
+def changed_linears(model: PreTrainedModel) -> dict[str, str]:
+    """The linear layers that have changed in the place of a norm, by path, and the registered name of the norm."""
+    return {
+        path_of(model, name): module.stands_for
+        for name, module in active_modules(model)
+        if isinstance(module, ChangedLinear)
+    }
+
+
+def linears_of_record(model: PreTrainedModel, record: dict) -> dict[str, str]:
+    """The linear layers that a configuration's `norm_swap` has changed, by name, and the name of the norm.
+
+    Raises:
+        ValueError: when one is missing from a part that the model has, or is none.
+    """
+    modules = {path_of(model, name): (name, module) for name, module in active_modules(model)}
+    parts, found = {_part(path) for path in modules}, {}
+    for path, norm in record.get("linears", {}).items():
+        name, module = modules.get(path, (None, None))
+        if module is None and _part(path) not in parts:
+            continue
+        if type(module) not in get_norm(norm).linear_classes:
+            raise ValueError(
+                f"norm_swap in the configuration lists {path!r} as changed by {norm!r}, and this "
+                f"{type(model).__name__} has no such linear layer: load it with the configuration that it was saved "
+                "with."
+            )
+        found[name] = norm
+    return found
 
 
 def recorded_options(entry: dict) -> dict:

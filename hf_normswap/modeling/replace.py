@@ -10,6 +10,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .base import Norm
 from .configuration_normswap import check_layer_norm_shares
+from .linears import ChangedLinear
 from .model_norms import HOOKS, StockNorm, norm_width, read_norm, swapped_norms
 from .norms import NormSwapConfig
 from .registry import get_norm
@@ -112,6 +113,22 @@ def place_norms(model: nn.Module, norms: dict[str, nn.Module]) -> None:
     for name, norm in norms.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, norm)
+
+
+def change_linears(model: nn.Module, norms: Mapping[str, str]) -> None:
+    """Make linear layers, by name, what the norm of that registered name wants them to be in its sublayer."""
+    for name, norm in norms.items():
+        linear = model.get_submodule(name)
+        linear.__class__ = get_norm(norm).linear_classes[type(linear)]
+        linear.begin()
+
+
+def restore_linears(model: nn.Module) -> None:
+    """Make the linear layers plain that [`change_linears`] has changed."""
+    for module in model.modules():
+        if isinstance(module, ChangedLinear):
+            module.end()
+            module.__class__ = type(module).__bases__[-1]
 
 
 def pass_through(x: torch.Tensor) -> torch.Tensor:

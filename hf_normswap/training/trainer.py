@@ -327,8 +327,8 @@ class _NormSwapTrainerMixin:
         norm_parameters = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
-            if isinstance(module, Norm)
             for parameter, _ in module.named_parameters(recurse=False)
+            if isinstance(module, Norm) or parameter == "weight_gain"
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in norm_parameters]
 
