@@ -28,10 +28,12 @@ from hf_normswap import (
     Derf,
     DyT,
     Estimate,
+    Fixup,
     FoldReport,
     GradientNorm,
     GradientReport,
     GroupNorm,
+    Hamming,
     InspectReport,
     InstanceNorm,
     LayerNorm,
@@ -62,6 +64,7 @@ from hf_normswap import (
     TidHistory,
     TidReport,
     UnifiedNorm,
+    WeightNorm,
     __version__,
     accumulate_norm_statistics,
     available_norms,
@@ -78,6 +81,7 @@ from hf_normswap import (
     freeze_norm_statistics,
     get_norm,
     gradient_norms,
+    initialize_fixup,
     inspect_model,
     make_batches,
     masked_moments,
@@ -111,6 +115,8 @@ def swapping(model: PreTrainedModel) -> None:
     )
     assert_type(restore_norm(model), PreTrainedModel)
     assert_type(set_norm_placement(model, "pre"), PreTrainedModel)
+    assert_type(set_norm_placement(model, "deep", scale_weights=True), PreTrainedModel)
+    assert_type(initialize_fixup(model), PreTrainedModel)
     assert_type(swapped_class(type(model)), type | None)
     for site in find_norms(model):
         assert_type(site, NormSite)
@@ -120,6 +126,7 @@ def swapping(model: PreTrainedModel) -> None:
 def norms(x: torch.Tensor, mask: torch.Tensor) -> None:
     of_one_token: list[Norm] = [Affine(8), LayerNorm(8), RMSNorm(8), AdaNorm(8, k=0.2), GroupNorm(8, num_groups=2)]
     of_one_token += [LayerNormSimple(8), RMSNormSimple(8), ScaleNorm(8), DyT(8, alpha=1.0), Derf(8, shift=0.1)]
+    of_one_token += [WeightNorm(8), Hamming(8), Fixup(8)]
     of_the_batch: list[BatchStatisticNorm] = [BatchNorm(8), RegularizedBatchNorm(8), PowerNormV(8), PowerNorm(8)]
     of_the_batch += [
         BatchRenorm(8, r_max=2.0),
