@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForTokenClassification
 
 from hf_normswap.core.norm_sites import format_table
+from hf_normswap.modeling.block_placement import linear_of
 from hf_normswap.modeling.configuration_normswap import NORMS_IN_FRONT
 from hf_normswap.modeling.norms import NormSwapConfig
 from hf_normswap.modeling.powernorm import PowerNorm
@@ -77,7 +78,7 @@ def study_depth(
 
     Args:
         norms (list of `str` or [`NormSwapConfig`], *optional*): norms of the blocks, and the final one.
-        placements (list of `str`, *optional*): those of [`set_norm_placement`], without a factor for weights.
+        placements (list of `str`, *optional*): those of [`set_norm_placement`], with their factors for weights.
         depths (list of `int`, *optional*): numbers of blocks.
         width (`int`, *optional*, defaults to 128): channels of the model.
         seeds (`int`, *optional*, defaults to 4): models for each depth.
@@ -130,13 +131,15 @@ def _last_gradient(norm: NormSwapConfig, placement: str, depth: int, width: int,
         for weight in model.bert.encoder.layer.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=width**-0.5)
+        if placement in ("deep", "sub"):
+            set_norm_placement(model, placement, scale_weights=True)
         swap_norm(model, norm, where=["blocks", "final"] if placement in NORMS_IN_FRONT else "blocks")
         for module in model.modules():
             if isinstance(module, PowerNorm):
                 module.warmup_steps = 1
         ids = torch.randint(_TOKENS, (16, 16))
         batch = {"input_ids": ids, "labels": torch.randint(_LABELS, ids.shape)}
-    weight = model.bert.encoder.layer[-1].output.dense.weight
+    weight = linear_of(model.bert.encoder.layer[-1].output, "dense").weight
     return raw_gradients(model.train(), batch, [weight])[0].norm().item()
 
 

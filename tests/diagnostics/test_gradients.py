@@ -55,6 +55,16 @@ def test_slopes_are_those_of_the_theorem():
     assert [row[:2] for row in study.rows()] == [("norm", "placement"), *((i.norm, i.placement) for i in study)]
 
 
+def test_every_placement_has_a_slope():
+    placements = ["deep", "sub", "peri", "rskip"]
+    study = study_depth(["layernorm"], placements=placements, depths=[2, 8], width=16, seeds=1)
+    slopes = {item.placement: item.slope for item in study}
+    assert list(slopes) == placements
+    assert all(math.isfinite(slope) for slope in slopes.values())
+    # DeepNorm keeps the update of the whole model bounded: the share of each layer falls with the depth.
+    assert slopes["deep"] < -0.25 < slopes["rskip"]
+
+
 def test_a_slope_needs_two_depths():
     with pytest.raises(ValueError, match="two depths"):
         study_depth(["layernorm"], depths=[2, 2])
