@@ -26,18 +26,20 @@ logger = logging.get_logger(__name__)
 def set_norm_placement(
     model: PreTrainedModel, placement: str, *, drop_final: bool = False, scale_weights: bool = False
 ) -> PreTrainedModel:
-    """Move the norms of the blocks of a BERT, RoBERTa, Marian or GPT-2 model, in place.
+    """Move the norms of the blocks of a BERT, RoBERTa, ELECTRA, Marian, BART or GPT-2 model, in place.
 
     With a sublayer F and norms N, the stream `x` becomes:
 
     | `placement` | | final norm | source |
     |---|---|---|---|
-    | `"post"` | `N(x + F(x))`, as in BERT, RoBERTa and Marian | no | Vaswani et al., 2017 |
+    | `"post"` | `N(x + F(x))`, as in all of them but GPT-2 | no | Vaswani et al., 2017 |
     | `"pre"` | `x + F(N(x))`, as in GPT-2 | yes | Xiong et al., 2020, arXiv 2002.04745 |
     | `"deep"` | `N(α·x + F(x))` | no | DeepNorm, arXiv 2203.00555 |
     | `"sub"` | `x + F(N(x))`, with a further norm in front of the last linear layer of F | yes | Magneto, 2210.06423 |
     | `"peri"` | `x + N(F(N(x)))` | yes | Peri-LN, arXiv 2502.02732 |
     | `"rskip"` | `N(x + N(x + F(x)))` | no | rSkip-LN, arXiv 2105.07205 |
+
+    XLM-RoBERTa, CamemBERT and ERNIE have the blocks of RoBERTa, and are taken, too.
 
     α follows from the number of blocks, as in the paper. Every norm, swapped or not, keeps its name, its parameters
     and its statistics. A norm that a placement has besides is a LayerNorm with gain 1 and shift 0, which [`swap_norm`]

@@ -22,6 +22,7 @@ from transformers.models.pegasus import modeling_pegasus
 from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
 
 from hf_normswap import calibrate, find_norms, fold_norms, norm_penalty, restore_norm, set_norm_placement, swap_norm
+from tests.helpers.architectures import tiny_architecture
 from tests.helpers.models import FAMILIES, USUAL_HEAD, all_heads, tiny_batch, tiny_model
 from tests.helpers.persistence import outputs, run_fresh, same, train
 from tests.helpers.versions import BEFORE_5_23, NO_LAYERDROP_IN_A_GRAPH
@@ -510,6 +511,26 @@ def test_through_every_placement_and_back(family):
     assert type(model) is stock
     assert model.config.to_dict() == config.to_dict()
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["xlm-roberta", "camembert", "electra", "ernie", "bart"])
+def test_families_with_the_same_blocks(name, tmp_path):
+    """A block computes what that of BERT, or of Marian, computes with its weights."""
+    like, head, cls = ("marian", "MarianModel", "EncoderLayer") if name == "bart" else ("bert", "BertModel", "Layer")
+    model, inputs = tiny_architecture(name)
+    set_norm_placement(model, "pre")
+    for placement in FURTHER:
+        set_norm_placement(model, placement)
+        other = set_norm_placement(tiny_model(like, head, hidden_act="gelu"), placement).eval()
+        block, theirs = (
+            next(module for module in each.modules() if type(module).__name__.endswith(cls)) for each in (model, other)
+        )
+        theirs.load_state_dict(block.state_dict())
+        x = torch.randn(2, 5, 16)
+        torch.testing.assert_close(block.eval()(x, None), theirs(x, None), rtol=1e-5, atol=1e-6)
+    swap_norm(model, "batchnorm").eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert same(outputs(model, inputs), outputs(loaded, inputs))
 
 
 @pytest.mark.parametrize(

@@ -223,27 +223,35 @@ _BERT = Family(
     last_linears={"SelfOutput": "dense", "Output": "dense"},
     other_linears={"SelfAttention": "value", "CrossAttention": "value", "Intermediate": "dense"},
 )
+_MARIAN = Family(
+    prefix="Marian",
+    stacks=("Encoder", "Decoder"),
+    blocks=("EncoderLayer", "DecoderLayer"),
+    final_norm="layer_norm",
+    placed={"EncoderLayer": PlacedMarianEncoderLayer, "DecoderLayer": PlacedMarianDecoderLayer},
+    last_linears={"Attention": "out_proj", "EncoderLayer": "fc2", "DecoderLayer": "fc2"},
+    other_linears={"Attention": "v_proj", "EncoderLayer": "fc1", "DecoderLayer": "fc1"},
+)
+_GPT2 = Family(
+    prefix="GPT2",
+    stacks=("Model",),
+    blocks=("Block",),
+    final_norm="ln_f",
+    placed={"Block": PlacedGPT2Block},
+    last_linears={"Attention": "c_proj", "MLP": "c_proj"},
+    other_linears={"Attention": "c_attn", "MLP": "c_fc"},
+)
+# By model type. The blocks of the others are copies of those of BERT and Marian in transformers.
 FAMILIES = {
     "bert": _BERT,
     "roberta": _BERT._replace(prefix="Roberta"),
-    "marian": Family(
-        prefix="Marian",
-        stacks=("Encoder", "Decoder"),
-        blocks=("EncoderLayer", "DecoderLayer"),
-        final_norm="layer_norm",
-        placed={"EncoderLayer": PlacedMarianEncoderLayer, "DecoderLayer": PlacedMarianDecoderLayer},
-        last_linears={"Attention": "out_proj", "EncoderLayer": "fc2", "DecoderLayer": "fc2"},
-        other_linears={"Attention": "v_proj", "EncoderLayer": "fc1", "DecoderLayer": "fc1"},
-    ),
-    "gpt2": Family(
-        prefix="GPT2",
-        stacks=("Model",),
-        blocks=("Block",),
-        final_norm="ln_f",
-        placed={"Block": PlacedGPT2Block},
-        last_linears={"Attention": "c_proj", "MLP": "c_proj"},
-        other_linears={"Attention": "c_attn", "MLP": "c_fc"},
-    ),
+    "xlm-roberta": _BERT._replace(prefix="XLMRoberta"),
+    "camembert": _BERT._replace(prefix="Camembert"),
+    "electra": _BERT._replace(prefix="Electra"),
+    "ernie": _BERT._replace(prefix="Ernie"),
+    "marian": _MARIAN,
+    "bart": _MARIAN._replace(prefix="Bart"),
+    "gpt2": _GPT2,
 }
 
 
@@ -366,7 +374,8 @@ def parts_of(model: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, 
 
 
 def _source(family: str) -> str:
-    return f"transformers.models.{family}.modeling_{family}"
+    name = family.replace("-", "_")
+    return f"transformers.models.{name}.modeling_{name}"
 
 
 def _stock(cls: type) -> type:

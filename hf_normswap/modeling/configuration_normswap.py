@@ -31,7 +31,10 @@ STOCK_CLASS_GUARD = (
 PLACEMENTS = ("post", "pre", "deep", "sub", "peri", "rskip")
 NORMS_IN_FRONT = ("pre", "sub", "peri")
 # Where the norms of the blocks stand in the models that `set_norm_placement` can change.
-STOCK_PLACEMENTS = {"bert": "post", "roberta": "post", "marian": "post", "gpt2": "pre"}
+STOCK_PLACEMENTS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "marian", "bart"), "post"),
+    "gpt2": "pre",
+}
 _PREFIX, _TYPE_PREFIX = "NormSwap", "normswap_"
 
 

@@ -227,7 +227,7 @@ def test_a_model_without_norms_of_a_user_alone_is_refused():
     refuses(WithoutNorms(bert_config()), lambda model: swap_norm(model, "batchnorm"), "derives from no model class")
 
 
-def test_placement_stays_with_four_families():
+def test_placement_stays_with_its_families():
     model = tiny_model("bert")
     for name in ("resnet", "llama", "distilbert"):
         other = resnet() if name == "resnet" else tiny_architecture(name)[0]
@@ -235,7 +235,7 @@ def test_placement_stays_with_four_families():
             refuses(
                 other,
                 lambda model, placement=placement: set_norm_placement(model, placement),
-                "bert, roberta, marian, gpt2",
+                "bert, roberta, xlm-roberta, camembert, electra, ernie, marian, bart, gpt2",
             )
     assert set_norm_placement(model, "pre") is model
 
