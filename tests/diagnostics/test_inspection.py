@@ -170,7 +170,7 @@ def test_a_model_without_a_norm_of_tokens():
         ("gpt2", set(), ["attention_mask"]),
         ("opt", {"set_norm_placement"}, ["attention_mask"]),
         ("llama", {"convert_to_rmsnorm", "set_norm_placement"}, ["attention_mask"]),
-        ("bart", {"convert_to_rmsnorm", "set_norm_placement"}, ["attention_mask", "decoder_attention_mask"]),
+        ("bart", {"convert_to_rmsnorm"}, ["attention_mask", "decoder_attention_mask"]),
         ("convnext", {"convert_to_rmsnorm", "set_norm_placement"}, []),
     ],
 )
