@@ -7,7 +7,8 @@ What a trained model keeps when all its norms are replaced after the training: i
 Each folder of `--runs` is a model that a recipe has trained with LayerNorm; its name says task and seed. A copy is
 converted with unlabelled training examples, scored on the split that the task is scored on, distilled with the same
 examples, and scored again. A model of sentence embeddings, in a folder `embeddings-<seed>`, is not trained at all: the
-seed is that of the sentences. Each folder leaves one JSON file.
+seed is that of the sentences. Each folder leaves one JSON file, and its converted model, so that a later run only adds
+what the file has not.
 """
 
 import copy
@@ -69,6 +70,7 @@ class Arguments:
     runs: str = field(metadata={"help": "Folder of the trained models, <task>-<seed> each."})
     data_root: str = field(default="", metadata={"help": "Folder with data sets, laid out as on the Hub."})
     output_dir: str = field(default="outputs/post-training", metadata={"help": "Folder for the records."})
+    models: str = field(default="", metadata={"help": "Folder for the converted models; in output_dir by default."})
     only: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks."})
     norm: str = field(default="batchnorm", metadata={"help": "The new norm."})
     examples: int = field(default=2048, metadata={"help": "Examples of the fit; a fourth of that is held out."})
@@ -176,14 +178,15 @@ def compare(task, predictions, wanted):
     return figures
 
 
-def measure(folder, args):
-    """Converts the model of one folder in both ways; returns the record."""
+def measure(folder, args, path):
+    """Converts the model of one folder in each way that the record at `path` has not; returns the record."""
     name, _, seed = folder.name.rpartition("-")
     task, seed = TASKS[name], int(seed)
     data = load_dataset(str(Path(args.data_root, task.dataset_name)), task.config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = task.auto_class.from_pretrained(folder).eval()
     rows, texts = data[task.split], texts_of(task, data["train"].shuffle(seed=seed))
+    chosen = texts[: round(1.25 * args.examples)]
     wanted = predict(original, task, rows, tokenizer)
     record = {
         "task": name,
@@ -193,7 +196,8 @@ def measure(folder, args):
         "metrics": {},
         "conversions": {},
     }
-    chosen = texts[: round(1.25 * args.examples)]
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
 
     def note(way, model, start, **options):
         seconds, found = time.perf_counter() - start, predict(model, task, rows, tokenizer)
@@ -201,20 +205,31 @@ def measure(folder, args):
         figures = {"examples": len(chosen), "seconds": round(seconds), **compare(task, found, wanted)}
         record["conversions"][way] = {**options, **figures, "interval_of_difference": interval}
 
-    ways = {"converted": {}} | {f"budget {budget:g}": {"budget": budget} for budget in args.budgets}
-    for way, options in ways.items():
+    converted = Path(args.models or path.parent / "models", folder.name)
+    for way in ways_of(args):
+        if way in record["conversions"]:
+            continue
+        if way == "distilled":
+            model, start = task.auto_class.from_pretrained(converted).eval(), time.perf_counter()
+            options = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
+            distill(model, original, chosen, tokenizer=tokenizer, seed=seed, **options)
+            note(way, model, start, **options)
+            continue
         model, start = copy.deepcopy(original), time.perf_counter()
+        options = {"budget": float(way.split()[1])} if way.startswith("budget") else {}
         report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
         worst = min(norm.r2 for norm in report.norms)
         note(way, model, start, **options, norms=len(report.norms), kept=report.kept, worst_r2=worst)
-        if way == "converted" and args.distill_steps:
-            start = time.perf_counter()
-            options = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
-            distill(model, original, chosen, tokenizer=tokenizer, seed=seed, **options)
-            note("distilled", model, start, **options)
-    places = ("runs", "data_root", "output_dir", "only")
+        if way == "converted":
+            model.save_pretrained(converted)
+    places = ("runs", "data_root", "output_dir", "models", "only")
     options = {name: value for name, value in vars(args).items() if name not in places}
     return record | {"arguments": options, **describe_environment()}
+
+
+def ways_of(args):
+    """Names of the conversions that the arguments ask for."""
+    return ["converted", *["distilled"] * (args.distill_steps > 0), *(f"budget {budget:g}" for budget in args.budgets)]
 
 
 def main(argv=None):
@@ -223,9 +238,9 @@ def main(argv=None):
         name, _, seed = folder.name.rpartition("-")
         path = Path(args.output_dir, f"{folder.name}.json")
         is_whole = name == "embeddings" or (folder / "result.json").exists()
-        if name not in args.only or not seed.isdigit() or path.exists() or not is_whole:
+        if name not in args.only or not seed.isdigit() or not is_whole:
             continue
-        record = measure(folder, args)
+        record = measure(folder, args, path)
         write_result(record, path)
         print(folder.name, json.dumps(record["metrics"]), json.dumps(record["conversions"]), flush=True)
 
