@@ -75,7 +75,7 @@ class Arguments:
     norm: str = field(default="batchnorm", metadata={"help": "The new norm."})
     examples: int = field(default=2048, metadata={"help": "Examples of the fit; a fourth of that is held out."})
     distill_steps: int = field(default=100, metadata={"help": "Steps of the distillation; 0 leaves it out."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of the distillation."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the distillation."})
     budgets: list[float] = field(
         default_factory=list, metadata={"help": "Distances that one more conversion each may not exceed."}
     )

@@ -42,7 +42,7 @@ def distill(
     It takes no labels. The model stays in evaluation mode: running statistics are constants, embeddings and heads too.
     A pruned or parametrized linear layer is trained in the parameters that its weight is computed from, one with an
     adapter in its own weight and in those of the adapter. The loss is the relative squared distance of the norms'
-    outputs to those of the teacher's LayerNorms, averaged over norms, and the Kullback–Leibler divergence of the two
+    outputs to those of the teacher's LayerNorms, summed over norms, and the Kullback–Leibler divergence of the two
     predictions (squared distance where there is one output). A norm that predictions are made of counts by these
     alone. AdamW, gradients of norm 1 at most, and a learning rate that rises over a tenth of the steps and then falls
     linearly to 0.
@@ -141,7 +141,9 @@ def _distance(model, teacher, norms: dict[str, nn.Module], last: Container[str],
             continue
         output, original = (values if mask is None else values[mask] for values in (output, theirs[name][0]))
         relative.append((output - original).square().sum() / original.square().sum())
-    distance = torch.stack(relative).mean() if relative else 0.0
+    # Their sum, not their mean: predictions alone teach little. In 100 steps a Marian came from 8.5 to 5.5 % too much
+    # loss with the mean, to 3.9 with 40 times that; the error of MiniLM's logits from 0.149 to 0.153, or to 0.130.
+    distance = torch.stack(relative).sum() if relative else 0.0
     distance = distance + _divergence(prediction, wanted, mask)
     # Masked tokens are few: alone, they teach half as much in as many steps.
     if (predicted := predicted_tokens(model, batch)) is not None:
