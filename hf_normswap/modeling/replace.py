@@ -119,7 +119,7 @@ def change_linears(model: nn.Module, norms: Mapping[str, str]) -> None:
     """Make linear layers, by name, what the norm of that registered name wants them to be in its sublayer."""
     for name, norm in norms.items():
         linear = model.get_submodule(name)
-        linear.__class__ = get_norm(norm).linear_classes[type(linear)]
+        change_class(linear, get_norm(norm).linear_classes[type(linear)])
         linear.begin()
 
 
@@ -128,7 +128,7 @@ def restore_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ChangedLinear):
             module.end()
-            module.__class__ = type(module).__bases__[-1]
+            change_class(module, type(module).__bases__[-1])
 
 
 def pass_through(x: torch.Tensor) -> torch.Tensor:
