@@ -133,7 +133,7 @@ class HammingConv1D(HammingBiased, Conv1D):
 class Hamming(WithoutNorm):
     """The layers of a generalised Hamming network (Fan, NeurIPS 2017, arXiv 1710.10328), in place of norms.
 
-    The norm goes, and each linear layer of its sublayer computes `y = 2/L · (w·x − (Σ w + Σ x) / 2)`, for each output
+    The norm goes, and each linear layer of its sublayer computes `y = 2 (w·x − (Σ w + Σ x) / 2) / L`, for each output
     with weights w and each token x of L channels: the bias is computed. y is the negative mean over the channels of
     the generalised Hamming distance `x + w − 2 x w`. The bias that the layer has stays, and is added; the paper has
     none, which is one of 0 that is not trained.

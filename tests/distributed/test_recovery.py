@@ -50,7 +50,10 @@ def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(command, tmp
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(TORCHRUN, [sys.executable]), ([sys.executable], TORCHRUN)])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [pytest.param(TORCHRUN, [sys.executable], marks=pytest.mark.release), ([sys.executable], TORCHRUN)],
+)
 @pytest.mark.skipif(BEFORE_5_23, reason=NO_RESUME_ON_CPU_RANKS)
 def test_another_number_of_processes_goes_on(command, first, then, tmp_path):
     output = tmp_path / "output"
