@@ -94,7 +94,7 @@ def make_scratch(args, images, head):
     height, width = size if isinstance(size, list | tuple) else (size, size)
     processor = ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
     model = AutoModelForImageClassification.from_config(config)
-    return processor, apply_norm_args(model, processor, args, images)
+    return processor, apply_norm_args(model, processor, args, images, is_new=True)
 
 
 class ImageCollator:

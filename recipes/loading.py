@@ -9,7 +9,15 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_normswap import NormSwapConfig, find_norms, get_norm, set_norm_placement, swap_norm
+from hf_normswap import (
+    Fixup,
+    NormSwapConfig,
+    find_norms,
+    get_norm,
+    initialize_fixup,
+    set_norm_placement,
+    swap_norm,
+)
 from recipes.common import HELD_OUT
 from recipes.vocabulary import train_tokenizer
 
@@ -115,19 +123,24 @@ def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **
             **args.config_overrides,
         },
     )
-    return tokenizer, apply_norm_args(auto_class.from_config(config), tokenizer, args, texts)
+    return tokenizer, apply_norm_args(auto_class.from_config(config), tokenizer, args, texts, is_new=True)
 
 
-def apply_norm_args(model, processor, args, examples):
-    """The model with its norms swapped as the arguments say, or as they are if they are swapped already."""
+def apply_norm_args(model, processor, args, examples, is_new=False):
+    """The model with its norms swapped as the arguments say, or as they are if they are swapped already.
+
+    A new model gets the initial weights that belong to its norm and its placement.
+    """
     recorded = getattr(model.config, "norm_swap", None) or {"norms": []}
     if not recorded["norms"]:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
         sample = examples.shuffle(seed=0).take(min(args.calibrate, len(examples))) if args.calibrate else None
         where = args.where or "blocks"
         if args.placement:
-            set_norm_placement(model, args.placement, drop_final=True)
-        return swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=processor)
+            scale_weights = is_new and args.placement in ("deep", "sub")
+            set_norm_placement(model, args.placement, drop_final=True, scale_weights=scale_weights)
+        swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=processor)
+        return initialize_fixup(model) if is_new and get_norm(norm.norm) is Fixup else model
     places = {path for entry in recorded["norms"] for path in entry["modules"]}
     asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}
     # Where the record says nothing, the norms stand where the family has them.

@@ -88,7 +88,7 @@ def make_model(model_args, data_args, data):
             **model_args.config_overrides,
         }
     )
-    return tokenizer, apply_norm_args(MarianMTModel(config), tokenizer, model_args, data["train"])
+    return tokenizer, apply_norm_args(MarianMTModel(config), tokenizer, model_args, data["train"], is_new=True)
 
 
 def tokenize(data, tokenizer, data_args):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from hf_normswap.reporting.results import load_results
 from recipes import lm
+from recipes.loading import apply_norm_args
 from recipes.vocabulary import train_tokenizer
 from tests.helpers.recipes import sentences
 
@@ -139,3 +140,24 @@ def test_seed_0_masks_alike_in_every_run():
         masked.append(lm.mask(rows, tokenizer, arguments, seed=0)["labels"][:])
     assert masked[0] == masked[1]
     assert masked[0] != lm.mask(rows, tokenizer, arguments, seed=1)["labels"][:]
+
+
+def test_a_new_model_gets_the_weights_of_its_norm_and_its_placement():
+    config = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    args = {"norm_options": {}, "calibrate": 0, "where": ["all"], "placement": None}
+
+    def weights(is_new, **options):
+        torch.manual_seed(0)
+        model = BertForMaskedLM(config)
+        apply_norm_args(model, None, SimpleNamespace(**{"norm": None, **args, **options}), None, is_new=is_new)
+        layer = model.bert.encoder.layer[1]
+        return layer.attention.self.value.weight, layer.output.dense.weight
+
+    for options, factors in [
+        ({"norm": "fixup"}, (0.5, 0)),  # 4 branches of two layers: 4 ** (-1 / 2)
+        ({"placement": "deep"}, (0.5, 0.5)),  # (8 · 2) ** (-1 / 4)
+        ({"placement": "peri"}, (1, 1)),
+    ]:
+        for is_new in (True, False):
+            for old, new, factor in zip(weights(False), weights(is_new, **options), factors, strict=True):
+                torch.testing.assert_close(new, old * (factor if is_new else 1))
