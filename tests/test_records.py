@@ -94,7 +94,7 @@ def test_the_scores_of_the_readme_are_those_of_the_records():
 
 
 def test_the_replacements_of_the_readme_are_those_of_the_records():
-    minilm, gpt2, marian, distilbert = rows_of_readme("Post-training norm replacement")
+    minilm, gpt2, marian, roberta = rows_of_readme("Post-training norm replacement")
     rows = read(FOLDER / "calibration-batchnorm.json")["rows"]
     ways = {"naive swap": (0, 2), "calibrated": (256, 3), "calibrated, distilled": (256, 4)}
     before = {row["accuracy_before"] for row in rows}
@@ -104,9 +104,9 @@ def test_the_replacements_of_the_readme_are_those_of_the_records():
         found = [100 * row["accuracy"] for row in chosen]
         assert minilm[column] == f"{sum(found) / len(found):.1f}", way
     for row, name, metric, digits in (
-        (gpt2, "gpt2/batchnorm-blocks-256", "perplexity", 1),
+        (gpt2, "gpt2-12/batchnorm-blocks-256", "perplexity", 1),
         (marian, "marian/batchnorm-pairs-1024", "bleu", 1),
-        (distilbert, "distilbert/batchnorm-masked-lines-1024", "loss", 3),
+        (roberta, "roberta/batchnorm-masked-lines-1024", "loss", 3),
     ):
         calibrated, distilled = (read(FOLDER / "conversion" / f"{name}{end}.json") for end in ("", "-distilled"))
         scores = [calibrated["before"][metric], calibrated["metrics"][metric], distilled["metrics"][metric]]
