@@ -56,23 +56,16 @@ def tokens_of_predictions(model: PreTrainedModel, batches: Iterable[dict], norm:
 
     The linear layer may read all tokens, or the first one, as in ViT. A masked language model predicts masked tokens.
     """
-    tokens = []
-
-    def cut(module, args, output):
-        nonlocal states
-        torch.set_grad_enabled(True)  # from here on: what comes before needs no graph
-        states = output.detach().requires_grad_()
-        return states
+    tokens, seen = [], {}
 
     def stop(module, args):
-        (gradient,) = torch.autograd.grad(args[0].sum(), states)
+        (gradient,) = torch.autograd.grad(args[0].sum(), seen["states"])
         tokens.append((gradient != 0).any(-1))
         raise Reached
 
     for batch in batches:
-        states = None
         handles = [
-            model.get_submodule(norm).register_forward_hook(cut),
+            model.get_submodule(norm).register_forward_hook(functools.partial(_cut, seen=seen, name="states")),
             model.get_submodule(linear).register_forward_pre_hook(stop, prepend=True),
         ]
         try:
@@ -99,14 +92,8 @@ def logits_layer(model: PreTrainedModel, batches: list[dict], norm: str, linear:
     them. Both are measured on one token; a rank without batches learns of them from the others.
     """
     layer, seen = model.get_submodule(linear), {}
-    # Clones have gradients even where the originals were made in inference mode.
-    weight = promote(layer.weight.detach()).clone()
+    weight = promote(layer.weight.detach())
     weight = weight.T if isinstance(layer, Conv1D) else weight
-
-    def cut(module, args, output, name):
-        torch.set_grad_enabled(True)  # from here on: what comes before needs no graph
-        seen[name] = output.detach().requires_grad_()
-        return seen[name]
 
     def keep(module, args):
         torch.set_grad_enabled(False)  # the weights may have been made in inference mode
@@ -115,9 +102,9 @@ def logits_layer(model: PreTrainedModel, batches: list[dict], norm: str, linear:
     measured = weight.new_zeros(2 + len(weight))  # the number of ranks with a batch, factors, and constants
     if batches:
         handles = [
-            model.get_submodule(norm).register_forward_hook(functools.partial(cut, name="states")),
+            model.get_submodule(norm).register_forward_hook(functools.partial(_cut, seen=seen, name="states")),
             layer.register_forward_pre_hook(keep),
-            layer.register_forward_hook(functools.partial(cut, name="made")),
+            layer.register_forward_hook(functools.partial(_cut, seen=seen, name="made")),
         ]
         try:
             with torch.no_grad():
@@ -134,6 +121,13 @@ def logits_layer(model: PreTrainedModel, batches: list[dict], norm: str, linear:
     found = nn.Linear(*weight.T.shape, device="meta")
     found.weight, found.bias = nn.Parameter(weight * (factor / count)), nn.Parameter(measured[2:] / count)
     return found
+
+
+def _cut(module, args, output, seen: dict, name: str) -> torch.Tensor:
+    """A hook that begins a graph at the output of a module, which it keeps: what comes before needs none."""
+    torch.set_grad_enabled(True)
+    seen[name] = output.detach().requires_grad_()
+    return seen[name]
 
 
 def _factor(result: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, int]:
