@@ -15,7 +15,7 @@ from .core.model_state import (
 )
 from .core.norm_sites import NormSite, find_norms
 from .modeling.block_placement import FAMILIES, added_norms, branch_scales, linear_of, parts_of, place_blocks
-from .modeling.configuration_normswap import PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
+from .modeling.configuration_normswap import PLACEMENTS, SCALED_PLACEMENTS, STOCK_PLACEMENTS, family_of, placement_of
 from .modeling.model_norms import path_of
 from .modeling.record import changed_linears, recorded_swap
 
@@ -123,7 +123,7 @@ def _move_norms(model: PreTrainedModel, before: str, placement: str, drop: bool)
 
 
 def _check_scaling(model: PreTrainedModel, placement: str) -> None:
-    if placement not in ("deep", "sub"):
+    if placement not in SCALED_PLACEMENTS:
         raise ValueError(f"scale_weights is for the placements deep and sub, not for {placement}: leave it out.")
     if model.name_or_path:
         raise ValueError(

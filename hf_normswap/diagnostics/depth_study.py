@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from hf_normswap.core.norm_sites import format_table
 from hf_normswap.modeling.block_placement import linear_of
-from hf_normswap.modeling.configuration_normswap import NORMS_IN_FRONT
+from hf_normswap.modeling.configuration_normswap import NORMS_IN_FRONT, SCALED_PLACEMENTS
 from hf_normswap.modeling.norms import NormSwapConfig
 from hf_normswap.modeling.powernorm import PowerNorm
 from hf_normswap.placement import set_norm_placement
@@ -131,7 +131,7 @@ def _last_gradient(norm: NormSwapConfig, placement: str, depth: int, width: int,
         for weight in model.bert.encoder.layer.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=width**-0.5)
-        if placement in ("deep", "sub"):
+        if placement in SCALED_PLACEMENTS:
             set_norm_placement(model, placement, scale_weights=True)
         swap_norm(model, norm, where=["blocks", "final"] if placement in NORMS_IN_FRONT else "blocks")
         for module in model.modules():

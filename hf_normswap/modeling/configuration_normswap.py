@@ -30,6 +30,7 @@ STOCK_CLASS_GUARD = (
 # See block_placement.py. Those with a norm in front of each sublayer have one behind the last block, too.
 PLACEMENTS = ("post", "pre", "deep", "sub", "peri", "rskip")
 NORMS_IN_FRONT = ("pre", "sub", "peri")
+SCALED_PLACEMENTS = ("deep", "sub")  # a new model has other initial weights in them
 # Where the norms of the blocks stand in the models that `set_norm_placement` can change.
 STOCK_PLACEMENTS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "marian", "bart"), "post"),

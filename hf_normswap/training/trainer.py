@@ -24,6 +24,7 @@ from hf_normswap.core.statistics import (
 )
 from hf_normswap.diagnostics.tid import TidHistory, has_mean
 from hf_normswap.modeling.base import BatchStatisticNorm, GradientStatisticNorm, Norm
+from hf_normswap.modeling.linears import ChangedLinear
 from hf_normswap.modeling.model_norms import refuse_other_copy
 from hf_normswap.modeling.moments import has_ranks
 from hf_normswap.modeling.powernorm import PowerNorm
@@ -328,7 +329,7 @@ class _NormSwapTrainerMixin:
             f"{name}.{parameter}"
             for name, module in model.named_modules()
             for parameter, _ in module.named_parameters(recurse=False)
-            if isinstance(module, Norm) or parameter == "weight_gain"
+            if isinstance(module, Norm) or (isinstance(module, ChangedLinear) and parameter not in ("weight", "bias"))
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in norm_parameters]
 
