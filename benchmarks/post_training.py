@@ -179,7 +179,11 @@ def compare(task, predictions, wanted):
 
 
 def measure(folder, args, path):
-    """Converts the model of one folder in each way that the record at `path` has not; returns the record."""
+    """Converts the model of one folder in each way that the record at `path` lacks; `None` if it lacks none."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ways = {way: options for way, options in ways_of(args).items() if way not in known.get("conversions", {})}
+    if not ways:
+        return None
     name, _, seed = folder.name.rpartition("-")
     task, seed = TASKS[name], int(seed)
     data = load_dataset(str(Path(args.data_root, task.dataset_name)), task.config)
@@ -188,7 +192,7 @@ def measure(folder, args, path):
     rows, texts = data[task.split], texts_of(task, data["train"].shuffle(seed=seed))
     chosen = texts[: round(1.25 * args.examples)]
     wanted = predict(original, task, rows, tokenizer)
-    record = {
+    record = known or {
         "task": name,
         "model": f"{original.config.model_type}-{original.config.num_hidden_layers}x{original.config.hidden_size}",
         "norm": args.norm,
@@ -196,8 +200,6 @@ def measure(folder, args, path):
         "metrics": {},
         "conversions": {},
     }
-    if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
 
     def note(way, model, start, **options):
         seconds, found = time.perf_counter() - start, predict(model, task, rows, tokenizer)
@@ -206,17 +208,13 @@ def measure(folder, args, path):
         record["conversions"][way] = {**options, **figures, "interval_of_difference": interval}
 
     converted = Path(args.models or path.parent / "models", folder.name)
-    for way in ways_of(args):
-        if way in record["conversions"]:
-            continue
+    for way, options in ways.items():
         if way == "distilled":
             model, start = task.auto_class.from_pretrained(converted).eval(), time.perf_counter()
-            options = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
             distill(model, original, chosen, tokenizer=tokenizer, seed=seed, **options)
             note(way, model, start, **options)
             continue
         model, start = copy.deepcopy(original), time.perf_counter()
-        options = {"budget": float(way.split()[1])} if way.startswith("budget") else {}
         report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
         worst = min(norm.r2 for norm in report.norms)
         note(way, model, start, **options, norms=len(report.norms), kept=report.kept, worst_r2=worst)
@@ -228,8 +226,11 @@ def measure(folder, args, path):
 
 
 def ways_of(args):
-    """Names of the conversions that the arguments ask for."""
-    return ["converted", *["distilled"] * (args.distill_steps > 0), *(f"budget {budget:g}" for budget in args.budgets)]
+    """The conversions that the arguments ask for, by name, with their options."""
+    ways = {"converted": {}}
+    if args.distill_steps:
+        ways["distilled"] = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
+    return ways | {f"budget {budget:g}": {"budget": budget} for budget in args.budgets}
 
 
 def main(argv=None):
@@ -241,6 +242,8 @@ def main(argv=None):
         if name not in args.only or not seed.isdigit() or not is_whole:
             continue
         record = measure(folder, args, path)
+        if record is None:
+            continue
         write_result(record, path)
         print(folder.name, json.dumps(record["metrics"]), json.dumps(record["conversions"]), flush=True)
 
