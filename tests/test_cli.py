@@ -630,6 +630,8 @@ def test_compare(tmp_path, capsys):
     assert main(["compare", str(tmp_path), "--markdown", "--metrics", "accuracy"]) == 0
     only_accuracy = compare_results(load_results(tmp_path), ["accuracy"])
     assert capsys.readouterr().out == f"{only_accuracy.to_markdown()}\n"
+    assert main(["compare", str(tmp_path), "--against", "rbn"]) == 0
+    assert "loss − rbn" in capsys.readouterr().out
     assert main(["compare", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == table.to_dict()
     (tmp_path / "empty").mkdir()

@@ -4,7 +4,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
@@ -20,6 +20,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """
+    Mean of the differences to the baseline over the `n` seeds that both have, and its 95 % interval by a paired t-test
+    (`None` below two seeds).
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
 class ComparisonRow:
     """The runs of one norm on one task, model and placement, one for each seed."""
 
@@ -29,6 +42,7 @@ class ComparisonRow:
     norm: str
     seeds: list[int]
     metrics: dict[str, Score]
+    differences: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,14 @@ class ComparisonTable:
             The metrics, one column for each.
         baselines (`dict[str, dict[str, float]]`):
             For each task, the scores that need no training.
+        against (`str`, *optional*):
+            The norm that the differences are to. Each metric has a second column then.
     """
 
     rows: list[ComparisonRow]
     metrics: list[str]
     baselines: dict[str, dict[str, float]]
+    against: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table as plain dictionaries and lists, ready for JSON."""
@@ -90,14 +107,21 @@ class ComparisonTable:
 
     def _cells(self) -> list[list[str]]:
         placed = any(row.placement for row in self.rows)
-        header = ["task", "model", *["placement"] * placed, "norm", "runs", *self.metrics]
+        columns = [[name, *([f"{name} − {self.against}"] if self.against else [])] for name in self.metrics]
+        header = ["task", "model", *["placement"] * placed, "norm", "runs", *chain(*columns)]
         means = {
             name: [row.metrics[name].mean or 0.0 for row in self.rows if name in row.metrics] for name in self.metrics
         }
         decimals = {name: 4 if max(map(abs, column), default=0.0) <= 1 else 2 for name, column in means.items()}
+
+        def cells_of(row, name):
+            yield _format(row.metrics.get(name), len(row.seeds), decimals[name])
+            if self.against:
+                yield _format_difference(row.differences.get(name), decimals[name])
+
         return [header] + [
             [row.task, row.model, *[row.placement or "–"] * placed, row.norm, str(len(row.seeds))]
-            + [_format(row.metrics.get(name), len(row.seeds), decimals[name]) for name in self.metrics]
+            + [*chain(*(cells_of(row, name) for name in self.metrics))]
             for row in self.rows
         ]
 
@@ -109,7 +133,9 @@ class ComparisonTable:
         ]
 
 
-def compare_results(results: Iterable[dict[str, Any]], metrics: Iterable[str] | None = None) -> ComparisonTable:
+def compare_results(
+    results: Iterable[dict[str, Any]], metrics: Iterable[str] | None = None, against: str | None = None
+) -> ComparisonTable:
     """
     Compares norms: one row for each norm of a task, model and placement, LayerNorm first, with the mean and the sample
     standard deviation over the seeds.
@@ -123,9 +149,17 @@ def compare_results(results: Iterable[dict[str, Any]], metrics: Iterable[str] | 
             The results, as [`load_results`] returns them.
         metrics (`Iterable[str]`, *optional*):
             The metrics to show. All of them if not given.
+        against (`str`, *optional*):
+            A norm that all others are compared with, seed by seed: the mean difference and its 95 % interval by a
+            paired t-test. An interval on both sides of 0 tells nothing apart. It needs `scipy`.
 
     Returns:
         [`ComparisonTable`]: The table.
+
+    Raises:
+        ValueError: when no result has a metric, runs of a norm differ in more than their seed, or a task has no run of
+            `against`.
+        ImportError: for `against` without scipy.
 
     Example:
 
@@ -155,8 +189,8 @@ def compare_results(results: Iterable[dict[str, Any]], metrics: Iterable[str] | 
         if name not in known:
             raise ValueError(f"No result has the metric {name!r}: choose from {', '.join(known)}.")
 
-    rows, baselines = [], {}
-    for (task, model, placement, norm), runs in _group(results):
+    rows, baselines, groups = [], {}, dict(_group(results))
+    for (task, model, placement, norm), runs in groups.items():
         seeds = sorted(run["seed"] for run in runs)
         if len(set(seeds)) < len(seeds) or any(_swapped(run) != _swapped(runs[0]) for run in runs):
             raise ValueError(
@@ -165,11 +199,18 @@ def compare_results(results: Iterable[dict[str, Any]], metrics: Iterable[str] | 
             )
         reported = [name for name in metrics if any(name in run["metrics"] for run in runs)]
         scores = {name: _score([run["metrics"].get(name) for run in runs]) for name in reported}
-        rows.append(ComparisonRow(task, model, placement or None, norm, seeds, scores))
+        differences = {}
+        if against is not None and norm != against:
+            reference = groups.get((task, model, placement, against))
+            if reference is None:
+                raise ValueError(f"There is no run of {against} on {task} with {model} to compare {norm} with.")
+            found = {name: _difference(runs, reference, name) for name in reported}
+            differences = {name: difference for name, difference in found.items() if difference}
+        rows.append(ComparisonRow(task, model, placement or None, norm, seeds, scores, differences))
         for run in runs:
             finite = {name: value for name, value in (run.get("baselines") or {}).items() if value is not None}
             baselines.setdefault(task, {}).update(finite)
-    return ComparisonTable(rows, metrics, baselines)
+    return ComparisonTable(rows, metrics, baselines, against)
 
 
 def _group(results: list[dict]) -> list[tuple[tuple, list[dict]]]:
@@ -203,6 +244,23 @@ def _score(values: list[float | None]) -> Score:
     return Score(mean=fmean(finite) if finite else None, std=stdev(finite) if len(finite) > 1 else None, n=len(finite))
 
 
+def _difference(runs: list[dict], reference: list[dict], metric: str) -> Difference | None:
+    scores = [{run["seed"]: run["metrics"].get(metric) for run in each} for each in (runs, reference)]
+    pairs = [(scores[0][seed], scores[1][seed]) for seed in scores[0].keys() & scores[1].keys()]
+    changes = [new - old for new, old in pairs if None not in (new, old) and math.isfinite(new - old)]
+    if not changes:
+        return None
+    mean, low, high = fmean(changes), None, None
+    if len(changes) > 1:
+        try:
+            from scipy.stats import t
+        except ImportError as error:
+            raise ImportError("Intervals need scipy: install it with `pip install scipy`.") from error
+        reach = float(t.ppf(0.975, len(changes) - 1)) * stdev(changes) / math.sqrt(len(changes))
+        low, high = mean - reach, mean + reach
+    return Difference(mean, low, high, len(changes))
+
+
 def _format(score: Score | None, runs: int, decimals: int) -> str:
     if score is None:
         return "–"
@@ -211,3 +269,12 @@ def _format(score: Score | None, runs: int, decimals: int) -> str:
     spread = "" if score.std is None else f" ± {score.std:.{decimals}f}"
     share = "" if score.n == runs else f" ({score.n} of {runs})"
     return f"{score.mean:.{decimals}f}{spread}{share}"
+
+
+def _format_difference(difference: Difference | None, decimals: int) -> str:
+    if difference is None:
+        return "–"
+    mean = f"{difference.mean:+.{decimals}f}"
+    if difference.low is None:
+        return mean
+    return f"{mean} ({difference.low:+.{decimals}f} to {difference.high:+.{decimals}f})"

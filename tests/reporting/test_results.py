@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,6 +217,32 @@ def test_a_diverged_run_is_counted():
         "batchnorm": ["not finite", "–"],
         "rbn": [f"0.5000 ± {math.sqrt(1 / 8):.4f} (2 of 3)", "–"],
     }
+
+
+def test_differences_are_paired_by_seed():
+    scores = {"layernorm": [60.0, 70.0, 80.0], "rbn": [61.0, 72.0, 82.0, 50.0], "batchnorm": [None, 69.5]}
+    results = [
+        make_run(norm, seed, metrics={"bleu": value})
+        for norm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    table = compare_results(results, against="layernorm")
+    rows = rows_of(table)
+    difference = rows["rbn"].differences["bleu"]
+    # Changes of 1, 2 and 2 over the shared seeds; the test of SciPy on the same pairs is the truth.
+    interval = scipy.stats.ttest_rel(scores["rbn"][:3], scores["layernorm"]).confidence_interval(0.95)
+    assert (difference.mean, difference.n) == (pytest.approx(5 / 3), 3)
+    assert (difference.low, difference.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    single = rows["batchnorm"].differences["bleu"]
+    assert (single.mean, single.low, single.n) == (-0.5, None, 1)
+    assert rows["layernorm"].differences == {}
+    lines = table.to_markdown().splitlines()
+    assert lines[0].endswith("| runs | bleu | bleu − layernorm |")
+    assert lines[2].endswith("| – |")
+    assert lines[3].endswith("| -0.50 |")
+    assert lines[4].endswith("| +1.67 (+0.23 to +3.10) |")
+    with pytest.raises(ValueError, match="There is no run of powernorm on rte with bert to compare layernorm with"):
+        compare_results(results, against="powernorm")
 
 
 def test_chosen_metrics_are_the_columns():
