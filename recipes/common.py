@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
-from hf_normswap import ProgressiveSwapCallback, get_norm
+from hf_normswap import ProgressiveSwapCallback, convert_norms, get_norm
 from hf_normswap.reporting.results import compare_results, describe_environment, write_result
 from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 
@@ -48,6 +48,14 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Let LayerNorm give way to the norm over this share of the training; 0 does not."},
     )
+    convert: int = field(
+        default=0,
+        metadata={
+            "help": "Training examples that all norms, or those of `where`, become fixed maps on after the training, "
+            "without labels; 0 leaves them LayerNorms."
+        },
+    )
+    distill: int = field(default=0, metadata={"help": "Steps of a distillation after that conversion."})
     early_stopping: int = field(
         default=0,
         metadata={"help": "Evaluations in a row without a better score that end the training; 0 never does."},
@@ -61,6 +69,14 @@ class ModelArguments:
             raise ValueError(f"progressive is a share of the training between 0 and 1, not {self.progressive}.")
         if self.progressive and self.calibrate:
             raise ValueError("calibrate and progressive are two ways to one end: choose one of them.")
+        if self.convert < 0 or self.distill < 0:
+            raise ValueError(
+                f"convert and distill are numbers of examples and steps, not {self.convert} and {self.distill}."
+            )
+        if self.distill and not self.convert:
+            raise ValueError("distill trains a converted model: pass convert, too.")
+        if self.convert and self.norm and get_norm(self.norm) is not get_norm("layernorm"):
+            raise ValueError(f"convert replaces LayerNorms after the training: leave out norm={self.norm}.")
         if self.early_stopping < 0:
             raise ValueError(f"early_stopping is a number of evaluations, not {self.early_stopping}.")
 
@@ -241,6 +257,8 @@ def parse_and_seed(groups, argv):
     if "output_dir" not in explicit_args:
         training_args.output_dir = explicit_args["output_dir"] = name_output(*parsed, argv)
     check_processes(training_args)
+    if parsed[0].convert and training_args.world_size > 1:
+        raise ValueError("convert runs in one process: train without it, then run normswap convert on the model.")
     checkpoint = find_checkpoint(training_args)
     prepare_early_stopping(parsed[0].early_stopping, training_args, checkpoint)
     set_seed(training_args.seed)
@@ -324,8 +342,29 @@ def score_splits(trainer, scored, compute_metrics):
     return {prefix + name: value for prefix, found in scores.items() for name, value in found.items()}
 
 
+def convert_trained(trainer, model_args):
+    """Converts the trained model in place, on batches as it was trained on, and saves it in the folder `converted`."""
+    batches, examples = [], 0
+    for batch in trainer.get_train_dataloader():
+        batches.append(batch)
+        examples += len(batch["labels"])
+        if examples >= model_args.convert:
+            break
+    model = trainer.model.eval()
+    report = convert_norms(
+        model, batches, where=model_args.where or "all", distill_steps=model_args.distill, seed=trainer.args.seed
+    )
+    print(report)
+    trainer.args.output_dir = os.path.join(trainer.args.output_dir, "converted")  # of all that is written from here on
+    trainer.save_model()
+    return report
+
+
 def train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint):
-    """Trains, saves the model, and writes and prints the result with the metrics that `score()` returns."""
+    """
+    Trains, saves the model, and writes and prints the result with the metrics that `score()` returns: those of the
+    converted model, too, if it is converted.
+    """
     with one_sentence_errors((OSError, SafetensorError)):  # a full disk
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
@@ -338,8 +377,17 @@ def train_and_record(trainer, task, model_args, data_args, data, explicit_args, 
         arguments = {"dataset_name": data_args.dataset_name, **examples, **explicit_args}
         family = trainer.model.config.model_type.removeprefix("normswap_")
         name = model_args.model_name_or_path or f"{family} from scratch"
-        result = make_result(task, name, trainer, metrics, arguments)
-        write_result(result, Path(trainer.args.output_dir, "result.json"))
+        result, path = (
+            make_result(task, name, trainer, metrics, arguments),
+            Path(trainer.args.output_dir, "result.json"),
+        )
+        write_result(result, path)
+        if model_args.convert:
+            with one_sentence_errors():
+                report = convert_trained(trainer, model_args)
+            result["conversion"] = dataclasses.asdict(report)
+            result["metrics"] |= {f"converted_{name}": value for name, value in score().items()}
+            write_result(result, path)
         compare_results([result]).show()
 
 

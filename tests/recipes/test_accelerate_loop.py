@@ -26,10 +26,10 @@ def test_its_losses_are_those_of_the_trainer(norm, accumulation, tmp_path, model
     assert loop["norm_swap"] == trainer["norm_swap"]
 
 
-@pytest.mark.parametrize("option", ["--progressive=0.5", "--early_stopping=2"])
+@pytest.mark.parametrize("option", ["--progressive=0.5", "--early_stopping=2", "--convert=8"])
 def test_what_the_loop_does_not_do_is_refused(option, refused, model_folder, sst2, tmp_path):
     options = ["--task_name=sst2", f"--dataset_name={sst2}", f"--model_name_or_path={model_folder}", option]
-    message = "This loop has neither progressive nor early_stopping"
+    message = "This loop has neither progressive nor early_stopping nor convert"
     refused(lambda: accelerate_loop.main([*options, f"--output_dir={tmp_path / 'loop'}"]), message)
 
 

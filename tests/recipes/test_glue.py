@@ -100,6 +100,48 @@ def test_the_score_is_that_of_the_saved_model(run, sst2, tmp_path):
     assert any("tid_var_max" in entry for entry in result["history"])
 
 
+def test_a_model_that_is_converted_after_its_training_is_scored_twice(run, sst2, tmp_path):
+    result = run("sst2", sst2, "--convert=24", "--distill=2", norm="layernorm")
+    assert set(result["metrics"]) == {"accuracy", "converted_accuracy"}
+    assert result["norm"] == "layernorm"
+    assert result["conversion"]["norm"] == "batchnorm"
+    assert result["conversion"]["distillation"] is not None
+    trained, converted = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        for folder in ("output", "output/converted")
+    )
+    assert {site.kind for site in find_norms(trained)} == {"layernorm"}
+    assert {site.kind for site in find_norms(converted)} == {"batchnorm"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output/converted")
+    rows = load_dataset(sst2, "sst2", split="validation")
+    for name, model in ("accuracy", trained), ("converted_accuracy", converted):
+        with torch.no_grad():
+            logits = [model.eval()(**tokenizer(row["sentence"], return_tensors="pt")).logits for row in rows]
+        right = [int(each.argmax()) == row["label"] for each, row in zip(logits, rows, strict=True)]
+        assert result["metrics"][name] == np.mean(right)
+
+
+def test_a_conversion_without_enough_examples_leaves_the_result_of_the_training(run, sst2, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("sst2", sst2, "--convert=1", "--per_device_train_batch_size=2", norm="layernorm")
+    assert "error: " in capsys.readouterr().err
+    (result,) = load_results(tmp_path / "output" / "result.json")
+    assert set(result["metrics"]) == {"accuracy"}
+    assert not (tmp_path / "output" / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "norm", "message"),
+    [
+        (["--convert=8"], "rbn", "convert replaces LayerNorms after the training: leave out norm=rbn."),
+        (["--distill=8"], "layernorm", "distill trains a converted model: pass convert, too."),
+        (["--convert=-1"], "layernorm", "convert and distill are numbers of examples and steps, not -1 and 0."),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(options, norm, message, run, sst2, refused):
+    refused(lambda: run("sst2", sst2, *options, norm=norm), message)
+
+
 def test_the_card_of_a_run_on_folders_names_no_id(run, sst2, model_folder, tmp_path, monkeypatch):
     """Relative paths, with the form of ids of the Hub."""
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,14 @@ def test_from_scratch(family, run, tmp_path):
     assert auto.from_pretrained(tmp_path / "output").config.norm_swap["norms"][0]["norm"] == "rbn"
 
 
+def test_a_model_that_is_converted_after_its_training_is_scored_twice(run):
+    options = ["--model_type=gpt2", f"--config_overrides={SIZES['gpt2']}", "--vocab_size=300", "--convert=40"]
+    metrics = run(*options, norm="layernorm")["metrics"]
+    assert set(metrics) == {"loss", "perplexity", "converted_loss", "converted_perplexity"}
+    assert metrics["converted_loss"] == pytest.approx(metrics["loss"], rel=0.1)
+    assert metrics["converted_loss"] != metrics["loss"]
+
+
 def test_the_perplexity_is_that_of_the_saved_model(run, tmp_path, text):
     """Over the words of the validation split, in blocks, each but the first predicted from those before it."""
     options = ["--model_type=gpt2", f"--config_overrides={SIZES['gpt2']}", "--vocabulary=words", "--vocab_size=50"]

@@ -64,6 +64,16 @@ def test_from_scratch_and_scored_by_beam_search(run, tmp_path):
     assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == found["validation"][0]
 
 
+def test_a_model_that_is_converted_after_its_training_leaves_its_own_translations(run, tmp_path):
+    result = run("--convert=16", "--where=encoder", "--max_tokens=48", norm="layernorm")
+    assert set(result["metrics"]) == {"bleu", "chrf", "converted_bleu", "converted_chrf"}
+    assert {norm["name"].split(".")[1] for norm in result["conversion"]["norms"]} == {"encoder"}
+    references = [" ".join(reversed(text.split())) for text in sentences(9, 1)]
+    for prefix, folder in ("", "output"), ("converted_", "output/converted"):
+        found = json.loads((tmp_path / folder / "translations.json").read_text())["validation"]
+        assert result["metrics"][f"{prefix}bleu"] == pytest.approx(BLEU().corpus_score(found, [references]).score)
+
+
 def test_batches_of_so_many_tokens(run):
     result = run("--max_tokens=48", "--max_steps=6", "--ngram=3", norm="powernorm")
     assert result["arguments"]["ngram"] == 3
