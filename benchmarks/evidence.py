@@ -148,6 +148,8 @@ def plan_cells(grid, results):
 def make_cell(grid, task, placement, norm, stage, trial, seed):
     shared = grid["options"] | grid["tasks"][task]["options"]
     own = {"placement": placement, "norm": norm, **trial, "seed": seed}
+    if stage == "table":
+        own |= grid.get("table_options", {}).get(norm, {})
     return Cell(task, stage, grid["tasks"][task]["recipe"], shared | own)
 
 

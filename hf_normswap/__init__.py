@@ -32,12 +32,12 @@ _HOMES = {
     "diagnostics.gradients": ["GradientNorm", "GradientReport", "gradient_norms"],
     "diagnostics.inspection": ["InspectReport", "NormAudit", "inspect_model"],
     "diagnostics.tid": ["LayerTid", "TidHistory", "TidReport", "measure_tid"],
-    "fixup": ["initialize_fixup"],
     "fusion.fold": ["FoldReport", "fold_norms"],
     "fusion.gains": ["fold_gains"],
     "fusion.onnx": ["OnnxReport", "export_onnx"],
     "fusion.rmsnorm": ["convert_to_rmsnorm"],
     "fusion.stock": ["StockReport", "save_stock"],
+    "initialization": ["initialize_fixup", "initialize_weightnorm"],
     "modeling.activation_checkpointing": ["checkpoint_norms"],
     "modeling.modeling_normswap": ["swapped_class"],
     "core.norm_sites": ["NormSite", "find_norms"],
@@ -127,7 +127,6 @@ if TYPE_CHECKING:
     from .diagnostics.tid import TidHistory as TidHistory
     from .diagnostics.tid import TidReport as TidReport
     from .diagnostics.tid import measure_tid as measure_tid
-    from .fixup import initialize_fixup as initialize_fixup
     from .fusion.fold import FoldReport as FoldReport
     from .fusion.fold import fold_norms as fold_norms
     from .fusion.gains import fold_gains as fold_gains
@@ -136,6 +135,8 @@ if TYPE_CHECKING:
     from .fusion.rmsnorm import convert_to_rmsnorm as convert_to_rmsnorm
     from .fusion.stock import StockReport as StockReport
     from .fusion.stock import save_stock as save_stock
+    from .initialization import initialize_fixup as initialize_fixup
+    from .initialization import initialize_weightnorm as initialize_weightnorm
     from .kernels import use_kernels as use_kernels
     from .modeling.activation_checkpointing import checkpoint_norms as checkpoint_norms
     from .modeling.modeling_normswap import swapped_class as swapped_class

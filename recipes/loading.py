@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_normswap import (
     Fixup,
     NormSwapConfig,
+    WeightNorm,
     find_norms,
     get_norm,
     initialize_fixup,
+    initialize_weightnorm,
+    make_batches,
     set_norm_placement,
     swap_norm,
 )
@@ -140,7 +143,12 @@ def apply_norm_args(model, processor, args, examples, is_new=False):
             scale_weights = is_new and args.placement in ("deep", "sub")
             set_norm_placement(model, args.placement, drop_final=True, scale_weights=scale_weights)
         swap_norm(model, norm, where=where, calibrate_on=sample, tokenizer=processor)
-        return initialize_fixup(model) if is_new and get_norm(norm.norm) is Fixup else model
+        if is_new and get_norm(norm.norm) is Fixup:
+            initialize_fixup(model)
+        if is_new and get_norm(norm.norm) is WeightNorm:
+            sample = examples.shuffle(seed=0).take(min(64, len(examples)))
+            initialize_weightnorm(model, make_batches(model, sample, processor, batch_size=64)[0])
+        return model
     places = {path for entry in recorded["norms"] for path in entry["modules"]}
     asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}
     # Where the record says nothing, the norms stand where the family has them.

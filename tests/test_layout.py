@@ -25,7 +25,7 @@ LAYERS = [
     {"modeling"},
     {"core", "kernels", "metrics"},
     {"conversion"},
-    {"swap", "placement", "fixup"},
+    {"swap", "placement", "initialization"},
     {"fusion", "diagnostics", "reporting"},
     {"training", "convert"},
     {"auto"},

@@ -82,6 +82,7 @@ from hf_normswap import (
     get_norm,
     gradient_norms,
     initialize_fixup,
+    initialize_weightnorm,
     inspect_model,
     make_batches,
     masked_moments,
@@ -117,6 +118,7 @@ def swapping(model: PreTrainedModel) -> None:
     assert_type(set_norm_placement(model, "pre"), PreTrainedModel)
     assert_type(set_norm_placement(model, "deep", scale_weights=True), PreTrainedModel)
     assert_type(initialize_fixup(model), PreTrainedModel)
+    assert_type(initialize_weightnorm(model, {}), PreTrainedModel)
     assert_type(swapped_class(type(model)), type | None)
     for site in find_norms(model):
         assert_type(site, NormSite)

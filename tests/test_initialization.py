@@ -1,12 +1,13 @@
-"""Fixup: its norm, and the initialisation of a new model."""
+"""The norm of Fixup, and the initial weights of new models without norms."""
 
 import re
 
 import pytest
 import torch
 
-from hf_normswap import fold_norms, initialize_fixup, set_norm_placement, swap_norm
+from hf_normswap import fold_norms, initialize_fixup, initialize_weightnorm, set_norm_placement, swap_norm
 from hf_normswap.modeling.fixup import Fixup
+from hf_normswap.modeling.linears import WeightNormalized
 from tests.helpers.architectures import tiny_architecture
 from tests.helpers.models import tiny_batch, tiny_model
 from tests.helpers.norms import assert_computes
@@ -100,3 +101,49 @@ def test_the_placement_decides_what_a_branch_is():
         model = swap_norm(set_norm_placement(tiny_model("bert"), placement), "fixup", where="all")
         weights.append(initialize_fixup(model).bert.encoder.layer[0].intermediate.dense.weight)
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "marian", "gpt2", "llama"])
+def test_outputs_have_mean_0_and_variance_1_over_real_tokens(name):
+    """Pads are in no sum, and the layers without a bias keep their means."""
+    model = swap_norm(build(name).double(), "weightnorm", where="all").train()
+    lengths = (6,) * 9 if name == "marian" else (6, 3, 9, 5, 8, 9, 7)
+    batch = tiny_batch(model, lengths) if name != "llama" else {"input_ids": torch.randint(9, (9, 6))}
+    assert initialize_weightnorm(model, batch) is model
+    assert model.training
+    found = {}
+
+    def note(layer, args, output):
+        found[layer] = output
+
+    layers = [module for module in model.modules() if isinstance(module, WeightNormalized)]
+    for layer in layers:
+        layer.register_forward_hook(note)
+    with torch.no_grad():
+        model.eval()(**batch)
+    assert found.keys() == set(layers)
+    for layer, output in found.items():
+        is_padded = "attention_mask" in batch and batch["attention_mask"].shape == output.shape[:-1]
+        values = output[batch["attention_mask"].bool()] if is_padded else output.flatten(0, -2)
+        torch.testing.assert_close(values.var(0, correction=0), torch.ones_like(values[0]))
+        if layer.bias is not None:
+            torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]))
+
+
+def test_a_deep_model_without_norms_keeps_the_size_of_its_stream():
+    model = swap_norm(tiny_model("bert", num_hidden_layers=12, initializer_range=0.25), "weightnorm", where="all")
+    batch = tiny_batch(model, (8,) * 8)
+    with torch.no_grad():
+        before = model.eval().bert(batch["input_ids"]).last_hidden_state.std()
+        after = initialize_weightnorm(model, batch).bert(batch["input_ids"]).last_hidden_state.std()
+    assert before > 100
+    assert after < 6  # 24 branches of variance 1
+
+
+def test_initialisation_by_data_is_for_new_models_with_weight_norm():
+    model = tiny_model("bert")
+    with pytest.raises(ValueError, match="has no weight normalisation: call swap_norm"):
+        initialize_weightnorm(model, tiny_batch(model))
+    swap_norm(model, "weightnorm").name_or_path = "a checkpoint"
+    with pytest.raises(ValueError, match="initialize_weightnorm is for a new model"):
+        initialize_weightnorm(model, tiny_batch(model))
