@@ -146,10 +146,13 @@ def plan_cells(grid, results):
 
 
 def make_cell(grid, task, placement, norm, stage, trial, seed):
+    """A cell. The options of its stage come last: a tuning may be shorter than a run of the table."""
     shared = grid["options"] | grid["tasks"][task]["options"]
     own = {"placement": placement, "norm": norm, **trial, "seed": seed}
     if stage == "table":
         own |= grid.get("table_options", {}).get(norm, {})
+    else:
+        own |= grid["tasks"][task].get("tuning_options", {})
     return Cell(task, stage, grid["tasks"][task]["recipe"], shared | own)
 
 

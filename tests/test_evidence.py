@@ -115,6 +115,20 @@ def test_the_best_trial_of_each_norm_is_in_the_table(make_args, tmp_path):
     assert len(log(tmp_path)) == 8
 
 
+def test_each_stage_may_have_options_of_its_own(make_args):
+    args = make_args(NORMS)
+    grid = yaml.safe_load(Path(args.grid).read_text())
+    grid["table_options"] = {"good": {"convert": 8}}
+    grid["tasks"]["toy"]["tuning_options"] = {"num_train_epochs": 1}
+    for norm in NORMS:
+        tuning, table = (
+            evidence.make_cell(grid, "toy", "post", norm, stage, {"learning_rate": 0.5}, 0).options
+            for stage in ("tuning", "table")
+        )
+        assert (tuning.get("num_train_epochs"), tuning.get("convert")) == (1, None)
+        assert (table.get("num_train_epochs"), table.get("convert")) == (None, 8 if norm == "good" else None)
+
+
 def test_cells_run_in_the_order_of_the_grid(make_args, tmp_path):
     run(make_args(NORMS))
     order = [tuple(line.split()[:4]) for line in log(tmp_path)]
