@@ -217,6 +217,38 @@ Spearman correlation of embeddings on STS-B. The error is that of the outputs ag
 """
 
 
+GRIDS = {
+    "literature": (
+        "table",
+        ["test_accuracy"],
+        "layernorm",
+        "Norms of the literature in a BERT of 6 layers and width 128 from scratch on TREC, 10 epochs, by "
+        "`benchmarks/evidence.py --grid benchmarks/literature.yaml`. One of three learning rates was chosen for each "
+        "norm with another seed. PRepBN is `repbn` with a progressive swap over the first half of the training.",
+    ),
+    "removal": (
+        "tuning",
+        ["f1", "test_f1"],
+        None,
+        "Norms removed from a post-norm BERT of 12 layers and width 128, 300 steps from scratch on the Broad Twitter "
+        "Corpus, by `benchmarks/evidence.py --grid benchmarks/removal.yaml`. `affine` is the plain removal.",
+    ),
+}
+
+
+def render_grid(folder):
+    """The table of a grid of runs: mean ± standard deviation, and paired differences with their 95 % intervals."""
+    stage, metrics, against, about = GRIDS[folder]
+    results = load_results(sorted((FOLDER / folder).glob(f"*/{stage}/*.json")))
+    losses = {}
+    for result in results:
+        last = [entry["loss"] for entry in result["history"] if "loss" in entry][-1]
+        losses.setdefault(result["norm"], []).append(last)
+    table = compare_results(results, metrics, against).to_markdown()
+    found = "; ".join(f"{norm} {', '.join(f'{loss:.3g}' for loss in each)}" for norm, each in losses.items())
+    return f"## {folder}\n\n{about}\n\n{table}\n\nTraining loss in the end, seed by seed: {found}.\n"
+
+
 def render_int8():
     """The table of graphs in 8 bits."""
     rows = [("task", "form", "graph", "score", "error", "MB")]
