@@ -13,6 +13,7 @@ what the file has not.
 
 import copy
 import json
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,10 @@ class Arguments:
     examples: int = field(default=2048, metadata={"help": "Examples of the fit; a fourth of that is held out."})
     distill_steps: int = field(default=100, metadata={"help": "Steps of the distillation; 0 leaves it out."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the distillation."})
+    other_texts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks whose texts, single sentences, one more conversion is fitted on, as many of each."},
+    )
     budgets: list[float] = field(
         default_factory=list, metadata={"help": "Distances that one more conversion each may not exceed."}
     )
@@ -90,6 +95,17 @@ def texts_of(task, rows):
     texts = [tuple(texts) for texts in zip(*(rows[name] for name in task.columns), strict=True)]
     texts = [each for each in texts if len(" ".join(each).split()) >= task.least_words]
     return texts if len(task.columns) > 1 else [text for (text,) in texts]
+
+
+def texts_of_others(names, args, seed):
+    """As many sentences of one task as of another, in a random order."""
+    count, found = round(1.25 * args.examples) // len(names), []
+    for task in map(TASKS.get, names):
+        rows = load_dataset(str(Path(args.data_root, task.dataset_name)), task.config, split="train")
+        texts = texts_of(task, rows.shuffle(seed=seed).take(min(len(rows), 3 * count)))
+        found += [text for each in texts for text in ([each] if isinstance(each, str) else each)][:count]
+    random.Random(seed).shuffle(found)
+    return found
 
 
 @torch.inference_mode()
@@ -214,8 +230,9 @@ def measure(folder, args, path):
             distill(model, original, chosen, tokenizer=tokenizer, seed=seed, **options)
             note(way, model, start, **options)
             continue
+        texts = texts_of_others(args.other_texts, args, seed) if way.startswith("texts of") else chosen
         model, start = copy.deepcopy(original), time.perf_counter()
-        report = convert_norms(model, chosen, args.norm, tokenizer=tokenizer, seed=seed, **options)
+        report = convert_norms(model, texts, args.norm, tokenizer=tokenizer, seed=seed, **options)
         worst = min(norm.r2 for norm in report.norms)
         note(way, model, start, **options, norms=len(report.norms), kept=report.kept, worst_r2=worst)
         if way == "converted":
@@ -230,6 +247,8 @@ def ways_of(args):
     ways = {"converted": {}}
     if args.distill_steps:
         ways["distilled"] = {"steps": args.distill_steps, "learning_rate": args.learning_rate}
+    if args.other_texts:
+        ways[f"texts of {', '.join(args.other_texts)}"] = {}
     return ways | {f"budget {budget:g}": {"budget": budget} for budget in args.budgets}
 
 
