@@ -1,5 +1,5 @@
 """
-Renders the index of this folder from the records in it.
+Renders the index of this folder, and tables of the documentation, from the records in it.
 
     python results/render.py
 """
@@ -7,7 +7,7 @@ Renders the index of this folder from the records in it.
 import json
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from hf_normswap.reporting.comparison import compare_results
 from hf_normswap.reporting.results import load_results
@@ -51,6 +51,9 @@ OTHERS = """## Benchmarks
 | [depth.json](depth.json) | `normswap depth` | [diagnostics](../docs/diagnostics.md#depth) |
 | [speed](speed) | `benchmarks/norms.py`, `benchmarks/training.py` | [speed](../docs/speed.md) |
 | [training](training) | `benchmarks/training.py` | [diagnostics](../docs/diagnostics.md), [scaling](../docs/scaling.md) |
+| [literature](literature) | `benchmarks/evidence.py`, `literature.yaml` | [norms](../docs/norms.md#measured) |
+| [removal](removal) | `benchmarks/evidence.py`, `removal.yaml` | [norms](../docs/norms.md#measured) |
+| [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [translation](../docs/tasks/translation.md) |
 | [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | not finished |
 """  # noqa: E501
 
@@ -155,50 +158,46 @@ def render_conversions():
     return CONVERSIONS + "\n" + table(rows)
 
 
-def render_post_training():
-    """The table of fine-tuned models, over their seeds."""
+def post_training():
+    """The records of fine-tuned models by task, and each way of their conversion over the seeds that have it."""
     groups = {}
     for path in sorted((FOLDER / "post-training").glob("*.json")):
-        groups.setdefault(path.stem.rpartition("-")[0], []).append(path)
-    columns = (
-        "task",
-        "seeds",
-        "LayerNorm",
-        "way",
-        "examples",
-        "norms",
-        "score",
-        "difference",
-        "interval",
-        "lowest to highest",
-    )
-    rows = [(*columns, "kept", "divergence", "seconds")]
-    for task, paths in groups.items():
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        seeds = ", ".join(f"[{path.stem.rpartition('-')[2]}](post-training/{path.name})" for path in paths)
-        for way in dict.fromkeys(way for record in records for way in record["conversions"]):
-            chosen = [record for record in records if way in record["conversions"]]
-            before, after = ([record["metrics"][name] for record in chosen] for name in ("before", way))
-            changes = [new - old for new, old in zip(after, before, strict=True)]
-            figures = [record["conversions"][way] for record in chosen]
-            ends = zip(*(each["interval_of_difference"] for each in figures), strict=True)
-            rows.append(
-                (
-                    task,
-                    seeds,
-                    f"{mean(before):.2f}",
-                    f"{way} ({len(chosen)})" if len(chosen) < len(records) else way,
-                    ", ".join(dict.fromkeys(str(each["examples"]) for each in figures)),
-                    ", ".join(dict.fromkeys(str(each.get("norms", "")) for each in figures)),
-                    f"{mean(after):.2f}",
-                    f"{mean(changes):+.2f}",
-                    " to ".join(f"{mean(end):+.2f}" for end in ends),
-                    f"{min(changes):+.2f} to {max(changes):+.2f}",
-                    f"{mean(map(share_that_stays, figures)):.4g}",
-                    f"{mean(each['kl'] for each in figures):.4f}" if "kl" in figures[0] else "–",
-                    f"{mean(each['seconds'] for each in figures):.0f}",
-                )
-            )
+        record = json.loads(path.read_text(encoding="utf-8"))
+        groups.setdefault(path.stem.rpartition("-")[0], {})[path] = record
+    for task, records in groups.items():
+        for way in dict.fromkeys(way for record in records.values() for way in record["conversions"]):
+            yield task, way, {path: record for path, record in records.items() if way in record["conversions"]}
+
+
+def summarize(records, way):
+    """The figures of one way, over seeds: means, and the lowest and the highest change."""
+    before, after = ([record["metrics"][name] for record in records] for name in ("before", way))
+    changes = [new - old for new, old in zip(after, before, strict=True)]
+    figures = [record["conversions"][way] for record in records]
+    ends = zip(*(each["interval_of_difference"] for each in figures), strict=True)
+    return {
+        "before": f"{mean(before):.2f}",
+        "after": f"{mean(after):.2f}",
+        "change": f"{mean(changes):+.2f}",
+        "interval": " to ".join(f"{mean(end):+.2f}" for end in ends),
+        "extremes": f"{min(changes):+.2f} to {max(changes):+.2f}",
+        "kept": f"{mean(map(share_that_stays, figures)):.4g}",
+        "kl": f"{mean(each['kl'] for each in figures):.4f}" if "kl" in figures[0] else "–",
+        "examples": ", ".join(dict.fromkeys(str(each["examples"]) for each in figures)),
+        "norms": ", ".join(dict.fromkeys(str(each.get("norms", "")) for each in figures)),
+        "seconds": f"{mean(each['seconds'] for each in figures):.0f}",
+    }
+
+
+def render_post_training():
+    """The table of fine-tuned models, over their seeds."""
+    heading = ("task", "seeds", "LayerNorm", "way", "examples", "norms", "score", "difference", "interval")
+    rows = [(*heading, "lowest to highest", "kept", "divergence", "seconds")]
+    for task, way, records in post_training():
+        seeds = ", ".join(f"[{path.stem.rpartition('-')[2]}](post-training/{path.name})" for path in records)
+        found = summarize(list(records.values()), way)
+        columns = ("examples", "norms", "after", "change", "interval", "extremes", "kept", "kl", "seconds")
+        rows.append((task, seeds, found["before"], way, *(found[name] for name in columns)))
     return POST_TRAINING + "\n" + table(rows)
 
 
@@ -231,7 +230,8 @@ GRIDS = {
         ["f1", "test_f1"],
         None,
         "Norms removed from a post-norm BERT of 12 layers and width 128, 300 steps from scratch on the Broad Twitter "
-        "Corpus, by `benchmarks/evidence.py --grid benchmarks/removal.yaml`. `affine` is the plain removal.",
+        "Corpus, by `benchmarks/evidence.py --grid benchmarks/removal.yaml`. The learning rate stands behind the "
+        "norm. `affine` is the plain removal.",
     ),
 }
 
@@ -240,13 +240,37 @@ def render_grid(folder):
     """The table of a grid of runs: mean ± standard deviation, and paired differences with their 95 % intervals."""
     stage, metrics, against, about = GRIDS[folder]
     results = load_results(sorted((FOLDER / folder).glob(f"*/{stage}/*.json")))
+    if stage == "tuning":
+        results = [
+            result | {"norm": f"{result['norm']}, {result['arguments']['learning_rate']:g}"} for result in results
+        ]
     losses = {}
     for result in results:
         last = [entry["loss"] for entry in result["history"] if "loss" in entry][-1]
-        losses.setdefault(result["norm"], []).append(last)
+        losses.setdefault(result["norm"], []).append(f"{last:.3g}")
     table = compare_results(results, metrics, against).to_markdown()
-    found = "; ".join(f"{norm} {', '.join(f'{loss:.3g}' for loss in each)}" for norm, each in losses.items())
-    return f"## {folder}\n\n{about}\n\n{table}\n\nTraining loss in the end, seed by seed: {found}.\n"
+    ends = "; ".join(f"{norm}: {', '.join(each)}" for norm, each in losses.items())
+    return f"## {folder}\n\n{about}\n\n{table}\n\nTraining loss in the end, seed by seed: {ends}.\n"
+
+
+NGRAM = """## ngram
+
+A Marian of 2 + 2 layers and width 128 from scratch on Multi30k, German to English, 1,800 steps, one seed, by
+`benchmarks/evidence.py --grid benchmarks/ngram.yaml`. A token of the target attends to the last N tokens alone, itself
+among them. BLEU of beam search with four beams.
+"""
+
+
+def table_of_ngram():
+    """Decoders that see a few tokens, also for the page of the recipes."""
+    rows = [("N", "validation loss", "BLEU", "BLEU, test")]
+    for path in (FOLDER / "ngram").rglob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        loss = [entry["eval_loss"] for entry in result["history"] if "eval_loss" in entry][-1]
+        scores = (f"{loss:.3f}", *(f"{result['metrics'][name]:.1f}" for name in ("bleu", "test_bleu")))
+        rows.append((result["arguments"].get("ngram", "all"), *scores))
+    rows[1:] = sorted(rows[1:], key=lambda row: (row[0] == "all", str(row[0])))
+    return table(rows)
 
 
 def render_int8():
@@ -260,6 +284,116 @@ def render_int8():
     return INT8 + "\n" + table(rows)
 
 
+LABELS = {
+    "sst2": "SST-2, accuracy",
+    "trec": "TREC, accuracy",
+    "mrpc": "MRPC, accuracy",
+    "btc": "Broad Twitter, F1 of entities",
+    "wnut17": "WNUT-17, F1 of entities",
+    "stsb": "STS-B, a regression, Spearman",
+    "embeddings": "STS-B, embeddings as they came, Spearman",
+}
+NORMS = {
+    "layernorm": "LayerNorm",
+    "powernorm": "PowerNorm",
+    "adanorm": "AdaNorm",
+    "dyt": "DyT",
+    "repbn": "PRepBN",
+    "affine": "none",
+    "weightnorm": "weight normalisation",
+    "fixup": "Fixup",
+}
+
+
+def table_of_tasks():
+    """For the page on calibration: fine-tuned models, converted and distilled."""
+    found = {(task, way): list(records.values()) for task, way, records in post_training()}
+    rows = [("", "LayerNorm", "calibrated", "difference", "kept", "and distilled: difference", "kept")]
+    for task, label in LABELS.items():
+        cells = [label]
+        for way in ("converted", "distilled"):
+            records = found[task, way]
+            figures = summarize(records, way)
+            seeds = f", {len(records)} of {len(found[task, 'converted'])}" if way == "distilled" else ""
+            change = f"{figures['change']} ({figures['interval']}{seeds})"
+            is_share = any("agreement" in record["conversions"][way] for record in records)
+            kept = f"{float(figures['kept']):.1f} %" if is_share else f"{float(figures['kept']):.3f}"
+            cells += [*((figures["before"], figures["after"]) if way == "converted" else ()), change, kept]
+        rows.append(cells)
+    return table(rows)
+
+
+def table_of_budgets():
+    """For the page on calibration: what a budget lets pass."""
+    rows = [("", "budget", "norms converted", "divergence measured", "difference", "same prediction")]
+    for task, way, records in post_training():
+        for record in records.values():
+            figures = record["conversions"][way]
+            if "budget" in figures:
+                total = figures["norms"] + len(figures["kept"])
+                shares = (f"{figures['norms']} of {total}", f"{figures['kl']:.4f}")
+                change = f"{record['metrics'][way] - record['metrics']['before']:+.2f}"
+                rows.append((LABELS[task], figures["budget"], *shares, change, f"{figures['agreement']:.1f} %"))
+    return table(rows)
+
+
+def compare_grid(folder, stage, metric, against=None):
+    """Each row of a comparison, with its records."""
+    results = load_results(sorted((FOLDER / folder).glob(f"*/{stage}/*.json")))
+    for row in compare_results(results, [metric], against).rows:
+        yield row, [result for result in results if result["norm"] == row.norm]
+
+
+def table_of_literature():
+    """For the page of the norms."""
+    rows = [("", "learning rate", "accuracy", "difference to LayerNorm")]
+    for row, results in compare_grid("literature", "table", "test_accuracy", "layernorm"):
+        score, difference = row.metrics["test_accuracy"], row.differences.get("test_accuracy")
+        cells = (
+            [f"{100 * value:+.1f}" for value in (difference.mean, difference.low, difference.high)]
+            if difference
+            else []
+        )
+        change = "{} ({} to {})".format(*cells) if cells else ""
+        rate = f"{results[0]['arguments']['learning_rate']:g}"
+        rows.append((NORMS[row.norm], rate, f"{100 * score.mean:.1f} ± {100 * score.std:.1f}", change))
+    return table(rows)
+
+
+def table_of_removal():
+    """For the page of the norms."""
+    rows = [("norms", "learning rate", "F1 of entities", "training loss in the end")]
+    groups = {}
+    for path in sorted((FOLDER / "removal").rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        groups.setdefault((result["norm"], result["arguments"]["learning_rate"]), []).append(result)
+    for (norm, rate), results in groups.items():
+        scores = [100 * result["metrics"]["test_f1"] for result in results]
+        loss = mean([entry["loss"] for entry in result["history"] if "loss" in entry][-1] for result in results)
+        rows.append((NORMS[norm], f"{rate:g}", f"{mean(scores):.1f} ± {stdev(scores):.1f}", f"{loss:.3g}"))
+    return table(rows)
+
+
+TABLES = {
+    "tasks": table_of_tasks,
+    "budgets": table_of_budgets,
+    "literature": table_of_literature,
+    "removal": table_of_removal,
+    "ngram": table_of_ngram,
+}
+PAGES = [FOLDER.parent / name for name in ("docs/calibration.md", "docs/norms.md", "recipes/README.md")]
+
+
+def fill(text):
+    """The page `text` with its tables made anew."""
+    return re.sub(
+        r"(<!-- results (\w+) -->).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n\n{TABLES[found[2]]()}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
 def render():
     """The whole page."""
     parts = [LEAD]
@@ -269,9 +403,20 @@ def render():
             seeds = ", ".join(f"[{NAME.fullmatch(path.stem)['seed']}]({folder}/{path.name})" for path in paths)
             rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
         parts.append(f"## {folder}\n\n{about}\n\n{table(rows)}")
-    pages = [render_conversions(), render_post_training(), render_int8(), render_sweep(), OTHERS]
+    grids = [render_grid(folder) for folder in GRIDS]
+    pages = [
+        render_conversions(),
+        render_post_training(),
+        render_int8(),
+        render_sweep(),
+        *grids,
+        f"{NGRAM}\n{table_of_ngram()}",
+        OTHERS,
+    ]
     return "\n".join([*parts, *pages])
 
 
 if __name__ == "__main__":
     (FOLDER / "README.md").write_text(render(), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -28,6 +28,13 @@ def test_the_index_is_that_of_the_records():
     assert INDEX == SCRIPT["render"]()
 
 
+@pytest.mark.parametrize("page", SCRIPT["PAGES"], ids=lambda page: page.stem)
+def test_the_tables_of_the_documentation_are_those_of_the_records(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- results " in text
+    assert SCRIPT["fill"](text) == text
+
+
 def test_every_record_is_in_the_index():
     for path in FOLDER.rglob("*.json"):
         parts = path.relative_to(FOLDER).parts
