@@ -350,7 +350,8 @@ def convert_trained(trainer, model_args):
         examples += len(batch["labels"])
         if examples >= model_args.convert:
             break
-    model = trainer.model.eval()
+    # In float32: mixed precision gives the model another forward.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     report = convert_norms(
         model, batches, where=model_args.where or "all", distill_steps=model_args.distill, seed=trainer.args.seed
     )

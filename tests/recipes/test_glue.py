@@ -100,8 +100,9 @@ def test_the_score_is_that_of_the_saved_model(run, sst2, tmp_path):
     assert any("tid_var_max" in entry for entry in result["history"])
 
 
-def test_a_model_that_is_converted_after_its_training_is_scored_twice(run, sst2, tmp_path):
-    result = run("sst2", sst2, "--convert=24", "--distill=2", norm="layernorm")
+@pytest.mark.parametrize("precision", ["--bf16=false", "--bf16=true"])
+def test_a_model_that_is_converted_after_its_training_is_scored_twice(precision, run, sst2, tmp_path):
+    result = run("sst2", sst2, "--convert=24", "--distill=2", precision, norm="layernorm")
     assert set(result["metrics"]) == {"accuracy", "converted_accuracy"}
     assert result["norm"] == "layernorm"
     assert result["conversion"]["norm"] == "batchnorm"
