@@ -314,8 +314,7 @@ def table_of_tasks():
         for way in ("converted", "distilled"):
             records = found[task, way]
             figures = summarize(records, way)
-            seeds = f", {len(records)} of {len(found[task, 'converted'])}" if way == "distilled" else ""
-            change = f"{figures['change']} ({figures['interval']}{seeds})"
+            change = f"{figures['change']} ({figures['interval']})"
             is_share = any("agreement" in record["conversions"][way] for record in records)
             kept = f"{float(figures['kept']):.1f} %" if is_share else f"{float(figures['kept']):.3f}"
             cells += [*((figures["before"], figures["after"]) if way == "converted" else ()), change, kept]
