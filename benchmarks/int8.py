@@ -9,10 +9,14 @@ All norms are converted with training texts. Each form is exported in float32 an
 scored: accuracy on SST-2, the F1 of entities on the test split of WNUT-17, the Spearman correlation of the cosines of
 pooled embeddings on STS-B. The error is `‖Δ‖₂ / ‖outputs‖₂` against the same form in float32. The folded model
 computes what the converted one does.
+
+In the end each graph and that of LayerNorm in float32 take turns on batches of 32 examples, on one thread. The record
+has the median of the ratios of their times, and its 95 % interval: run nothing else meanwhile.
 """
 
 import copy
 import dataclasses
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from datasets import load_dataset
+from timing import make_clock, median_with_interval, take_turns
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -45,6 +50,7 @@ class Arguments:
     output_dir: str = HfArg(help="Folder for the record.", default="outputs/int8")
     norm: str = HfArg(help="Norm to convert to.", default="batchnorm")
     texts: int = HfArg(help="Training texts to convert with, and to find the ranges with.", default=512)
+    pairs: int = HfArg(help="Pairs of runs that time a graph.", default=40)
     seed: int = HfArg(help="Seed of the choice of texts, and of the model in the name of the record.", default=0)
 
 
@@ -121,19 +127,44 @@ class Similarity:
 TASKS = {"sst2": Sentiment, "wnut17": Entities, "stsb": Similarity}
 
 
-def predict(folder, task, tokenizer):
-    """What the graph in `folder` returns for each example."""
-    session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")), providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    lengths = [len(ids) for ids in task.encoded["input_ids"]]
-    order, outputs = np.argsort(lengths, kind="stable"), [None] * len(lengths)
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
+def open_graph(folder):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(Path(folder, "model.onnx")), options, providers=["CPUExecutionProvider"])
+
+
+def make_batches(task, tokenizer, names, size=32):
+    """Batches of examples of about the same length, and the numbers of their examples."""
+    order = np.argsort([len(ids) for ids in task.encoded["input_ids"]], kind="stable")
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
         batch = tokenizer.pad({name: [task.encoded[name][row] for row in rows] for name in names}, return_tensors="np")
-        found = session.run(None, {name: batch[name].astype(np.int64) for name in names})[0]
-        for row, output, mask in zip(rows, found, batch["attention_mask"], strict=True):
+        yield rows, batch
+
+
+def feed(session, batch):
+    """The outputs of a graph for a batch."""
+    return session.run(None, {value.name: batch[value.name].astype(np.int64) for value in session.get_inputs()})[0]
+
+
+def predict(session, task, tokenizer):
+    """What a graph returns for each example."""
+    outputs = [None] * len(task.encoded["input_ids"])
+    for rows, batch in make_batches(task, tokenizer, list(task.encoded)):
+        for row, output, mask in zip(rows, feed(session, batch), batch["attention_mask"], strict=True):
             outputs[row] = task.read(output, mask)
     return outputs
+
+
+def time_graphs(rows, sessions, task, tokenizer, pairs):
+    """Adds to each row how long its graph takes, in times of the first one, on a batch of usual length."""
+    batches = [batch for _, batch in make_batches(task, tokenizer, list(task.encoded))]
+    batch = batches[len(batches) // 2]
+    first, *others = (functools.partial(feed, session, batch) for session in sessions)
+    for row, other in zip(rows[1:], others, strict=True):
+        ours, theirs = take_turns(other, first, pairs, make_clock("cpu"))
+        row["time"] = [round(value, 3) for value in median_with_interval((ours / theirs).numpy())]
+        print(row["form"], row["graph"], row["time"], flush=True)
 
 
 def relative_error(outputs, exact):
@@ -143,13 +174,14 @@ def relative_error(outputs, exact):
 
 
 def measure(model, form, task, texts, tokenizer, exact=None):
-    """Rows for the graphs of a model, and its outputs in float32, which may be known as `exact`."""
-    rows = []
+    """Rows for the graphs of a model, their sessions, and its outputs in float32, which may be known as `exact`."""
+    rows, sessions = [], []
     for bits in ("dynamic", "static") if exact else (False, "dynamic", "static"):
         with tempfile.TemporaryDirectory() as folder:
             options = {"data": texts, "tokenizer": tokenizer, "tolerance": np.inf} if bits else {}
             export_onnx(model, folder, int8=bits, **options)
-            outputs = predict(folder, task, tokenizer)
+            sessions.append(open_graph(folder))
+            outputs = predict(sessions[-1], task, tokenizer)
             size = sum(Path(folder, name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
         exact = exact or outputs
         row = {
@@ -161,7 +193,7 @@ def measure(model, form, task, texts, tokenizer, exact=None):
         }
         print(row, flush=True)
         rows.append(row)
-    return rows, exact
+    return rows, sessions, exact
 
 
 def main(argv=None):
@@ -172,15 +204,16 @@ def main(argv=None):
     model = task.model_class.from_pretrained(args.model).eval()
     if hasattr(model.config, "norm_swap"):  # the LayerNorm baseline of the recipes
         restore_norm(model)
-    rows, _ = measure(model, "LayerNorm", task, texts, tokenizer)
+    rows, sessions, _ = measure(model, "LayerNorm", task, texts, tokenizer)
     convert_norms(model, texts, args.norm, tokenizer=tokenizer)
     exact = None
     for form, options in FORMS.items():
         changed = copy.deepcopy(model)
         if options is not None:
             fold_norms(changed, **options)
-        more, exact = measure(changed, form, task, texts, tokenizer, exact)
-        rows += more
+        more, opened, exact = measure(changed, form, task, texts, tokenizer, exact)
+        rows, sessions = rows + more, sessions + opened
+    time_graphs(rows, sessions, task, tokenizer, args.pairs)
     record = {
         "task": args.task,
         "model": "all-MiniLM-L6-v2" + ("" if args.task == "stsb" else ", fine-tuned"),
