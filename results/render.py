@@ -212,8 +212,8 @@ def share_that_stays(figures):
 INT8 = """## int8
 
 What 8 bits cost in ONNX Runtime, by `benchmarks/int8.py`: accuracy on SST-2, the F1 of entities on WNUT-17, the
-Spearman correlation of embeddings on STS-B. The error is that of the outputs against the same form in float32. The time
-is that of a batch of 32 examples on one thread, in times of LayerNorm in float32.
+Spearman correlation of embeddings on STS-B. The error is that of the outputs against the same form in float32. The
+time is that of a batch of 32 examples on one thread, in times of LayerNorm in float32.
 """
 
 
