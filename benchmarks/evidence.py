@@ -232,7 +232,7 @@ def run_cell(cell, results, args, lock, deadline):
     is_resumed = any(folder.glob("checkpoint-*"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = 0
-    if not (folder / "result.json").exists():  # it exists where a runner was killed right before it took the file
+    if not is_whole(folder / "result.json", cell):  # it is where a runner was killed right before it took the file
         code = run_recipe(cell.argv, folder, args, deadline and max(0, deadline - time.monotonic()), lock)
     if code is None or code < 0:
         return "out of time" if code is None else f"killed by signal {-code}"
@@ -243,6 +243,11 @@ def run_cell(cell, results, args, lock, deadline):
     write_result(result, results.path(cell))
     shutil.rmtree(folder)
     return result["status"]
+
+
+def is_whole(path, cell):
+    """Whether a recipe wrote this result in the end, and not before it converted the model."""
+    return path.exists() and ("convert" not in cell.options or "conversion" in json.loads(path.read_text("utf-8")))
 
 
 def read_result(cell, folder, code, args):

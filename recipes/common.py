@@ -378,11 +378,9 @@ def train_and_record(trainer, task, model_args, data_args, data, explicit_args, 
         arguments = {"dataset_name": data_args.dataset_name, **examples, **explicit_args}
         family = trainer.model.config.model_type.removeprefix("normswap_")
         name = model_args.model_name_or_path or f"{family} from scratch"
-        result, path = (
-            make_result(task, name, trainer, metrics, arguments),
-            Path(trainer.args.output_dir, "result.json"),
-        )
-        write_result(result, path)
+        path = Path(trainer.args.output_dir, "result.json")
+        result = make_result(task, name, trainer, metrics, arguments)
+        write_result(result, path)  # the conversion may fail
         if model_args.convert:
             with one_sentence_errors():
                 report = convert_trained(trainer, model_args)

@@ -310,6 +310,16 @@ def test_a_result_that_was_written_before_the_runner_died_is_taken(make_args, tm
     assert log(tmp_path) == lines
 
 
+@pytest.mark.parametrize("options", [{}, {"convert": 8}])
+def test_a_result_from_before_the_conversion_is_not_whole(options, tmp_path):
+    cell, path = evidence.Cell("toy", "table", "toy", options), tmp_path / "result.json"
+    assert not evidence.is_whole(path, cell)
+    path.write_text('{"metrics": {}}')
+    assert evidence.is_whole(path, cell) == (not options)
+    path.write_text('{"metrics": {}, "conversion": {}}')
+    assert evidence.is_whole(path, cell)
+
+
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 WORDS = "the a good bad film plot is was not very dull bright".split()
 
