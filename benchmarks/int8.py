@@ -133,13 +133,13 @@ def open_graph(folder):
     return onnxruntime.InferenceSession(str(Path(folder, "model.onnx")), options, providers=["CPUExecutionProvider"])
 
 
-def make_batches(task, tokenizer, names, size=32):
+def make_batches(task, tokenizer, size=32):
     """Batches of examples of about the same length, and the numbers of their examples."""
     order = np.argsort([len(ids) for ids in task.encoded["input_ids"]], kind="stable")
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = tokenizer.pad({name: [task.encoded[name][row] for row in rows] for name in names}, return_tensors="np")
-        yield rows, batch
+        encoded = {name: [values[row] for row in rows] for name, values in task.encoded.items()}
+        yield rows, tokenizer.pad(encoded, return_tensors="np")
 
 
 def feed(session, batch):
@@ -150,7 +150,7 @@ def feed(session, batch):
 def predict(session, task, tokenizer):
     """What a graph returns for each example."""
     outputs = [None] * len(task.encoded["input_ids"])
-    for rows, batch in make_batches(task, tokenizer, list(task.encoded)):
+    for rows, batch in make_batches(task, tokenizer):
         for row, output, mask in zip(rows, feed(session, batch), batch["attention_mask"], strict=True):
             outputs[row] = task.read(output, mask)
     return outputs
@@ -158,7 +158,7 @@ def predict(session, task, tokenizer):
 
 def time_graphs(rows, sessions, task, tokenizer, pairs):
     """Adds to each row how long its graph takes, in times of the first one, on a batch of usual length."""
-    batches = [batch for _, batch in make_batches(task, tokenizer, list(task.encoded))]
+    batches = [batch for _, batch in make_batches(task, tokenizer)]
     batch = batches[len(batches) // 2]
     first, *others = (functools.partial(feed, session, batch) for session in sessions)
     for row, other in zip(rows[1:], others, strict=True):

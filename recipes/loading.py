@@ -129,6 +129,11 @@ def make_swapped(auto_class, args, texts, max_length, template="<s> $A </s>", **
     return tokenizer, apply_norm_args(auto_class.from_config(config), tokenizer, args, texts, is_new=True)
 
 
+def take_sample(examples, count):
+    """`count` examples at random, the same ones in every run, or all if there are fewer."""
+    return examples.shuffle(seed=0).take(min(count, len(examples)))
+
+
 def apply_norm_args(model, processor, args, examples, is_new=False):
     """The model with its norms swapped as the arguments say, or as they are if they are swapped already.
 
@@ -137,7 +142,7 @@ def apply_norm_args(model, processor, args, examples, is_new=False):
     recorded = getattr(model.config, "norm_swap", None) or {"norms": []}
     if not recorded["norms"]:
         norm = NormSwapConfig(args.norm or "layernorm", **args.norm_options)
-        sample = examples.shuffle(seed=0).take(min(args.calibrate, len(examples))) if args.calibrate else None
+        sample = take_sample(examples, args.calibrate) if args.calibrate else None
         where = args.where or "blocks"
         if args.placement:
             scale_weights = is_new and args.placement in ("deep", "sub")
@@ -146,8 +151,8 @@ def apply_norm_args(model, processor, args, examples, is_new=False):
         if is_new and get_norm(norm.norm) is Fixup:
             initialize_fixup(model)
         if is_new and get_norm(norm.norm) is WeightNorm:
-            sample = examples.shuffle(seed=0).take(min(64, len(examples)))
-            initialize_weightnorm(model, make_batches(model, sample, processor, batch_size=64)[0])
+            (batch,) = make_batches(model, take_sample(examples, 64), processor, batch_size=64)
+            initialize_weightnorm(model, batch)
         return model
     places = {path for entry in recorded["norms"] for path in entry["modules"]}
     asked = {site.path for site in find_norms(model) for where in args.where or [] if site.is_in(where)}

@@ -53,7 +53,7 @@ OTHERS = """## Benchmarks
 | [training](training) | `benchmarks/training.py` | [diagnostics](../docs/diagnostics.md), [scaling](../docs/scaling.md) |
 | [literature](literature) | `benchmarks/evidence.py`, `literature.yaml` | [norms](../docs/norms.md#measured) |
 | [removal](removal) | `benchmarks/evidence.py`, `removal.yaml` | [norms](../docs/norms.md#measured) |
-| [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [translation](../docs/tasks/translation.md) |
+| [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [recipes](../recipes/README.md#translation) |
 | [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | not finished |
 """  # noqa: E501
 
@@ -217,63 +217,6 @@ time is that of a batch of 32 examples on one thread, in times of LayerNorm in f
 """
 
 
-GRIDS = {
-    "literature": (
-        "table",
-        ["test_accuracy"],
-        "layernorm",
-        "Norms of the literature in a BERT of 6 layers and width 128 from scratch on TREC, 10 epochs, by "
-        "`benchmarks/evidence.py --grid benchmarks/literature.yaml`. One of three learning rates was chosen for each "
-        "norm with another seed. PRepBN is `repbn` with a progressive swap over the first half of the training.",
-    ),
-    "removal": (
-        "tuning",
-        ["f1", "test_f1"],
-        None,
-        "Norms removed from a post-norm BERT of 12 layers and width 128, 300 steps from scratch on the Broad Twitter "
-        "Corpus, by `benchmarks/evidence.py --grid benchmarks/removal.yaml`. The learning rate stands behind the "
-        "norm. `affine` is the plain removal.",
-    ),
-}
-
-
-def render_grid(folder):
-    """The table of a grid of runs: mean ± standard deviation, and paired differences with their 95 % intervals."""
-    stage, metrics, against, about = GRIDS[folder]
-    results = load_results(sorted((FOLDER / folder).glob(f"*/{stage}/*.json")))
-    if stage == "tuning":
-        results = [
-            result | {"norm": f"{result['norm']}, {result['arguments']['learning_rate']:g}"} for result in results
-        ]
-    losses = {}
-    for result in results:
-        last = [entry["loss"] for entry in result["history"] if "loss" in entry][-1]
-        losses.setdefault(result["norm"], []).append(f"{last:.3g}")
-    table = compare_results(results, metrics, against).to_markdown()
-    ends = "; ".join(f"{norm}: {', '.join(each)}" for norm, each in losses.items())
-    return f"## {folder}\n\n{about}\n\n{table}\n\nTraining loss in the end, seed by seed: {ends}.\n"
-
-
-NGRAM = """## ngram
-
-A Marian of 2 + 2 layers and width 128 from scratch on Multi30k, German to English, 1,800 steps, one seed, by
-`benchmarks/evidence.py --grid benchmarks/ngram.yaml`. A token of the target attends to the last N tokens alone, itself
-among them. BLEU of beam search with four beams.
-"""
-
-
-def table_of_ngram():
-    """Decoders that see a few tokens, also for the page of the recipes."""
-    rows = [("N", "validation loss", "BLEU", "BLEU, test")]
-    for path in (FOLDER / "ngram").rglob("*.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        loss = [entry["eval_loss"] for entry in result["history"] if "eval_loss" in entry][-1]
-        scores = (f"{loss:.3f}", *(f"{result['metrics'][name]:.1f}" for name in ("bleu", "test_bleu")))
-        rows.append((result["arguments"].get("ngram", "all"), *scores))
-    rows[1:] = sorted(rows[1:], key=lambda row: (row[0] == "all", str(row[0])))
-    return table(rows)
-
-
 def render_int8():
     """The table of graphs in 8 bits."""
     rows = [("task", "form", "graph", "score", "error", "MB", "time")]
@@ -286,6 +229,21 @@ def render_int8():
     return INT8 + "\n" + table(rows)
 
 
+GRIDS = {
+    "literature": """A BERT of 6 layers and width 128 from scratch on TREC, 10 epochs, post-norm, by
+`benchmarks/evidence.py --grid benchmarks/literature.yaml`. One of three settings was chosen for each norm with another
+seed. PRepBN is `repbn` with a progressive swap over the first half of the training. Accuracy on the test split, mean ±
+standard deviation over three seeds, and paired differences with their 95 % intervals.
+""",
+    "removal": """Norms removed from a post-norm BERT of 12 layers and width 128, 300 steps from scratch on the Broad
+Twitter Corpus, by `benchmarks/evidence.py --grid benchmarks/removal.yaml`. Mean ± standard deviation over three seeds,
+on the test split.
+""",
+    "ngram": """A Marian of 2 + 2 layers and width 128 from scratch on Multi30k, German to English, 1,800 steps, one
+seed, by `benchmarks/evidence.py --grid benchmarks/ngram.yaml`. A token of the target attends to the last N tokens
+alone, itself among them. BLEU of beam search with four beams.
+""",
+}
 LABELS = {
     "sst2": "SST-2, accuracy",
     "trec": "TREC, accuracy",
@@ -338,26 +296,18 @@ def table_of_budgets():
     return table(rows)
 
 
-def compare_grid(folder, stage, metric, against=None):
-    """Each row of a comparison, with its records."""
-    results = load_results(sorted((FOLDER / folder).glob(f"*/{stage}/*.json")))
-    for row in compare_results(results, [metric], against).rows:
-        yield row, [result for result in results if result["norm"] == row.norm]
-
-
 def table_of_literature():
     """For the page of the norms."""
     rows = [("", "learning rate", "accuracy", "difference to LayerNorm")]
-    for row, results in compare_grid("literature", "table", "test_accuracy", "layernorm"):
-        score, difference = row.metrics["test_accuracy"], row.differences.get("test_accuracy")
-        cells = (
-            [f"{100 * value:+.1f}" for value in (difference.mean, difference.low, difference.high)]
-            if difference
-            else []
-        )
-        change = "{} ({} to {})".format(*cells) if cells else ""
-        rate = f"{results[0]['arguments']['learning_rate']:g}"
-        rows.append((NORMS[row.norm], rate, f"{100 * score.mean:.1f} ± {100 * score.std:.1f}", change))
+    results = load_results(sorted((FOLDER / "literature").glob("*/table/*.json")))
+    rates = {result["norm"]: result["arguments"]["learning_rate"] for result in results}
+    for row in compare_results(results, ["test_accuracy"], "layernorm").rows:
+        score, change = row.metrics["test_accuracy"], ""
+        if difference := row.differences.get("test_accuracy"):
+            ends = (100 * value for value in (difference.mean, difference.low, difference.high))
+            change = "{:+.1f} ({:+.1f} to {:+.1f})".format(*ends)
+        accuracy = f"{100 * score.mean:.1f} ± {100 * score.std:.1f}"
+        rows.append((NORMS[row.norm], f"{rates[row.norm]:g}", accuracy, change))
     return table(rows)
 
 
@@ -365,13 +315,23 @@ def table_of_removal():
     """For the page of the norms."""
     rows = [("norms", "learning rate", "F1 of entities", "training loss in the end")]
     groups = {}
-    for path in sorted((FOLDER / "removal").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for result in load_results(sorted((FOLDER / "removal").rglob("*.json"))):
         groups.setdefault((result["norm"], result["arguments"]["learning_rate"]), []).append(result)
     for (norm, rate), results in groups.items():
         scores = [100 * result["metrics"]["test_f1"] for result in results]
         loss = mean([entry["loss"] for entry in result["history"] if "loss" in entry][-1] for result in results)
         rows.append((NORMS[norm], f"{rate:g}", f"{mean(scores):.1f} ± {stdev(scores):.1f}", f"{loss:.3g}"))
+    return table(rows)
+
+
+def table_of_ngram():
+    """For the page of the recipes."""
+    rows = [("N", "validation loss", "BLEU", "BLEU, test")]
+    for result in load_results(sorted((FOLDER / "ngram").rglob("*.json"))):
+        loss = [entry["eval_loss"] for entry in result["history"] if "eval_loss" in entry][-1]
+        scores = (f"{loss:.3f}", *(f"{result['metrics'][name]:.1f}" for name in ("bleu", "test_bleu")))
+        rows.append((result["arguments"].get("ngram", "all"), *scores))
+    rows[1:] = sorted(rows[1:], key=lambda row: (row[0] == "all", str(row[0])))
     return table(rows)
 
 
@@ -404,14 +364,13 @@ def render():
             seeds = ", ".join(f"[{NAME.fullmatch(path.stem)['seed']}]({folder}/{path.name})" for path in paths)
             rows.append((task, norm, placement, variant, seeds, *show_scores(paths)))
         parts.append(f"## {folder}\n\n{about}\n\n{table(rows)}")
-    grids = [render_grid(folder) for folder in GRIDS]
+    grids = [f"## {folder}\n\n{about}\n{TABLES[folder]()}" for folder, about in GRIDS.items()]
     pages = [
         render_conversions(),
         render_post_training(),
         render_int8(),
         render_sweep(),
         *grids,
-        f"{NGRAM}\n{table_of_ngram()}",
         OTHERS,
     ]
     return "\n".join([*parts, *pages])

@@ -203,7 +203,7 @@ def compare_results(
         if against is not None and norm != against:
             reference = groups.get((task, model, placement, against))
             if reference is None:
-                raise ValueError(f"There is no run of {against} on {task} with {model} to compare {norm} with.")
+                raise ValueError(f"{against} has no run on {task} with {model}: run it, or compare with another norm.")
             found = {name: _difference(runs, reference, name) for name in reported}
             differences = {name: difference for name, difference in found.items() if difference}
         rows.append(ComparisonRow(task, model, placement or None, norm, seeds, scores, differences))

@@ -241,7 +241,9 @@ def test_differences_are_paired_by_seed():
     assert lines[2].endswith("| – |")
     assert lines[3].endswith("| -0.50 |")
     assert lines[4].endswith("| +1.67 (+0.23 to +3.10) |")
-    with pytest.raises(ValueError, match="There is no run of powernorm on rte with bert to compare layernorm with"):
+    with pytest.raises(
+        ValueError, match="powernorm has no run on rte with bert: run it, or compare with another norm."
+    ):
         compare_results(results, against="powernorm")
 
 
