@@ -6,14 +6,15 @@ Renders the index of this folder, and tables of the documentation, from the reco
 
 import json
 import re
-from pathlib import Path
+import shlex
 from statistics import mean, stdev
+
+from records import FIGURES, FOLDER, table
 
 from hf_normswap.reporting.comparison import compare_results
 from hf_normswap.reporting.results import load_results
 
 
-FOLDER = Path(__file__).parent
 # The name of a run: task, norm, placement, seed, and what else tells it from others.
 NAME = re.compile(r"(?P<task>.+)-(?P<norm>[a-z]+)-(?P<placement>post|pre)-(?P<seed>\d+)(?:-(?P<variant>.+))?")
 SCORES = ("test_f1", "accuracy", "test_perplexity", "test_bleu")  # the first that a run has is shown
@@ -56,12 +57,6 @@ OTHERS = """## Benchmarks
 | [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [recipes](../recipes/README.md#translation) |
 | [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | not finished |
 """  # noqa: E501
-
-
-def table(rows):
-    """Rows of cells in Markdown, the first one the heading."""
-    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines) + "\n"
 
 
 def find_runs(folder):
@@ -336,23 +331,26 @@ def table_of_ngram():
 
 
 TABLES = {
+    **FIGURES,
     "tasks": table_of_tasks,
     "budgets": table_of_budgets,
     "literature": table_of_literature,
     "removal": table_of_removal,
     "ngram": table_of_ngram,
 }
-PAGES = [FOLDER.parent / name for name in ("docs/calibration.md", "docs/norms.md", "recipes/README.md")]
+ROOT = FOLDER.parent
+PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def fill(text):
-    """The page `text` with its tables made anew."""
-    return re.sub(
-        r"(<!-- results (\w+) -->).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n\n{TABLES[found[2]]()}\n{found[3]}",
-        text,
-        flags=re.DOTALL,
-    )
+    """The page `text` with its tables, and the figures in its sentences, made anew."""
+
+    def make(found):
+        name, *given = shlex.split(found[2])
+        made = TABLES[name](*given)
+        return f"{found[1]}\n\n{made}\n{found[3]}" if "\n" in made else found[1] + made + found[3]
+
+    return re.sub(r"(<!-- results (.+?) -->).*?(<!-- end -->)", make, text, flags=re.DOTALL)
 
 
 def render():
