@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -25,7 +26,7 @@ def find(pattern):
 def select(record, path):
     """
     The numbers at a path such as `metrics.accuracy`. In a list, `rows[way=naive,sentences=256].accuracy` takes the
-    rows that have these values, and `rows[-1]` one of them.
+    rows whose values match, and `rows[-1]` one of them.
     """
     values = [record]
     for step in path.split("."):
@@ -37,7 +38,7 @@ def select(record, path):
             values = [value[int(wanted)] for value in values]
         else:
             pairs = [pair.split("=") for pair in wanted.split(",")]
-            values = [row for value in values for row in value if all(str(row.get(k)) == v for k, v in pairs)]
+            values = [row for rows in values for row in rows if all(fnmatchcase(str(row.get(k)), v) for k, v in pairs)]
     return values
 
 

@@ -9,7 +9,9 @@ import re
 import shlex
 from statistics import mean, stdev
 
-from records import FIGURES, FOLDER, table
+import tables_evidence
+import tables_runs
+from records import FIGURES, FOLDER, show, table
 
 from hf_normswap.reporting.comparison import compare_results
 from hf_normswap.reporting.results import load_results
@@ -277,6 +279,16 @@ def table_of_tasks():
     return table(rows)
 
 
+def mean_over_tasks(way):
+    """How much the replacement changes the score, over tasks and fine-tunings."""
+    changes = [
+        mean(record["metrics"][way] - record["metrics"]["before"] for record in records.values())
+        for task, found, records in post_training()
+        if found == way and task in LABELS
+    ]
+    return show(mean(changes), "+.2f")
+
+
 def table_of_budgets():
     """For the page on calibration: what a budget lets pass."""
     rows = [("", "budget", "norms converted", "divergence measured", "difference", "same prediction")]
@@ -332,7 +344,10 @@ def table_of_ngram():
 
 TABLES = {
     **FIGURES,
+    **tables_evidence.TABLES,
+    **tables_runs.TABLES,
     "tasks": table_of_tasks,
+    "tasks_mean": mean_over_tasks,
     "budgets": table_of_budgets,
     "literature": table_of_literature,
     "removal": table_of_removal,

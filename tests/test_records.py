@@ -80,29 +80,6 @@ def rows_of_readme(heading):
     return [[re.sub(r"[^\d.]", "", cell) if number else cell for number, cell in enumerate(row)] for row in rows[2:]]
 
 
-def mean(pattern, metric, scale):
-    scores = [read(path)["metrics"][metric] * scale for path in FOLDER.glob(pattern)]
-    return f"{sum(scores) / len(scores):.1f}"
-
-
-def test_the_scores_of_the_readme_are_those_of_the_records():
-    sources = {
-        "SST-2": ("glue/sst2-{}-post-?{}.json", "accuracy", 100),
-        "MRPC": ("glue/mrpc-{}-post-?{}.json", "accuracy", 100),
-        "Broad Twitter Corpus": ("ner/btc-{}-post-0.json", "test_f1", 100),
-        "Penn Treebank, GPT-2": ("lm/ptb-gpt2-{}-pre-0.json", "test_perplexity", 1),
-        "Penn Treebank, BERT": ("lm/ptb-bert-{}-post-0.json", "test_perplexity", 1),
-        "Multi30k de–en, Marian": ("translation/multi30k-{}-post-0.json", "test_bleu", 1),
-    }
-    rows = rows_of_readme("Results")
-    assert [row[0] for row in rows] == list(sources)
-    for task, _, *scores in rows:
-        pattern, metric, scale = sources[task]
-        for norm, score in zip(("layernorm", "batchnorm", "rbn", "powernorm"), scores, strict=True):
-            variant = "" if norm == "layernorm" else "-calibrated"
-            assert score == mean(pattern.format(norm, variant), metric, scale), (task, norm)
-
-
 def test_the_replacements_of_the_readme_are_those_of_the_records():
     minilm, gpt2, marian, roberta = rows_of_readme("Post-training norm replacement")
     rows = read(FOLDER / "calibration-batchnorm.json")["rows"]
