@@ -1,10 +1,8 @@
 """Which norm is best: the grid of `benchmarks/evidence.yaml`, setting by setting, for docs/choosing.md."""
 
-from statistics import fmean
-
 from records import FOLDER, read, show, table
 
-from hf_normswap.reporting.comparison import compare_results
+from hf_normswap.reporting.comparison import compare_results, mean_with_interval
 
 
 PICTURE = FOLDER.parent / "docs/pictures/evidence.svg"
@@ -87,14 +85,16 @@ def table_of_settings():
 
 def table_of_verdicts():
     """How often each norm is better than LayerNorm, and worse."""
-    rows = [("", "better", "no difference", "worse", "as good as LayerNorm", "mean gain", "lowest")]
+    rows = [("", "better", "no difference", "worse", "as good as LayerNorm", "mean gain in points")]
     settings = list(find_settings())
     for norm, name in NORMS.items():
         gains = [compare(task, found[norm]) for _, task, found in settings]
         counts = [sum(judge(*gain) == verdict for gain in gains) for verdict in ("win", "tie", "loss")]
-        means = [mean for mean, _, _ in gains]
         good = f"{sum(is_as_good(*gain) for gain in gains)} of {len(gains)}"
-        rows.append((name, *counts, good, show(fmean(means), "+.1f"), show(min(means), "+.1f")))
+        points = [gain[0] for gain, (_, task, _) in zip(gains, settings, strict=True) if TASKS[task][3]]
+        rows.append(
+            (name, *counts, good, "{} ({} to {})".format(*(show(x, "+.1f") for x in mean_with_interval(points))))
+        )
     return table(rows)
 
 

@@ -248,17 +248,22 @@ def _difference(runs: list[dict], reference: list[dict], metric: str) -> Differe
     scores = [{run["seed"]: run["metrics"].get(metric) for run in each} for each in (runs, reference)]
     pairs = [(scores[0][seed], scores[1][seed]) for seed in scores[0].keys() & scores[1].keys()]
     changes = [new - old for new, old in pairs if None not in (new, old) and math.isfinite(new - old)]
-    if not changes:
-        return None
-    mean, low, high = fmean(changes), None, None
-    if len(changes) > 1:
-        try:
-            from scipy.stats import t
-        except ImportError as error:
-            raise ImportError("Intervals need scipy: install it with `pip install scipy`.") from error
-        reach = float(t.ppf(0.975, len(changes) - 1)) * stdev(changes) / math.sqrt(len(changes))
-        low, high = mean - reach, mean + reach
-    return Difference(mean, low, high, len(changes))
+    return Difference(*mean_with_interval(changes), len(changes)) if changes else None
+
+
+def mean_with_interval(changes: list[float]) -> tuple[float, float | None, float | None]:
+    """
+    The mean of some paired differences, and the ends of its 95 % interval by a t-test, `None` below two differences.
+    """
+    mean = fmean(changes)
+    if len(changes) < 2:
+        return mean, None, None
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("Intervals need scipy: install it with `pip install scipy`.") from error
+    reach = float(t.ppf(0.975, len(changes) - 1)) * stdev(changes) / math.sqrt(len(changes))
+    return mean, mean - reach, mean + reach
 
 
 def _format(score: Score | None, runs: int, decimals: int) -> str:
