@@ -9,9 +9,11 @@ import re
 import shlex
 from statistics import mean, stdev
 
+import tables_calibration
 import tables_evidence
 import tables_runs
-from records import FIGURES, FOLDER, show, table
+from records import FIGURES, FOLDER, table
+from tables_calibration import post_training, summarize
 
 from hf_normswap.reporting.comparison import compare_results
 from hf_normswap.reporting.results import load_results
@@ -155,37 +157,6 @@ def render_conversions():
     return CONVERSIONS + "\n" + table(rows)
 
 
-def post_training():
-    """The records of fine-tuned models by task, and each way of their conversion over the seeds that have it."""
-    groups = {}
-    for path in sorted((FOLDER / "post-training").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        groups.setdefault(path.stem.rpartition("-")[0], {})[path] = record
-    for task, records in groups.items():
-        for way in dict.fromkeys(way for record in records.values() for way in record["conversions"]):
-            yield task, way, {path: record for path, record in records.items() if way in record["conversions"]}
-
-
-def summarize(records, way):
-    """The figures of one way, over seeds: means, and the lowest and the highest change."""
-    before, after = ([record["metrics"][name] for record in records] for name in ("before", way))
-    changes = [new - old for new, old in zip(after, before, strict=True)]
-    figures = [record["conversions"][way] for record in records]
-    ends = zip(*(each["interval_of_difference"] for each in figures), strict=True)
-    return {
-        "before": f"{mean(before):.2f}",
-        "after": f"{mean(after):.2f}",
-        "change": f"{mean(changes):+.2f}",
-        "interval": " to ".join(f"{mean(end):+.2f}" for end in ends),
-        "extremes": f"{min(changes):+.2f} to {max(changes):+.2f}",
-        "kept": f"{mean(map(share_that_stays, figures)):.4g}",
-        "kl": f"{mean(each['kl'] for each in figures):.4f}" if "kl" in figures[0] else "–",
-        "examples": ", ".join(dict.fromkeys(str(each["examples"]) for each in figures)),
-        "norms": ", ".join(dict.fromkeys(str(each.get("norms", "")) for each in figures)),
-        "seconds": f"{mean(each['seconds'] for each in figures):.0f}",
-    }
-
-
 def render_post_training():
     """The table of fine-tuned models, over their seeds."""
     heading = ("task", "seeds", "LayerNorm", "way", "examples", "norms", "score", "difference", "interval")
@@ -196,14 +167,6 @@ def render_post_training():
         columns = ("examples", "norms", "after", "change", "interval", "extremes", "kept", "kl", "seconds")
         rows.append((task, seeds, found["before"], way, *(found[name] for name in columns)))
     return POST_TRAINING + "\n" + table(rows)
-
-
-def share_that_stays(figures):
-    """The strictest of the figures that a task has."""
-    for name in ("agreement_on_entities", "agreement", "cosine"):
-        if name in figures:
-            return figures[name]
-    return 1 - figures["relative_error"]
 
 
 INT8 = """## int8
@@ -241,15 +204,6 @@ seed, by `benchmarks/evidence.py --grid benchmarks/ngram.yaml`. A token of the t
 alone, itself among them. BLEU of beam search with four beams.
 """,
 }
-LABELS = {
-    "sst2": "SST-2, accuracy",
-    "trec": "TREC, accuracy",
-    "mrpc": "MRPC, accuracy",
-    "btc": "Broad Twitter, F1 of entities",
-    "wnut17": "WNUT-17, F1 of entities",
-    "stsb": "STS-B, a regression, Spearman",
-    "embeddings": "STS-B, embeddings as they came, Spearman",
-}
 NORMS = {
     "layernorm": "LayerNorm",
     "powernorm": "PowerNorm",
@@ -260,47 +214,6 @@ NORMS = {
     "weightnorm": "weight normalisation",
     "fixup": "Fixup",
 }
-
-
-def table_of_tasks():
-    """For the page on calibration: fine-tuned models, converted and distilled."""
-    found = {(task, way): list(records.values()) for task, way, records in post_training()}
-    rows = [("", "LayerNorm", "calibrated", "difference", "kept", "and distilled: difference", "kept")]
-    for task, label in LABELS.items():
-        cells = [label]
-        for way in ("converted", "distilled"):
-            records = found[task, way]
-            figures = summarize(records, way)
-            change = f"{figures['change']} ({figures['interval']})"
-            is_share = any("agreement" in record["conversions"][way] for record in records)
-            kept = f"{float(figures['kept']):.1f} %" if is_share else f"{float(figures['kept']):.3f}"
-            cells += [*((figures["before"], figures["after"]) if way == "converted" else ()), change, kept]
-        rows.append(cells)
-    return table(rows)
-
-
-def mean_over_tasks(way):
-    """How much the replacement changes the score, over tasks and fine-tunings."""
-    changes = [
-        mean(record["metrics"][way] - record["metrics"]["before"] for record in records.values())
-        for task, found, records in post_training()
-        if found == way and task in LABELS
-    ]
-    return show(mean(changes), "+.2f")
-
-
-def table_of_budgets():
-    """For the page on calibration: what a budget lets pass."""
-    rows = [("", "budget", "norms converted", "divergence measured", "difference", "same prediction")]
-    for task, way, records in post_training():
-        for record in records.values():
-            figures = record["conversions"][way]
-            if "budget" in figures:
-                total = figures["norms"] + len(figures["kept"])
-                shares = (f"{figures['norms']} of {total}", f"{figures['kl']:.4f}")
-                change = f"{record['metrics'][way] - record['metrics']['before']:+.2f}"
-                rows.append((LABELS[task], figures["budget"], *shares, change, f"{figures['agreement']:.1f} %"))
-    return table(rows)
 
 
 def table_of_literature():
@@ -344,11 +257,9 @@ def table_of_ngram():
 
 TABLES = {
     **FIGURES,
+    **tables_calibration.TABLES,
     **tables_evidence.TABLES,
     **tables_runs.TABLES,
-    "tasks": table_of_tasks,
-    "tasks_mean": mean_over_tasks,
-    "budgets": table_of_budgets,
     "literature": table_of_literature,
     "removal": table_of_removal,
     "ngram": table_of_ngram,

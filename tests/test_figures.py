@@ -19,7 +19,6 @@ PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs")
 NOT_YET = {
     "README.md",
     "docs/adapters.md",
-    "docs/calibration.md",
     "docs/choosing.md",
     "docs/deploy.md",
     "docs/diagnostics.md",
