@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 import tables_calibration
 import tables_evidence
+import tables_folding
 import tables_runs
 from records import FIGURES, FOLDER, table
 from tables_calibration import post_training, summarize
@@ -263,6 +264,7 @@ TABLES = {
     "literature": table_of_literature,
     "removal": table_of_removal,
     "ngram": table_of_ngram,
+    **tables_folding.TABLES,
 }
 ROOT = FOLDER.parent
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
