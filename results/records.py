@@ -55,6 +55,12 @@ def show(value, form=".1f", scale=1):
     return f"{value * float(scale):{form}}".replace("-", "−")
 
 
+def show_ratio(row, digits=2):
+    """A ratio, with its 95 % interval."""
+    ratio, low, high = (f"{value:.{digits}f}" for value in (row["ratio"], *row["interval"]))
+    return f"{ratio} [{low}, {high}]"
+
+
 def table(rows):
     """Rows of cells in Markdown, the first one the heading."""
     lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]

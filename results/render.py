@@ -1,5 +1,5 @@
 """
-Renders the index of this folder, and tables of the documentation, from the records in it.
+Renders the index of this folder, and tables and pictures of the documentation, from the records in it.
 
     python results/render.py
 """
@@ -13,6 +13,7 @@ import tables_calibration
 import tables_evidence
 import tables_folding
 import tables_runs
+import tables_speed
 from records import FIGURES, FOLDER, table
 from tables_calibration import post_training, summarize
 
@@ -261,6 +262,7 @@ TABLES = {
     **tables_calibration.TABLES,
     **tables_evidence.TABLES,
     **tables_runs.TABLES,
+    **tables_speed.TABLES,
     "literature": table_of_literature,
     "removal": table_of_removal,
     "ngram": table_of_ngram,
@@ -303,6 +305,8 @@ def render():
 
 
 if __name__ == "__main__":
+    tables_evidence.draw()
+    tables_speed.draw_scaling()
     (FOLDER / "README.md").write_text(render(), encoding="utf-8")
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Tables of docs/folding.md, docs/diagnostics.md, docs/scaling.md and docs/speed.md."""
 
-from records import FOLDER, read, select, show, table, values_of
+from records import FOLDER, read, select, show, show_ratio, table, values_of
 from tables_runs import NORMS
 
 
@@ -19,12 +19,6 @@ SINGLE = {
     "f32, 16k tokens": "dtype=float32,tokens=16384",
     "f32, 4k tokens": "dtype=float32,tokens=4096",
 }
-
-
-def show_ratio(row, digits=2):
-    """A ratio, with its 95 % interval."""
-    ratio, low, high = (f"{value:.{digits}f}" for value in (row["ratio"], *row["interval"]))
-    return f"{ratio} [{low}, {high}]"
 
 
 def table_of_inference():

@@ -21,7 +21,8 @@ from tests.helpers.launch import TORCHRUN
 from tests.helpers.launch import run as run_command
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where Python finds what the scripts share
+for folder in ("results", "benchmarks"):  # where Python finds what the scripts share
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import conversion  # noqa: E402
 import finetuning  # noqa: E402
@@ -29,7 +30,8 @@ import gpu  # noqa: E402
 import gpu_phases  # noqa: E402
 import inference  # noqa: E402
 import norms  # noqa: E402
-import render_speed  # noqa: E402
+import render  # noqa: E402
+import tables_speed  # noqa: E402
 import timing  # noqa: E402
 import training  # noqa: E402
 
@@ -254,13 +256,13 @@ def test_a_dry_run_of_all_that_a_gpu_has_to_show(tmp_path):
     options = ["--device", "cpu", "--quick", "--output", tmp_path / "output", "--text", text]
     printed = run_command(sys.executable, "benchmarks/gpu.py", *options, "--phases", *gpu.BUDGETS)
     records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "output").iterdir()}
-    assert set(records) == set(gpu.BUDGETS) == set(render_speed.GPU_TABLES)
+    assert set(records) == set(gpu.BUDGETS) == set(tables_speed.GPU_TABLES)
     for phase, record in records.items():
         assert (record["device"], record["quick"], record["ended"]) == ("cpu", True, "done"), phase
         assert record["rows"]
         assert not [row["error"] for row in record["rows"] if isinstance(row.get("error"), str)]
         assert f"## {phase} (cpu, dry run" in printed
-        assert "| --- |" in render_speed.table_of_gpu(phase, record)
+        assert "| --- |" in tables_speed.table_of_gpu(phase, record)
         assert {"versions", "hardware"} < set(record)
     assert all(row["correct"] for row in records["correctness"]["rows"] if "errors" in row)
     (tests,) = (row for row in records["correctness"]["rows"] if row["norm"] == "tests/gpu")
@@ -279,7 +281,7 @@ def test_a_dry_run_of_all_that_a_gpu_has_to_show(tmp_path):
 def stand_in(tmp_path):
     """A copy of `gpu.py` whose phases take no time, and whose norms break the device once."""
     (tmp_path / "gpu.py").write_text(Path(gpu.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "render_speed.py").write_text("def render_folder(folder):\n    return 'rendered'\n")
+    (tmp_path / "tables_speed.py").write_text("def render_folder(folder):\n    return 'rendered'\n")
     (tmp_path / "gpu_phases.py").write_text("""
 import json, os, sys, time
 from gpu import write_json
@@ -349,7 +351,7 @@ def test_a_phase_that_does_not_start_is_on_record(stand_in, tmp_path):
     command = [*stand_in, "--phases", "train", "--text", "words.txt"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "train: the process died with exit code 3, 0 rows" in done.stdout
-    shown = render_speed.render_folder(tmp_path / "output")
+    shown = tables_speed.render_folder(tmp_path / "output")
     assert "## train (cuda, dry run, 0 s, the process died with exit code 3)" in shown
     assert "Not measured." in shown
 
@@ -379,17 +381,17 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_is_never_shown_as_hardware(tmp_path, monkeypatch):
-    monkeypatch.setattr(render_speed, "GPU", tmp_path)
-    page = "<!-- table gpu_facts -->\n<!-- end -->"
-    assert "Not measured." in render_speed.render(page)
+    monkeypatch.setattr(tables_speed, "GPU", tmp_path)
+    page = "<!-- results gpu_facts -->\n<!-- end -->"
+    assert "Not measured." in render.fill(page)
     row = {"fact": "device", "bandwidth": 4.3e12, "name": "NVIDIA H200", "took": 1.0}
     for device, quick, is_shown in (("cuda", False, True), ("cuda", True, False), ("cpu", False, False)):
         gpu.write_json(tmp_path / "facts.json", {"device": device, "quick": quick, "rows": [row]})
         if is_shown:
-            assert "| copy, read and written | 4.300 TB/s |" in render_speed.render(page)
+            assert "| copy, read and written | 4.300 TB/s |" in render.fill(page)
         else:
             with pytest.raises(ValueError, match="dry run"):
-                render_speed.render(page)
+                render.fill(page)
 
 
 def test_the_splits_of_a_text(tmp_path):
@@ -423,17 +425,10 @@ def test_the_error_of_a_norm_is_found():
     use_kernels("auto")
 
 
-@pytest.mark.parametrize("page", render_speed.PAGES, ids=lambda page: page.stem)
-def test_pages_show_the_figures(page):
-    text = page.read_text(encoding="utf-8")
-    assert render_speed.render(text) == text
-
-
-def test_the_page_on_speed_shows_the_figures(tmp_path):
-    page = render_speed.PAGE.read_text(encoding="utf-8")
-    assert render_speed.render(page) == page
-    figures = json.loads((render_speed.RESULTS / "cpu-4096.json").read_text(encoding="utf-8"))["rows"]
+def test_the_page_on_speed_shows_the_figures():
+    page = (render.ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    figures = json.loads((render.FOLDER / "speed/cpu-4096.json").read_text(encoding="utf-8"))["rows"]
     row = next(row for row in figures if row["norm"] == "batchnorm")
     assert "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["interval"]) in page
-    changed = page.replace("<!-- table norms -->", "<!-- table norms -->\nold")
-    assert render_speed.render(changed) == page
+    changed = page.replace("<!-- results cpu-norms -->", "<!-- results cpu-norms -->\nold")
+    assert render.fill(changed) == page

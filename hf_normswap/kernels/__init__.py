@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 # A device, and the norms and dtypes for which its backend is the default there. The rule: in committed figures of
 # hardware (`results/gpu/`) the kernels are correct, and faster than PyTorch in the forward, and in forward and
-# backward together, at every size. `choose_defaults` in benchmarks/render_speed.py derives the table; a test compares.
+# backward together, at every size. `choose_defaults` in results/tables_speed.py derives the table; a test compares.
 FASTEST: dict[str, set[tuple[str, torch.dtype]]] = {}
 # What `use_kernels` takes: the devices whose backend computes every norm. Compiled graphs there have operators.
 CHOICES = {"auto": ["cpu"], "all": ["cpu", "cuda"], "none": []}

@@ -12,9 +12,9 @@ from hf_normswap.kernels.cpu import CpuBackend
 from hf_normswap.modeling.backends import BACKENDS, ReferenceBackend, get_backend
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "results"))
 
-import render_speed  # noqa: E402
+import tables_speed  # noqa: E402
 
 
 CLASSES = [BatchNorm, RegularizedBatchNorm, PowerNormV, PowerNorm, RMSNorm]
@@ -34,28 +34,28 @@ def make_record(ratios, correct=True):
 
 
 def test_the_table_is_what_the_figures_say():
-    records = [render_speed.read_hardware(phase) for phase in ("correctness", "norms")]
-    chosen = render_speed.choose_defaults(*records) if all(records) else set()
+    records = [tables_speed.read_hardware(phase) for phase in ("correctness", "norms")]
+    chosen = tables_speed.choose_defaults(*records) if all(records) else set()
     assert {(norm, getattr(torch, dtype)) for norm, dtype in chosen} == kernels.FASTEST.get("cuda", set())
 
 
 def test_the_rule():
     fast, slow, close = [(0.9, 1.0), (1.0, 1.1)], [(0.9, 1.0), (3.2, 3.3)], [(0.9, 1.0), (2.8, 3.0)]
     ratios = {("batchnorm", "bfloat16"): fast, ("batchnorm", "float32"): slow, ("rbn", "bfloat16"): close}
-    assert render_speed.choose_defaults(*make_record(ratios)) == {("batchnorm", "bfloat16")}
-    assert render_speed.choose_defaults(*make_record(ratios, correct=False)) == set()
+    assert tables_speed.choose_defaults(*make_record(ratios)) == {("batchnorm", "bfloat16")}
+    assert tables_speed.choose_defaults(*make_record(ratios, correct=False)) == set()
     # Both variants of PowerNorm.
     variants = {("powernorm", "bfloat16"): fast, ("powernorm, group scaling", "bfloat16"): fast}
-    assert render_speed.choose_defaults(*make_record(variants)) == {("powernorm", "bfloat16")}
+    assert tables_speed.choose_defaults(*make_record(variants)) == {("powernorm", "bfloat16")}
     variants["powernorm", "bfloat16"] = slow
-    assert render_speed.choose_defaults(*make_record(variants)) == set()
+    assert tables_speed.choose_defaults(*make_record(variants)) == set()
     correctness, norms = make_record({("batchnorm", "bfloat16"): fast})
     unfinished = {"rows": [row for row in norms["rows"] if row["path"] == "kernels"]}
-    assert render_speed.choose_defaults(correctness, unfinished) == set()
-    assert render_speed.choose_defaults({"rows": []}, norms) == set()
+    assert tables_speed.choose_defaults(correctness, unfinished) == set()
+    assert tables_speed.choose_defaults({"rows": []}, norms) == set()
     slow_forward = copy.deepcopy(norms)
     slow_forward["rows"][0]["forward"]["interval"] = [3, 4]
-    assert render_speed.choose_defaults(correctness, slow_forward) == set()
+    assert tables_speed.choose_defaults(correctness, slow_forward) == set()
 
 
 def test_a_path_for_a_norm_and_a_dtype(compiled, paths_as_before, monkeypatch):

@@ -1,47 +1,31 @@
-"""
-Tables and picture of docs/speed.md, and the tables for GPUs of docs/folding.md, from the figures of the benchmarks.
+"""Tables and picture of docs/speed.md, and the tables for GPUs of docs/folding.md."""
 
-    python benchmarks/render_speed.py
-"""
-
-import json
 import math
-import re
-from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from records import FOLDER, read, show_ratio, table
 
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results" / "speed"
-GPU = ROOT / "results" / "gpu"
-PAGE = ROOT / "docs" / "speed.md"
-PAGES = [PAGE, ROOT / "docs" / "folding.md"]
-PICTURE = ROOT / "docs" / "pictures" / "speed.svg"
+GPU = FOLDER / "gpu"
+PICTURE = FOLDER.parent / "docs/pictures/speed.svg"
 # Okabe and Ito: apart for colour-blind eyes.
 COLORS = {"powernorm": "#0072B2", "powernorm, group scaling": "#56B4E9", "batchnorm": "#E69F00", "rbn": "#D55E00"}
 STEPS = {"bert": "BERT-base", "gpt2": "GPT-2-small"}
 
 
-def read(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def read_speed(name):
+    return read(FOLDER / f"speed/{name}.json")
 
 
 def describe_machine(result):
     return f"{result['hardware']}, {result['threads']} threads, PyTorch {result['versions']['torch']}"
 
 
-def show_ratio(row):
-    return "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["interval"])
-
-
 def table_of_norms(*names, show=show_ratio):
     """What `show` makes of a figure: a row for each norm, a column for each size and dtype."""
-    rows = [row for name in names for row in read(name)["rows"]]
+    rows = [row for name in names for row in read_speed(name)["rows"]]
     cases = sorted({(row["dtype"] == "bfloat16", row["channels"], row["tokens"]) for row in rows})
     titles = [f"{tokens // 1024}k x {c}, {'bf16' if is_bf16 else 'f32'}" for is_bf16, c, tokens in cases]
-    lines = [["norm", *titles], ["---"] * (len(cases) + 1)]
+    lines = [["norm", *titles]]
     for norm in dict.fromkeys(row["norm"] for row in rows):
         cells = []
         for is_bf16, channels, tokens in cases:
@@ -49,29 +33,28 @@ def table_of_norms(*names, show=show_ratio):
             of = [r for r in rows if (r["norm"], r["channels"], r["tokens"], r["dtype"]) == wanted]
             cells.append(show(of[0]) if of else "")
         lines.append([norm, *cells])
-    return to_markdown(lines)
+    return table(lines)
 
 
 def table_of_steps():
-    lines = [["step", "norm", "ratio", "95 % interval", "seconds with LayerNorm"], ["---"] * 5]
-    for path in sorted((RESULTS / "steps").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [["step", "norm", "ratio", "95 % interval", "seconds with LayerNorm"]]
+    for path in sorted((FOLDER / "speed/steps").glob("*.json")):
+        result = read(path)
         said = [f"{STEPS[result['family']]}, {result['batch_size']} x {result['length']} tokens"]
         said += ["checkpointing"] * result["checkpointing"]
         said += ["without compiled code"] * (result.get("kernels") == "none")
         said += [f"DDP on {result['processes']} processes"] * (result["processes"] > 1)
         interval = "{:.3f} to {:.3f}".format(*result["interval"])
         lines.append([", ".join(said), result["norm"], f"{result['ratio']:.3f}", interval, f"{result['seconds']:.2f}"])
-    return to_markdown(lines)
-
-
-def to_markdown(lines):
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table(lines)
 
 
 def draw_scaling():
     """Time of a step over the number of tokens, for each norm, at one width."""
-    rows = read("cpu-scaling")["rows"]
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = read_speed("cpu-scaling")["rows"]
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for norm, color in COLORS.items():
@@ -92,7 +75,7 @@ def draw_scaling():
 def read_phase(folder, phase):
     """What a phase of benchmarks/gpu.py left in a folder, `None` if nothing."""
     path = folder / f"{phase}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read(path) if path.exists() else None
 
 
 def read_hardware(phase):
@@ -116,23 +99,23 @@ def table_of_gpu(phase, record, **options):
 def table_of_facts(rows):
     lines = [[name, str(value)] for name, value in rows[0].items() if name not in ("fact", "bandwidth", "took")]
     bandwidth = ["copy, read and written", f"{rows[0]['bandwidth'] / 1e12:.3f} TB/s"]
-    return to_markdown([["device", ""], ["---"] * 2, *lines, bandwidth])
+    return table([["device", ""], *lines, bandwidth])
 
 
 def table_of_correctness(rows):
-    lines = [["norm", "path", "dtype", "largest error / that of LayerNorm", "correct"], ["---"] * 5]
+    lines = [["norm", "path", "dtype", "largest error / that of LayerNorm", "correct"]]
     for row in rows:
         if "errors" in row:
             ratio = max(row["errors"][key] / error for key, error in row["layernorm_errors"].items())
             lines.append([row["norm"], row["path"], row["dtype"], f"{ratio:.2f}", "yes" if row["correct"] else "no"])
     tests = [f"{row['norm']}: {row['passed']} passed, {row['failed']} failed." for row in rows if "passed" in row]
-    return "\n\n".join([to_markdown(lines), *tests])
+    return "\n\n".join([table(lines).rstrip(), *tests])
 
 
 def table_of_gpu_norms(rows, part="both"):
     cases = list(dict.fromkeys((row["dtype"], row["channels"], row["tokens"]) for row in rows))
     titles = [f"{n // 1024}k x {c}, {'bf16' if dtype == 'bfloat16' else 'f32'}" for dtype, c, n in cases]
-    lines = [["norm", "path", *titles], ["---"] * (len(cases) + 2)]
+    lines = [["norm", "path", *titles]]
     for norm, path in dict.fromkeys((row["norm"], row["path"]) for row in rows):
         cells = []
         for case in cases:
@@ -143,22 +126,22 @@ def table_of_gpu_norms(rows, part="both"):
             ]
             cells.append(f"{show_ratio(found[0][part])}, {found[0][part]['bandwidth_share']:.0%}" if found else "")
         lines.append([norm, SAID[path], *cells])
-    return to_markdown(lines)
+    return table(lines)
 
 
 def table_of_gpu_steps(rows):
-    lines = [["step", "norm", "path", "ratio", "ms with LayerNorm", "memory"], ["---"] * 6]
+    lines = [["step", "norm", "path", "ratio", "ms with LayerNorm", "memory"]]
     for row in rows:
         said = f"{row['model']}, {row['batch_size']} x {row['length']} tokens" + ", compiled" * row["compiled"]
         memory = f"{row['peak_bytes'] / row['layernorm_peak_bytes']:.3f}" if row["peak_bytes"] else ""
         milliseconds = f"{row['layernorm_milliseconds']:.1f}"
         lines.append([said, row["norm"], SAID[row["path"]], show_ratio(row), milliseconds, memory])
-    return to_markdown(lines)
+    return table(lines)
 
 
 def table_of_gpu_inference(rows):
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    lines = [["", "model", *ways, "error"], ["---"] * (len(ways) + 3)]
+    lines = [["", "model", *ways, "error"]]
     for case in dict.fromkeys((row["task"], row["batch_size"], row["dtype"], row["kind"]) for row in rows):
         found = {r["way"]: r for r in rows if (r["task"], r["batch_size"], r["dtype"], r["kind"]) == case}
         task, batch_size, dtype, kind = case
@@ -169,21 +152,21 @@ def table_of_gpu_inference(rows):
             error = max((r["difference"] for r in found.values() if r["difference"] is not None), default=None)
             error = "" if error is None else f"{error:.0e}"
         lines.append([f"{TASKS[task]}, batch {batch_size}, {dtype}", kind, *cells, error])
-    return to_markdown(lines)
+    return table(lines)
 
 
 def table_of_launch(rows):
-    lines = [["steps", "norm", "difference", "equal"], ["---"] * 4]
+    lines = [["steps", "norm", "difference", "equal"]]
     lines += [[r["launch"], r["norm"], f"{r['difference']:.0e}", "yes" if r["equal"] else "no"] for r in rows]
-    return to_markdown(lines)
+    return table(lines)
 
 
 def table_of_words(rows):
-    lines = [["norm", "seed", "perplexity, validation", "perplexity, test", "best step"], ["---"] * 5]
+    lines = [["norm", "seed", "perplexity, validation", "perplexity, test", "best step"]]
     for row in rows:
         scores = [f"{math.exp(min(row[name], 700)):.1f}" for name in ("validation_loss", "test_loss")]
         lines.append([row["norm"], str(row["seed"]), *scores, str(row["best_step"])])
-    return to_markdown(lines)
+    return table(lines)
 
 
 def render_folder(folder):
@@ -236,31 +219,15 @@ GPU_TABLES = {
     "train": table_of_words,
 }
 TABLES = {
-    "norms": lambda: table_of_norms("cpu-4096", "cpu-16384"),
-    "pytorch": lambda: table_of_norms("cpu-pytorch"),
-    "kept": lambda: table_of_norms("cpu-kept"),
-    "forward": lambda: table_of_norms("cpu-forward"),
-    "scaling": lambda: table_of_norms("cpu-scaling"),
-    "widths": lambda: table_of_norms("cpu-widths"),
-    "memory": lambda: table_of_norms("cpu-16384", show=lambda row: f"{row['memory_ratio']:.3f}"),
-    "steps": table_of_steps,
-    "machine": lambda: f"Measured on: {describe_machine(read('cpu-4096'))}.",
+    "cpu-norms": lambda: table_of_norms("cpu-4096", "cpu-16384"),
+    "cpu-pytorch": lambda: table_of_norms("cpu-pytorch"),
+    "cpu-kept": lambda: table_of_norms("cpu-kept"),
+    "cpu-forward": lambda: table_of_norms("cpu-forward"),
+    "cpu-scaling": lambda: table_of_norms("cpu-scaling"),
+    "cpu-widths": lambda: table_of_norms("cpu-widths"),
+    "cpu-memory": lambda: table_of_norms("cpu-16384", show=lambda row: f"{row['memory_ratio']:.3f}"),
+    "cpu-steps": table_of_steps,
+    "cpu-machine": lambda: f"Measured on: {describe_machine(read_speed('cpu-4096'))}.",
 }
 TABLES |= {f"gpu_{phase}": lambda phase=phase: table_of_gpu(phase, read_hardware(phase)) for phase in GPU_TABLES}
 TABLES["gpu_forward"] = lambda: table_of_gpu("norms", read_hardware("norms"), part="forward")
-
-
-def render(text):
-    """The page `text` with its tables made anew."""
-    return re.sub(
-        r"(<!-- table (\w+) -->).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n\n{TABLES[found[2]]()}\n\n{found[3]}",
-        text,
-        flags=re.DOTALL,
-    )
-
-
-if __name__ == "__main__":
-    draw_scaling()
-    for page in PAGES:
-        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
