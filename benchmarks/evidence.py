@@ -51,6 +51,10 @@ ALLOCATOR = {
 }
 
 
+# What a record has after what the recipe does last, by its option.
+LAST = {"convert": "conversion", "reestimate": "reestimation"}
+
+
 @dataclass
 class Arguments:
     grid: str = field(default=str(ROOT / "benchmarks/evidence.yaml"), metadata={"help": "The grid."})
@@ -256,8 +260,11 @@ def run_cell(cell, results, args, lock, deadline):
 
 
 def is_whole(path, cell):
-    """Whether a recipe wrote this result in the end, and not before it converted the model."""
-    return path.exists() and ("convert" not in cell.options or "conversion" in json.loads(path.read_text("utf-8")))
+    """Whether a recipe wrote this result in the end, and not before it changed the trained model."""
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return all(part in result for option, part in LAST.items() if option in cell.options)
 
 
 def read_result(cell, folder, code, args):

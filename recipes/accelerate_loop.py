@@ -110,10 +110,9 @@ def main(argv=None):
         )
         if data_args.task_name == "mnli":
             raise ValueError("This loop scores one split, and MNLI has two: run python -m recipes.glue.")
-        if model_args.progressive or model_args.early_stopping or model_args.convert:
-            raise ValueError(
-                "This loop has neither progressive nor early_stopping nor convert: run python -m recipes.glue."
-            )
+        for option in ("progressive", "early_stopping", "convert", "reestimate"):
+            if getattr(model_args, option):
+                raise ValueError(f"This loop has no {option}: run python -m recipes.glue.")
         accelerator = Accelerator(
             cpu=args.use_cpu,
             gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
-from hf_normswap import ProgressiveSwapCallback, convert_norms, get_norm
+from hf_normswap import ProgressiveSwapCallback, convert_norms, get_norm, reestimate_statistics
+from hf_normswap.modeling.base import BatchStatisticNorm
 from hf_normswap.reporting.results import compare_results, describe_environment, write_result
 from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 
@@ -56,6 +57,13 @@ class ModelArguments:
         },
     )
     distill: int = field(default=0, metadata={"help": "Steps of a distillation after that conversion."})
+    reestimate: int = field(
+        default=0,
+        metadata={
+            "help": "Training examples that running statistics are estimated on once more after the training, without "
+            "labels; 0 leaves them as the training did."
+        },
+    )
     early_stopping: int = field(
         default=0,
         metadata={"help": "Evaluations in a row without a better score that end the training; 0 never does."},
@@ -77,6 +85,12 @@ class ModelArguments:
             raise ValueError("distill trains a converted model: pass convert, too.")
         if self.convert and self.norm and get_norm(self.norm) is not get_norm("layernorm"):
             raise ValueError(f"convert replaces LayerNorms after the training: leave out norm={self.norm}.")
+        if self.reestimate < 0:
+            raise ValueError(f"reestimate is a number of examples, not {self.reestimate}.")
+        if self.reestimate and not issubclass(get_norm(self.norm or "layernorm"), BatchStatisticNorm):
+            raise ValueError(
+                f"{self.norm or 'layernorm'} has no running statistics: leave out reestimate, or pass another norm."
+            )
         if self.early_stopping < 0:
             raise ValueError(f"early_stopping is a number of evaluations, not {self.early_stopping}.")
 
@@ -257,8 +271,8 @@ def parse_and_seed(groups, argv):
     if "output_dir" not in explicit_args:
         training_args.output_dir = explicit_args["output_dir"] = name_output(*parsed, argv)
     check_processes(training_args)
-    if parsed[0].convert and training_args.world_size > 1:
-        raise ValueError("convert runs in one process: train without it, then run normswap convert on the model.")
+    if (parsed[0].convert or parsed[0].reestimate) and training_args.world_size > 1:
+        raise ValueError("convert and reestimate run in one process: train without them, then call them on the model.")
     checkpoint = find_checkpoint(training_args)
     prepare_early_stopping(parsed[0].early_stopping, training_args, checkpoint)
     set_seed(training_args.seed)
@@ -343,28 +357,49 @@ def score_splits(trainer, scored, compute_metrics):
 
 
 def convert_trained(trainer, model_args):
-    """Converts the trained model in place, on batches as it was trained on, and saves it in the folder `converted`."""
+    """Converts the trained model in place, on batches as it was trained on. Returns what the record says of it."""
+    report = convert_norms(
+        model_in_evaluation(trainer),
+        take_batches(trainer, model_args.convert),
+        where=model_args.where or "all",
+        distill_steps=model_args.distill,
+        seed=trainer.args.seed,
+    )
+    print(report)
+    return {"conversion": dataclasses.asdict(report)}
+
+
+def reestimate_trained(trainer, model_args):
+    """Gives the norms of the trained model the statistics of batches as it was trained on, in place."""
+    batches = take_batches(trainer, model_args.reestimate)
+    reestimate_statistics(model_in_evaluation(trainer), batches)
+    return {"reestimation": {"examples": sum(len(batch["labels"]) for batch in batches)}}
+
+
+# What is done to a trained model, by its option: the function, and the prefix of the scores, which is the folder, too.
+AFTERWARDS = {"convert": (convert_trained, "converted"), "reestimate": (reestimate_trained, "reestimated")}
+
+
+def take_batches(trainer, number):
+    """The first batches of the training with `number` examples."""
     batches, examples = [], 0
     for batch in trainer.get_train_dataloader():
         batches.append(batch)
         examples += len(batch["labels"])
-        if examples >= model_args.convert:
+        if examples >= number:
             break
-    # In float32: mixed precision gives the model another forward.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    report = convert_norms(
-        model, batches, where=model_args.where or "all", distill_steps=model_args.distill, seed=trainer.args.seed
-    )
-    print(report)
-    trainer.args.output_dir = os.path.join(trainer.args.output_dir, "converted")  # of all that is written from here on
-    trainer.save_model()
-    return report
+    return batches
+
+
+def model_in_evaluation(trainer):
+    """The trained model in float32: mixed precision gives it another forward."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
 
 
 def train_and_record(trainer, task, model_args, data_args, data, explicit_args, score, checkpoint):
     """
-    Trains, saves the model, and writes and prints the result with the metrics that `score()` returns: those of the
-    converted model, too, if it is converted.
+    Trains, saves the model, and writes and prints the result with the metrics that `score()` returns: once more for
+    what is done to the trained model, which is saved in a folder of its own.
     """
     with one_sentence_errors((OSError, SafetensorError)):  # a full disk
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -380,13 +415,15 @@ def train_and_record(trainer, task, model_args, data_args, data, explicit_args, 
         name = model_args.model_name_or_path or f"{family} from scratch"
         path = Path(trainer.args.output_dir, "result.json")
         result = make_result(task, name, trainer, metrics, arguments)
-        write_result(result, path)  # the conversion may fail
-        if model_args.convert:
-            with one_sentence_errors():
-                report = convert_trained(trainer, model_args)
-            result["conversion"] = dataclasses.asdict(report)
-            result["metrics"] |= {f"converted_{name}": value for name, value in score().items()}
-            write_result(result, path)
+        write_result(result, path)  # what follows may fail
+        for option, (change, prefix) in AFTERWARDS.items():
+            if getattr(model_args, option):
+                with one_sentence_errors():
+                    result |= change(trainer, model_args)
+                trainer.args.output_dir = str(path.parent / prefix)  # of all that is written from here on
+                trainer.save_model()
+                result["metrics"] |= {f"{prefix}_{name}": value for name, value in score().items()}
+                write_result(result, path)
         compare_results([result]).show()
 
 

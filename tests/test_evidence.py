@@ -310,13 +310,13 @@ def test_a_result_that_was_written_before_the_runner_died_is_taken(make_args, tm
     assert log(tmp_path) == lines
 
 
-@pytest.mark.parametrize("options", [{}, {"convert": 8}])
-def test_a_result_from_before_the_conversion_is_not_whole(options, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"convert": 8}, {"reestimate": 8}])
+def test_a_result_from_before_the_last_step_is_not_whole(options, tmp_path):
     cell, path = evidence.Cell("toy", "table", "toy", options), tmp_path / "result.json"
     assert not evidence.is_whole(path, cell)
     path.write_text('{"metrics": {}}')
     assert evidence.is_whole(path, cell) == (not options)
-    path.write_text('{"metrics": {}, "conversion": {}}')
+    path.write_text('{"metrics": {}, "conversion": {}, "reestimation": {}}')
     assert evidence.is_whole(path, cell)
 
 

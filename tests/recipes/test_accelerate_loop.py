@@ -26,10 +26,11 @@ def test_its_losses_are_those_of_the_trainer(norm, accumulation, tmp_path, model
     assert loop["norm_swap"] == trainer["norm_swap"]
 
 
-@pytest.mark.parametrize("option", ["--progressive=0.5", "--early_stopping=2", "--convert=8"])
+@pytest.mark.parametrize("option", ["--progressive=0.5", "--early_stopping=2", "--convert=8", "--reestimate=8"])
 def test_what_the_loop_does_not_do_is_refused(option, refused, model_folder, sst2, tmp_path):
     options = ["--task_name=sst2", f"--dataset_name={sst2}", f"--model_name_or_path={model_folder}", option]
-    message = "This loop has neither progressive nor early_stopping nor convert"
+    options += ["--norm=rbn"] if option == "--reestimate=8" else []
+    message = f"This loop has no {option.strip('-').partition('=')[0]}"
     refused(lambda: accelerate_loop.main([*options, f"--output_dir={tmp_path / 'loop'}"]), message)
 
 

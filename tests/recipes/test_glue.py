@@ -122,6 +122,26 @@ def test_a_model_that_is_converted_after_its_training_is_scored_twice(precision,
         assert result["metrics"][name] == np.mean(right)
 
 
+def test_statistics_that_are_estimated_once_more_are_those_of_the_training_examples(run, sst2, tmp_path):
+    result = run("sst2", sst2, "--reestimate=40", "--bf16=true", norm="batchnorm")
+    assert set(result["metrics"]) == {"accuracy", "reestimated_accuracy"}
+    texts = load_dataset(sst2, "sst2", split="train")["sentence"][:]
+    assert result["reestimation"] == {"examples": len(texts)}
+    trained, reestimated = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder).eval()
+        for folder in ("output", "output/reestimated")
+    )
+    for (name, before), after in zip(trained.named_parameters(), reestimated.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output/reestimated")
+    inputs, seen = tokenizer(texts, padding=True, return_tensors="pt"), []
+    last = find_norms(reestimated)[-1].module
+    last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        reestimated(**inputs)
+    torch.testing.assert_close(last.running_mean, seen[0][inputs["attention_mask"].bool()].mean(0))
+
+
 def test_a_conversion_without_enough_examples_leaves_the_result_of_the_training(run, sst2, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("sst2", sst2, "--convert=1", "--per_device_train_batch_size=2", norm="layernorm")
@@ -136,10 +156,16 @@ def test_a_conversion_without_enough_examples_leaves_the_result_of_the_training(
     [
         (["--convert=8"], "rbn", "convert replaces LayerNorms after the training: leave out norm=rbn."),
         (["--distill=8"], "layernorm", "distill trains a converted model: pass convert, too."),
+        (
+            ["--reestimate=8"],
+            "layernorm",
+            "layernorm has no running statistics: leave out reestimate, or pass another",
+        ),
+        (["--reestimate=-1"], "rbn", "reestimate is a number of examples, not -1."),
         (["--convert=-1"], "layernorm", "convert and distill are numbers of examples and steps, not -1 and 0."),
     ],
 )
-def test_what_cannot_be_converted_is_refused(options, norm, message, run, sst2, refused):
+def test_what_cannot_follow_a_training_is_refused(options, norm, message, run, sst2, refused):
     refused(lambda: run("sst2", sst2, *options, norm=norm), message)
 
 
