@@ -6,11 +6,13 @@ from hf_normswap.reporting.comparison import compare_results, mean_with_interval
 
 
 PICTURE = FOLDER.parent / "docs/pictures/evidence.svg"
-NORMS = {
-    "batchnorm": "BatchNorm",
-    "rbn": "RBN",
-    "powernorm": "PowerNorm",
-    "converted": "LayerNorm, converted",
+NORMS = {"batchnorm": "BatchNorm", "rbn": "RBN", "powernorm": "PowerNorm"}
+# The same runs once more, after a step that needs no labels: the norm of the run, and the prefix of its scores.
+VARIANTS = {
+    "BatchNorm, re-estimated": ("batchnorm", "reestimated"),
+    "RBN, re-estimated": ("rbn", "reestimated"),
+    "PowerNorm, re-estimated": ("powernorm", "reestimated"),
+    "LayerNorm, converted": ("layernorm", "converted"),
 }
 TASKS = {  # in the order of the page: what is scored, its name in a record, its scale, and whether more is better
     "trec": ("TREC, accuracy", "test_accuracy", 100, True),
@@ -24,24 +26,27 @@ TASKS = {  # in the order of the page: what is scored, its name in a record, its
     "mrpc": ("MRPC, accuracy", "test_accuracy", 100, True),
     "wnut17": ("WNUT-17, F1", "test_f1", 100, True),
 }
+COLUMNS = (*NORMS.values(), *VARIANTS)
 PLACEMENTS = ("post", "pre")
+COLORS = ("#E69F00", "#D55E00", "#0072B2", "#009E73")  # Okabe and Ito
 TOLERATED = 0.2  # points: a norm whose mean is lower by more is not called as good as LayerNorm
 
 
 def find_settings():
-    """Each task and placement whose runs are complete, with a row of the comparison for each norm."""
+    """Each task and placement whose runs are complete, with a row of the comparison for each norm and variant."""
     for task, (label, metric, _, _) in TASKS.items():
         records = [read(path) for path in sorted((FOLDER / "evidence" / task / "table").glob("*.json"))]
         for placement in PLACEMENTS:
             runs = [record | {"placement": placement} for record in records if placed(record) == placement]
-            # The same runs once more: what is left of their LayerNorms is as good as a norm of its own.
             runs += [
-                run | {"norm": "converted", "metrics": {metric: run["metrics"][f"converted_{metric}"]}}
+                run | {"norm": variant, "metrics": {metric: run["metrics"][f"{prefix}_{metric}"]}}
+                for variant, (norm, prefix) in VARIANTS.items()
                 for run in runs
-                if run["norm"] == "layernorm"
+                if run["norm"] == norm and f"{prefix}_{metric}" in run["metrics"]
             ]
             rows = {row.norm: row for row in compare_results(runs, [metric], "layernorm").rows} if runs else {}
-            if rows.keys() == {"layernorm", *NORMS} and len({tuple(row.seeds) for row in rows.values()}) == 1:
+            rows = {NORMS.get(norm, norm): row for norm, row in rows.items()}
+            if rows.keys() == {"layernorm", *COLUMNS} and len({tuple(row.seeds) for row in rows.values()}) == 1:
                 yield f"{label}, {placement}", task, rows
 
 
@@ -67,17 +72,17 @@ def is_as_good(mean, low, high):
     return high >= 0 and mean >= -TOLERATED
 
 
-def table_of_settings():
-    """Scores with LayerNorm, and the gains over it."""
-    rows = [("", "LayerNorm", *NORMS.values())]
+def table_of_settings(*columns):
+    """Scores with LayerNorm, and the gains of some norms or variants over it."""
+    rows = [("", "LayerNorm", *columns)]
     for label, task, found in find_settings():
         _, metric, scale, more_is_better = TASKS[task]
         score = found["layernorm"].metrics[metric]
         cells = [f"{scale * score.mean:.1f} ± {scale * score.std:.1f}"]
-        for norm in NORMS:
-            gain = compare(task, found[norm])
+        for column in columns:
+            gain = compare(task, found[column])
             mean, low, high = gain if more_is_better else (-gain[0], -gain[2], -gain[1])
-            text = f"{show(mean, '+.1f')} ({show(low, '.1f')} to {show(high, '.1f')})"
+            text = f"{show(mean, '+.1f')} ({show(low, '+.1f')} to {show(high, '+.1f')})"
             cells.append(f"**{text}**" if judge(*gain) != "tie" else text)
         rows.append((label, *cells))
     return table(rows)
@@ -87,8 +92,8 @@ def table_of_verdicts():
     """How often each norm is better than LayerNorm, and worse."""
     rows = [("", "better", "no difference", "worse", "as good as LayerNorm", "mean gain in points")]
     settings = list(find_settings())
-    for norm, name in NORMS.items():
-        gains = [compare(task, found[norm]) for _, task, found in settings]
+    for name in COLUMNS:
+        gains = [compare(task, found[name]) for _, task, found in settings]
         counts = [sum(judge(*gain) == verdict for gain in gains) for verdict in ("win", "tie", "loss")]
         good = f"{sum(is_as_good(*gain) for gain in gains)} of {len(gains)}"
         points = [gain[0] for gain, (_, task, _) in zip(gains, settings, strict=True) if TASKS[task][3]]
@@ -99,29 +104,32 @@ def table_of_verdicts():
 
 
 def draw():
-    """A picture of the gains with their intervals."""
+    """A picture of the gains with their intervals: norms on the left, variants on the right."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     settings = list(find_settings())
-    colors = dict(zip(NORMS, ("#E69F00", "#D55E00", "#0072B2", "#009E73"), strict=True))  # Okabe and Ito
+    ticks = [-20, -10, -5, -2, 0, 2, 5, 10, 20]
     with rc_context({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(7, 0.8 + 0.62 * len(settings)), layout="constrained")
-        axes = figure.subplots()
-        for place, norm in enumerate(NORMS):
-            gains = [compare(task, found[norm]) for _, task, found in settings]
-            heights = [number + 0.16 * (place - 1.5) for number in range(len(gains))]
-            means, lows, highs = zip(*gains, strict=True)
-            axes.hlines(heights, lows, highs, color=colors[norm], linewidth=1.2)
-            axes.plot(means, heights, "o", color=colors[norm], markersize=4, label=NORMS[norm])
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(settings)), [label for label, _, _ in settings])
-        axes.invert_yaxis()
-        axes.set_xscale("symlog", linthresh=5)
-        axes.set_xlabel("gain over LayerNorm in points, and 95 % interval over seeds (linear up to 5)")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        figure = Figure(figsize=(10, 1.2 + 0.55 * len(settings)), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, columns in zip(panels, (NORMS.values(), VARIANTS), strict=True):
+            for place, (column, color) in enumerate(zip(columns, COLORS)):
+                gains = [compare(task, found[column]) for _, task, found in settings]
+                heights = [number + 0.17 * (place - 1.5) for number in range(len(gains))]
+                means, lows, highs = zip(*gains, strict=True)
+                axes.hlines(heights, lows, highs, color=color, linewidth=1.2)
+                axes.plot(means, heights, "o", color=color, markersize=4, label=column)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_xscale("symlog", linthresh=2, linscale=0.6)
+            axes.set_xticks(ticks, [show(tick, "+.0f") if tick else "0" for tick in ticks])
+            axes.set_xlim(-25, 25)
+            axes.minorticks_off()
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_yticks(range(len(settings)), [label for label, _, _ in settings])
+        panels[0].invert_yaxis()
+        figure.supxlabel("gain over LayerNorm, with its 95 % interval over seeds", fontsize=9)
         figure.savefig(PICTURE, metadata={"Date": None})
 
 
