@@ -17,7 +17,7 @@ _HOMES = {
     "conversion.fitting": ["CalibrationReport", "NormFit"],
     "conversion.measure": ["Estimate"],
     "convert": ["ConversionReport", "ConvertedNorm", "convert_norms"],
-    "core.data": ["make_batches"],
+    "core.data": ["make_batches", "sample_batches"],
     "core.files": ["copy_sentence_modules"],
     "core.statistics": [
         "accumulate_norm_statistics",
@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from .convert import ConvertedNorm as ConvertedNorm
     from .convert import convert_norms as convert_norms
     from .core.data import make_batches as make_batches
+    from .core.data import sample_batches as sample_batches
     from .core.files import copy_sentence_modules as copy_sentence_modules
     from .core.norm_sites import NormSite as NormSite
     from .core.norm_sites import find_norms as find_norms

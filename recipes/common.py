@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shlex
 import sys
@@ -16,8 +17,7 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerState, set_seed
 from transformers.utils import ENV_VARS_TRUE_VALUES
 
-from hf_normswap import ProgressiveSwapCallback, convert_norms, get_norm, reestimate_statistics
-from hf_normswap.modeling.base import BatchStatisticNorm
+from hf_normswap import ProgressiveSwapCallback, convert_norms, get_norm, reestimate_statistics, sample_batches
 from hf_normswap.reporting.results import compare_results, describe_environment, write_result
 from hf_normswap.training.checkpoints import LAST_FILE, check_checkpoint, find_last_checkpoint
 
@@ -87,7 +87,7 @@ class ModelArguments:
             raise ValueError(f"convert replaces LayerNorms after the training: leave out norm={self.norm}.")
         if self.reestimate < 0:
             raise ValueError(f"reestimate is a number of examples, not {self.reestimate}.")
-        if self.reestimate and not issubclass(get_norm(self.norm or "layernorm"), BatchStatisticNorm):
+        if self.reestimate and "batch" not in get_norm(self.norm or "layernorm").scope:
             raise ValueError(
                 f"{self.norm or 'layernorm'} has no running statistics: leave out reestimate, or pass another norm."
             )
@@ -381,14 +381,9 @@ AFTERWARDS = {"convert": (convert_trained, "converted"), "reestimate": (reestima
 
 
 def take_batches(trainer, number):
-    """The first batches of the training with `number` examples."""
-    batches, examples = [], 0
-    for batch in trainer.get_train_dataloader():
-        batches.append(batch)
-        examples += len(batch["labels"])
-        if examples >= number:
-            break
-    return batches
+    """Batches of the training with about `number` examples."""
+    loader = trainer.get_train_dataloader()
+    return sample_batches(loader, math.ceil(number * len(loader) / len(trainer.train_dataset)))
 
 
 def model_in_evaluation(trainer):

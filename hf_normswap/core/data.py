@@ -1,6 +1,8 @@
 """Data of several kinds as batches of model inputs."""
 
 import inspect
+import itertools
+import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -181,6 +183,37 @@ def split_data(data: Iterable, shares: Sequence[float], seed: int = 0) -> list:
     parts.append(order[:end])
     chosen = [sorted(index for group in part for index in members[group]) for part in reversed(parts)]
     return [data.select(part) if is_data_set else [rows[index] for index in part] for part in chosen]
+
+
+def sample_batches(loader: Iterable, number: int, seed: int = 0) -> list:
+    """Some batches of a loader, chosen at random, in their order.
+
+    The first batches are no sample where rows are sorted: with `group_by_length` they are the longest rows, and an
+    epoch ends with the shortest.
+
+    Args:
+        loader: a `DataLoader`, or any other iterable of batches. All of it is read.
+        number (`int`): how many; all where there are not more.
+        seed (`int`, *optional*, defaults to 0): of the choice.
+
+    Returns:
+        `list`: the batches; the first ones of a loader without a length.
+
+    Example:
+
+    ```python
+    >>> from hf_normswap import sample_batches
+
+    >>> sample_batches(["long", "medium", "short"] * 2, 3)
+    ['long', 'long', 'short']
+
+    ```
+    """
+    try:
+        wanted = set(random.Random(seed).sample(range(len(loader)), min(number, len(loader))))
+    except TypeError:
+        return list(itertools.islice(loader, number))
+    return [batch for place, batch in enumerate(loader) if place in wanted]
 
 
 def refuse_non_finite(batches: Iterable[Mapping]) -> None:

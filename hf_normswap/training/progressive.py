@@ -1,7 +1,6 @@
 """The progressive swap: LayerNorm gives way to the new norms during training instead of before it."""
 
 import inspect
-import itertools
 import math
 import random
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_normswap.core.data import make_batches
+from hf_normswap.core.data import make_batches, sample_batches
 from hf_normswap.core.model_state import refuse_folded, refuse_offloaded, swapped_parts, unwrap
 from hf_normswap.core.norm_sites import BLOCK_SUBLAYERS, STACKS, NormSite, find_norms
 from hf_normswap.core.statistics import evaluating, statistic_norms
@@ -47,7 +46,7 @@ class ProgressiveSwapCallback(TrainerCallback):
             from the last of the model, each in an equal part of the time. Several swapped models have their turns in
             the order in which they stand in the module around them.
         statistics_batches (`int`, *optional*, defaults to 64):
-            training batches, on each process, for the statistics at the end.
+            training batches, on each process, for the statistics at the end. They are chosen at random.
 
     Raises:
         ValueError: when an argument is out of range; on the start of training, when the model has no swapped norms,
@@ -123,7 +122,7 @@ class ProgressiveSwapCallback(TrainerCallback):
             from hf_normswap.conversion.calibrate import reestimate_statistics
 
             with evaluating(model):
-                reestimate_statistics(model, itertools.islice(train_dataloader, self.statistics_batches))
+                reestimate_statistics(model, sample_batches(train_dataloader, self.statistics_batches))
 
     def _set_shares(self, model, state) -> None:
         sites = {part: _swapped_sites(part) for part in swapped_parts(model).values()}

@@ -1,5 +1,6 @@
 """Data of every kind as batches; of a wrong kind, what it is and what to pass."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertTokenizer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_normswap import calibrate, make_batches, swap_norm
+from hf_normswap import calibrate, make_batches, sample_batches, swap_norm
 from hf_normswap.core.data import complete_batches
 from tests.helpers.calibration import WORDS, states
 from tests.helpers.counting import SPELLINGS
@@ -172,3 +174,32 @@ def test_real_tokens_are_counted_in_masks_of_every_form(spelling):
     assert complete_batches(model, [nothing, batch]) == [nothing, batch]
     with pytest.raises(ValueError, match="no real tokens"):
         complete_batches(model, [nothing])
+
+
+# Batches of a sorted loader
+
+
+@pytest.mark.parametrize("number", [1, 10, 99, 100, 1000])
+def test_batches_of_a_loader_are_chosen_at_random(number):
+    loader = DataLoader(list(range(100)), batch_size=1)
+    found = [int(batch) for batch in sample_batches(loader, number)]
+    assert len(set(found)) == min(number, 100)
+    assert found == sorted(found)
+    assert found == [int(batch) for batch in sample_batches(loader, number)]
+    assert (found == [int(batch) for batch in sample_batches(loader, number, seed=1)]) == (number >= 100)
+
+
+def test_batches_of_a_loader_without_a_length_are_the_first_ones():
+    assert sample_batches((batch for batch in "abc"), 2) == ["a", "b"]
+
+
+def test_batches_of_grouped_rows_have_the_lengths_of_all_rows():
+    """Half of an epoch that begins with the longest rows."""
+    lengths = torch.randint(1, 60, (4000,)).tolist()
+    sampler = LengthGroupedSampler(8, lengths=lengths, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(lengths, batch_size=8, sampler=sampler)
+    first = torch.cat(list(itertools.islice(loader, 25))).float()
+    spread = torch.cat(sample_batches(loader, 25)).float()
+    everything = torch.tensor(lengths).float()
+    assert first.mean() > everything.mean() + 5
+    assert abs(spread.mean() - everything.mean()) < 3
