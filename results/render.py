@@ -12,6 +12,7 @@ from statistics import mean, stdev
 import tables_calibration
 import tables_evidence
 import tables_folding
+import tables_regimes
 import tables_runs
 import tables_speed
 from records import FIGURES, FOLDER, table
@@ -61,7 +62,8 @@ OTHERS = """## Benchmarks
 | [literature](literature) | `benchmarks/evidence.py`, `literature.yaml` | [norms](../docs/norms.md#measured) |
 | [removal](removal) | `benchmarks/evidence.py`, `removal.yaml` | [norms](../docs/norms.md#measured) |
 | [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [recipes](../recipes/README.md#translation) |
-| [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | not finished |
+| [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | [choosing](../docs/choosing.md#from-scratch) |
+| [regimes](regimes) | `benchmarks/evidence.py`, `regimes.yaml` | [choosing](../docs/choosing.md#when-batch-statistics-break) |
 """  # noqa: E501
 
 
@@ -267,6 +269,7 @@ TABLES = {
     "removal": table_of_removal,
     "ngram": table_of_ngram,
     **tables_folding.TABLES,
+    **tables_regimes.TABLES,
 }
 ROOT = FOLDER.parent
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]

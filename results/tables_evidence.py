@@ -28,6 +28,7 @@ TASKS = {  # in the order of the page: what is scored, its name in a record, its
 }
 COLUMNS = (*NORMS.values(), *VARIANTS)
 PLACEMENTS = ("post", "pre")
+SEEDS = [0, 1, 2]
 COLORS = ("#E69F00", "#D55E00", "#0072B2", "#009E73")  # Okabe and Ito
 TOLERATED = 0.2  # points: a norm whose mean is lower by more is not called as good as LayerNorm
 
@@ -46,7 +47,7 @@ def find_settings():
             ]
             rows = {row.norm: row for row in compare_results(runs, [metric], "layernorm").rows} if runs else {}
             rows = {NORMS.get(norm, norm): row for norm, row in rows.items()}
-            if rows.keys() == {"layernorm", *COLUMNS} and len({tuple(row.seeds) for row in rows.values()}) == 1:
+            if rows.keys() == {"layernorm", *COLUMNS} and all(row.seeds == SEEDS for row in rows.values()):
                 yield f"{label}, {placement}", task, rows
 
 
