@@ -63,6 +63,7 @@ OTHERS = """## Benchmarks
 | [removal](removal) | `benchmarks/evidence.py`, `removal.yaml` | [norms](../docs/norms.md#measured) |
 | [ngram](ngram) | `benchmarks/evidence.py`, `ngram.yaml` | [recipes](../recipes/README.md#translation) |
 | [evidence](evidence) | `benchmarks/evidence.py`; `<task>/<stage>/<placement>-<norm>-<seed>-<hash>.json` | [choosing](../docs/choosing.md#from-scratch) |
+| [regimes](regimes) | `benchmarks/evidence.py`, `regimes.yaml` | [choosing](../docs/choosing.md#when-batch-statistics-break) |
 """  # noqa: E501
 
 
