@@ -92,7 +92,7 @@ def table_of_speed():
     columns = []
     for case in SINGLE.values():
         ratios = {}
-        for row in values_of("speed/cpu-[14]*.json", f"rows[{case}]"):  # of 4,096 and 16,384 tokens
+        for row in values_of("speed/*-[14]*.json", f"rows[{case}]"):  # of 4,096 and 16,384 tokens
             ratios.setdefault(row["norm"].partition(",")[0], []).append(row["ratio"])
         columns.append({norm: f"{min(found):.2f} to {max(found):.2f}" for norm, found in ratios.items()})
     return table([("", *SINGLE), *((norm, *(column[norm] for column in columns)) for norm in columns[0])])

@@ -39,8 +39,8 @@ COMMAND = re.compile(r"normswap\s+(?:inspect|swap|calibrate|tid|fold|push)\s+([\
 
 
 def read(path):
-    """The text of a file; of a notebook, that of its cells."""
-    text = path.read_text(encoding="utf-8")
+    """The text of a file, without the names of records that it is rendered from; of a notebook, that of its cells."""
+    text = re.sub(r"<!-- results .+? -->", "", path.read_text(encoding="utf-8"))
     if path.suffix != ".ipynb":
         return text
     return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])

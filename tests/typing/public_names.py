@@ -96,6 +96,7 @@ from hf_normswap import (
     reestimate_statistics,
     register_norm,
     restore_norm,
+    sample_batches,
     save_stock,
     set_norm_placement,
     set_norm_process_group,
@@ -166,7 +167,7 @@ def conversion(model: PreTrainedModel, teacher: PreTrainedModel, texts: list[str
     assert_type(converted.norms, list[ConvertedNorm])
     assert_type(converted.kl, Estimate | None)
     assert_type(converted.relative_error.high, float)
-    reestimate_statistics(model, make_batches(model, texts))
+    reestimate_statistics(model, sample_batches(make_batches(model, texts), 8))
     assert_type(distill(model, teacher, texts, steps=10), list[float])
     assert_type(fold_norms(model, untie=True), FoldReport)
     assert_type(fold_gains(model, untie=True), FoldReport)
