@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorForLanguageModeling, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -192,7 +192,7 @@ def sample_batches(loader: Iterable, number: int, seed: int = 0) -> list:
     epoch ends with the shortest.
 
     Args:
-        loader: a `DataLoader`, or any other iterable of batches. All of it is read.
+        loader: a `DataLoader`, or any other iterable of batches, which is read to its end.
         number (`int`): how many; all where there are not more.
         seed (`int`, *optional*, defaults to 0): of the choice.
 
@@ -213,7 +213,12 @@ def sample_batches(loader: Iterable, number: int, seed: int = 0) -> list:
         wanted = set(random.Random(seed).sample(range(len(loader)), min(number, len(loader))))
     except TypeError:
         return list(itertools.islice(loader, number))
-    return [batch for place, batch in enumerate(loader) if place in wanted]
+    is_indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not is_indexed or loader.batch_sampler is None:
+        return [batch for place, batch in enumerate(loader) if place in wanted]
+    # Only the rows of these batches are read: an epoch of a large data set takes minutes.
+    rows = [rows for place, rows in enumerate(loader.batch_sampler) if place in wanted]
+    return list(DataLoader(loader.dataset, batch_sampler=rows, collate_fn=loader.collate_fn))
 
 
 def refuse_non_finite(batches: Iterable[Mapping]) -> None:

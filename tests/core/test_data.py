@@ -189,6 +189,34 @@ def test_batches_of_a_loader_are_chosen_at_random(number):
     assert (found == [int(batch) for batch in sample_batches(loader, number, seed=1)]) == (number >= 100)
 
 
+def test_rows_that_are_not_chosen_are_not_read():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            read.append(index)
+            return {"input_ids": torch.tensor([index])}
+
+    read, loader = [], DataLoader(Rows(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    found = sample_batches(loader, 3)
+    assert [batch["input_ids"].shape for batch in found] == [(4, 1)] * 3
+    assert read == torch.cat([batch["input_ids"] for batch in found]).flatten().tolist()
+    assert sample_batches(DataLoader(Rows(), batch_size=None), 2)[1].keys() == {"input_ids"}
+    assert len(sample_batches(DataLoader(stream(), batch_size=1), 2)) == 1
+
+
+def test_a_stream_with_a_length_ends():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 10
+
+        def __iter__(self):
+            return iter(range(10))
+
+    assert len(sample_batches(DataLoader(Stream(), batch_size=2), 3)) == 3
+
+
 def test_batches_of_a_loader_without_a_length_are_the_first_ones():
     assert sample_batches((batch for batch in "abc"), 2) == ["a", "b"]
 
