@@ -55,6 +55,11 @@ def show(value, form=".1f", scale=1):
     return f"{value * float(scale):{form}}".replace("-", "−")
 
 
+def mean_and_each(values, form=".1f", scale=1):
+    """The mean of some models, and each of them."""
+    return f"{show(fmean(values), form, scale)} ({', '.join(show(value, form, scale) for value in values)})"
+
+
 def show_ratio(row, digits=2):
     """A ratio, with its 95 % interval."""
     ratio, low, high = (f"{value:.{digits}f}" for value in (row["ratio"], *row["interval"]))

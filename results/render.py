@@ -4,7 +4,6 @@ Renders the index of this folder, and tables and pictures of the documentation, 
     python results/render.py
 """
 
-import json
 import re
 import shlex
 from statistics import mean, stdev
@@ -15,7 +14,7 @@ import tables_folding
 import tables_regimes
 import tables_runs
 import tables_speed
-from records import FIGURES, FOLDER, table
+from records import FIGURES, FOLDER, read, table
 from tables_calibration import post_training, summarize
 
 from hf_normswap.reporting.comparison import compare_results
@@ -102,7 +101,7 @@ def render_sweep():
     """The table of RBN's weights and PowerNorm's warm-ups."""
     rows = [("placement", "norm", "λ or warm-up", "validation loss", "validation", "test", "TID of σ")]
     for path in sorted((FOLDER / "penalty").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read(path)
         given, history = result["arguments"], result["history"]
         varied = given.get("norm_options", {}).get("lambda_mean", given.get("norm_warmup_ratio"))
         tid = [entry["tid_var_avg"] for entry in history if "tid_var_avg" in entry]
@@ -144,7 +143,7 @@ def render_conversions():
         ("model", "score", "LayerNorm or RMSNorm", "calibrated on", "distilled", "after", "worse by"),
     ]
     for path in sorted((FOLDER / "conversion").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read(path)
         fit = result["calibration"]
         for metric, before in result["before"].items():
             rows.append(
@@ -185,7 +184,7 @@ def render_int8():
     """The table of graphs in 8 bits."""
     rows = [("task", "form", "graph", "score", "error", "MB", "time")]
     for path in sorted((FOLDER / "int8").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read(path)
         for row in result["rows"]:
             cells = (f"{row['score']:.2f}", f"{row['error']:.3f}", f"{row['megabytes']:.1f}")
             cells += ("{:.2f} ({:.2f} to {:.2f})".format(*row["time"]) if "time" in row else "",)

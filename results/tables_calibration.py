@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from records import FOLDER, find, read, show, table, values_of
+from records import FOLDER, find, mean_and_each, read, show, table, values_of
 
 
 TASKS = {
@@ -44,11 +44,6 @@ RECIPES = {
     "rbn": "RBN, frozen for the second half",
     "powernorm": "PowerNorm, frozen throughout",
 }
-
-
-def mean_and_each(values, form=".1f", scale=1):
-    """The mean of some models, and each of them."""
-    return f"{show(mean(values), form, scale)} ({', '.join(show(value, form, scale) for value in values)})"
 
 
 def percent_of_change(before, after):

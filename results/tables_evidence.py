@@ -1,12 +1,13 @@
 """Which norm is best: the grid of `benchmarks/evidence.yaml`, setting by setting, for docs/choosing.md."""
 
+import tables_runs
 from records import FOLDER, read, show, table
 
 from hf_normswap.reporting.comparison import compare_results, mean_with_interval
 
 
 PICTURE = FOLDER.parent / "docs/pictures/evidence.svg"
-NORMS = {"batchnorm": "BatchNorm", "rbn": "RBN", "powernorm": "PowerNorm"}
+NORMS = {norm: name for norm, name in tables_runs.NORMS.items() if norm != "layernorm"}
 # The same runs once more, after a step that needs no labels: the norm of the run, and the prefix of its scores.
 VARIANTS = {
     "BatchNorm, re-estimated": ("batchnorm", "reestimated"),
@@ -38,7 +39,11 @@ def find_settings():
     for task, (label, metric, _, _) in TASKS.items():
         records = [read(path) for path in sorted((FOLDER / "evidence" / task / "table").glob("*.json"))]
         for placement in PLACEMENTS:
-            runs = [record | {"placement": placement} for record in records if placed(record) == placement]
+            runs = [
+                record | {"placement": placement}
+                for record in records
+                if record["arguments"]["placement"] == placement
+            ]
             runs += [
                 run | {"norm": variant, "metrics": {metric: run["metrics"][f"{prefix}_{metric}"]}}
                 for variant, (norm, prefix) in VARIANTS.items()
@@ -49,10 +54,6 @@ def find_settings():
             rows = {NORMS.get(norm, norm): row for norm, row in rows.items()}
             if rows.keys() == {"layernorm", *COLUMNS} and all(row.seeds == SEEDS for row in rows.values()):
                 yield f"{label}, {placement}", task, rows
-
-
-def placed(record):
-    return record["arguments"]["placement"]
 
 
 def compare(task, row):

@@ -2,10 +2,11 @@
 
 from statistics import fmean
 
-from records import FOLDER, read, show, table
+from records import FOLDER, mean_and_each, read, table
+from tables_runs import NORMS
 
 
-NORMS = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm", "rbn": "RBN", "powernorm": "PowerNorm", "pnv": "PN-V"}
+LABELS = NORMS | {"pnv": "PN-V"}
 REGIMES = {  # the row of the page: where the runs of each norm are
     "as it is": {"layernorm": "penalty", "batchnorm": "penalty", "rbn": "penalty", "powernorm": "options"},
     "rows of all lengths in a batch": "random_batches",
@@ -41,9 +42,7 @@ def weights(value):
 def show_score(records, name="test_accuracy"):
     """The mean over seeds, and each of them."""
     scores = [record["metrics"][name] for record in records if name in record["metrics"]]
-    if not scores:
-        return "–"
-    return f"{show(fmean(scores), scale=100)} ({', '.join(show(score, scale=100) for score in scores)})"
+    return mean_and_each(scores, scale=100) if scores else "–"
 
 
 def show_tid(records, name):
@@ -58,7 +57,7 @@ def table_of_regimes():
     rows = [("", "LayerNorm", "BatchNorm", "re-estimated", "RBN", "re-estimated", "PowerNorm")]
     for label, homes in REGIMES.items():
         cells = [label]
-        for norm in ("layernorm", "batchnorm", "rbn", "powernorm"):
+        for norm in NORMS:
             home = homes if isinstance(homes, str) else homes[norm]
             records = find_runs(home, norm, weights(7.5) if (home, norm) == ("penalty", "rbn") else None)
             cells.append(show_score(records))
@@ -76,7 +75,7 @@ def table_of_options():
     cases += [(f"RBN, λ = {value:g}", find_runs("penalty", "rbn", weights(value))) for value in PENALTIES]
     for norm, options in OPTIONS:
         said = "".join(f", {name} = {value}" for name, value in (options or {}).items())
-        cases.append((NORMS[norm] + said, find_runs("options", norm, options)))
+        cases.append((LABELS[norm] + said, find_runs("options", norm, options)))
     for label, records in cases:
         if records:
             scores = [show_score(records, name) for name in ("accuracy", "test_accuracy", "reestimated_test_accuracy")]

@@ -16,7 +16,7 @@ import records  # noqa: E402
 
 # Other tests hold these pages to their sources: the cards are rendered as a whole, and so is the index of the records.
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What is no measurement of this project: settings, versions, and what papers and manuals say. By page, in their words.
+# Phrases of each page whose numbers this project did not measure: settings, versions, figures of papers and manuals.
 GIVEN = json.loads((ROOT / "tests/data/given_figures.json").read_text(encoding="utf-8"))
 
 RENDERED = re.compile(r"<!-- results .+? -->.*?<!-- end -->", re.DOTALL)
