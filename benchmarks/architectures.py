@@ -62,7 +62,7 @@ def outputs_of(model, inputs: dict) -> list[torch.Tensor]:
 
 
 def find(architecture: Architecture) -> str:
-    """Finds the norms, counted by hand in the modelling file."""
+    """Finds the norms that it can swap, of those in the modelling file, counted by hand. Others stay as they are."""
     model = architecture.model()
     sites = find_norms(model)
     if sites.obstacle:

@@ -23,9 +23,10 @@ SHOWN = ("test_f1", "accuracy", "test_perplexity", "test_bleu")
 LEAD = """# Model cards
 
 [`render.py`](render.py) renders a card from [records of runs](../results/README.md), and a push writes the same card
-beside the weights. Here are cards of the variants worth publishing, and of [the first run](first-run.md). The index of
-the records has all other variants. The weights are not published: the command in a card trains them again. Scores are
-mean ± standard deviation over the runs.
+beside the weights. Here are cards of some variants, a bad one among them, and of [the first run](first-run.md). The
+index of the records has all other variants. The weights are not published: the command in a card trains them again.
+Where it names a local folder, put the id of the model or of the data set. Scores are mean ± standard deviation over
+the runs.
 
 `python model_cards/render.py` writes the cards and this list. To add a card, add its runs to `VARIANTS` there.
 """

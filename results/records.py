@@ -4,7 +4,7 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 
 FOLDER = Path(__file__).parent
@@ -85,11 +85,6 @@ def each(pattern, path, form=".1f", scale=1):
     return ", ".join(show(value, form, scale) for value in values_of(pattern, path))
 
 
-def deviation(pattern, path, form=".1f", scale=1):
-    """The sample standard deviation over records."""
-    return show(stdev(values_of(pattern, path)), form, scale)
-
-
 def lowest(pattern, path, form=".1f", scale=1):
     return show(min(values_of(pattern, path)), form, scale)
 
@@ -103,9 +98,4 @@ def change(pattern, reference, path, form="+.1f", scale=1):
     return show(fmean(values_of(pattern, path)) - fmean(values_of(reference, path)), form, scale)
 
 
-def ratio(pattern, reference, path, form=".2f", scale=1):
-    """The mean over some records in times of the mean over others."""
-    return show(fmean(values_of(pattern, path)) / fmean(values_of(reference, path)), form, scale)
-
-
-FIGURES = {function.__name__: function for function in (mean, each, deviation, lowest, highest, change, ratio)}
+FIGURES = {function.__name__: function for function in (mean, each, lowest, highest, change)}

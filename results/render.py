@@ -28,8 +28,9 @@ LEAD = """# Results
 
 The records of the runs and the benchmarks that the documentation quotes. The name of a run says its task, its norm,
 the placement of the norms, its seed and its variant: `glue/sst2-rbn-post-0-calibrated.json`. A record holds the
-scores, the options, the history, the versions and the command that repeats the run. In early records of RBN the
-command names the weights of the penalty, which were a default then. `normswap compare results/glue` prints a table.
+scores, the options, the history, the versions and, for a training, the command that repeats it. In early records of
+RBN the command names the weights of the penalty, which were a default then. `normswap compare results/glue` prints a
+table.
 
 `python results/render.py` renders this page: mean ± standard deviation over the seeds, in the unit of the record.
 """
@@ -92,8 +93,8 @@ SWEEP = """## penalty
 A BERT of 6 layers and width 128 from scratch on TREC, 6 epochs, one seed, by `benchmarks/evidence.py --grid
 benchmarks/penalty.yaml`. The lowest validation loss, the accuracy at the best epoch and on the test split, and the
 discrepancy of the variances in the last epoch, mean over the norms. RBN's penalty of 7.5, the published weight for
-post-norm models, is its default: weights of 40 and more cost pre-norm models accuracy. One seed does not tell the
-warm-ups of PowerNorm apart.
+post-norm models, is its default. Here a weight of 40 costs pre-norm models accuracy; the longer runs of `evidence`
+chose 40 for them, by another seed. One seed does not tell the warm-ups of PowerNorm apart.
 """
 
 

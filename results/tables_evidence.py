@@ -92,7 +92,7 @@ def table_of_settings(*columns):
 
 def table_of_verdicts():
     """How often each norm is better than LayerNorm, and worse."""
-    rows = [("", "better", "no difference", "worse", "as good as LayerNorm", "mean gain in points")]
+    rows = [("", "better", "not told apart", "worse", "as good as LayerNorm", "mean gain in points")]
     settings = list(find_settings())
     for name in COLUMNS:
         gains = [compare(task, found[name]) for _, task, found in settings]

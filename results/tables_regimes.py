@@ -1,4 +1,4 @@
-"""Where batch statistics hold and where they break: the grid of `benchmarks/regimes.yaml`, for docs/diagnostics.md."""
+"""Where batch statistics hold and where they break: the grid of `benchmarks/regimes.yaml`, for docs/choosing.md."""
 
 from statistics import fmean
 

@@ -3,6 +3,7 @@
 from statistics import fmean, stdev
 
 from records import show, table, values_of
+from tables_calibration import post_training, summarize
 
 
 NORMS = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm", "rbn": "RBN", "powernorm": "PowerNorm"}
@@ -31,13 +32,19 @@ def show_mean(values, scale):
 REPLACED = {  # the row of the README: the records, and the score
     "GPT-2, 12 layers, Penn Treebank": ("gpt2-12/batchnorm-blocks-256", "perplexity", "perplexity", ".1f"),
     "Marian, 3 + 3 layers, Multi30k de–en": ("marian/batchnorm-pairs-1024", "BLEU", "bleu", ".1f"),
-    "RoBERTa, 4 layers, Penn Treebank": ("roberta/batchnorm-masked-lines-1024", "masked loss", "loss", ".3f"),
+    "RoBERTa, 4 layers, Penn Treebank": (
+        "roberta/batchnorm-masked-lines-1024",
+        "masked perplexity",
+        "perplexity",
+        ".1f",
+    ),
+    "Llama, 4 layers, Penn Treebank": ("llama/batchnorm-blocks-256", "perplexity", "perplexity", ".1f"),
 }
 
 
 def table_of_replacements():
     """Trained models before and after the replacement of their norms."""
-    ways = ("naive swap", "calibrated", "and 160 to 400 steps of `distill`")
+    ways = ("naive swap", "calibrated", "and 100 to 400 steps of `distill`")
     rows = [("trained with LayerNorm", "score with LayerNorm", *ways)]
     models, ways = (
         "calibration-batchnorm.json",
@@ -46,6 +53,10 @@ def table_of_replacements():
     before = f"accuracy {100 * fmean(values_of(models, 'rows[way=*].accuracy_before')):.1f}"
     after = [100 * fmean(values_of(models, f"rows[way={way}].accuracy")) for way in ways]
     rows.append(("all-MiniLM-L6-v2, SST-2 (3 models)", before, *(f"{value:.1f}" for value in after)))
+    figures = {way: summarize(records.values(), way) for task, way, records in post_training() if task == "wnut17"}
+    shown = (figures["converted"]["before"], figures["converted"]["after"], figures["distilled"]["after"])
+    before, *after = (f"{float(value):.1f}" for value in shown)
+    rows.append(("all-MiniLM-L6-v2, WNUT-17 (3 models)", f"F1 of entities {before}", "", *after))
     for name, (stem, score, metric, form) in REPLACED.items():
         (before,) = values_of(f"conversion/{stem}.json", f"before.{metric}")
         after = [values_of(f"conversion/{stem}{end}.json", f"metrics.{metric}")[0] for end in ("", "-distilled")]

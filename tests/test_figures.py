@@ -72,11 +72,9 @@ def test_figures_of_records(folder):
     assert figures["mean"]("a-*.json", "metrics.accuracy", ".2f") == "0.62"
     assert figures["mean"]("a-*.json", "metrics.accuracy", ".1f", "100") == "62.5"
     assert figures["each"]("a-*.json", "metrics.accuracy", ".0f", "100") == "50, 75"
-    assert figures["deviation"]("a-*.json", "metrics.accuracy", ".4f") == "0.1768"
     assert figures["lowest"]("a-*.json", "metrics.accuracy", ".1f") == "0.5"
     assert figures["highest"]("a-*.json", "rows[-1].loss", ".2f") == "0.75"
     assert figures["change"]("a-*.json", "b.json", "metrics.accuracy", "+.3f") == "−0.250"
-    assert figures["ratio"]("b.json", "a-1.json", "metrics.accuracy", ".3f") == "1.167"
     assert figures["mean"]("a-*.json", "rows[way=all,sentences=1].loss", ".3f") == "0.625"
 
 
