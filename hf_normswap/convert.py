@@ -19,7 +19,7 @@ from .conversion.fitting import CalibrationReport
 from .conversion.measure import Estimate, Measurement, measure_conversion
 from .conversion.sequential import call_order
 from .core.data import complete_batches, make_batches, refuse_non_finite, split_data
-from .core.model_state import check_model, refuse_meta, refuse_training
+from .core.model_state import check_model, outside_modes, refuse_meta, refuse_training
 from .core.norm_sites import find_norms, format_table
 from .modeling.layernorm import LayerNorm
 from .modeling.norms import NormSwapConfig
@@ -144,6 +144,7 @@ def _kept(distilled: bool) -> str:
     return "kept" if distilled else "undone"
 
 
+@outside_modes
 def convert_norms(
     model: PreTrainedModel,
     data: Iterable,

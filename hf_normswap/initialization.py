@@ -7,9 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .conversion.sequential import run_model
 from .core.data import complete_batches
-from .core.model_state import check_whole, obstacle_of_linear
+from .core.model_state import check_whole, obstacle_of_linear, outside_modes, run_model
 from .core.residual_stream import ResidualStream
 from .core.statistics import evaluating
 from .modeling.fixup import Fixup
@@ -22,6 +21,7 @@ from .modeling.padding_mask import current_mask
 logger = logging.get_logger(__name__)
 
 
+@outside_modes
 def initialize_fixup(model: PreTrainedModel) -> PreTrainedModel:
     """Give the linear layers of a new model the initialisation of Fixup (arXiv 1901.09321), in place.
 
@@ -85,6 +85,7 @@ def initialize_fixup(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@outside_modes
 @torch.no_grad()
 def initialize_weightnorm(model: PreTrainedModel, batch: Mapping) -> PreTrainedModel:
     """Give a new model with weight normalisation its initialisation by data (arXiv 1602.07868, section 3), in place.

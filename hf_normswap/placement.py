@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .core.model_state import (
     check_model,
     obstacle_of_linear,
+    outside_modes,
     refuse_meta,
     restore_transformers_class,
     set_recorded_swap,
@@ -23,6 +24,7 @@ from .modeling.record import changed_linears, recorded_swap
 logger = logging.get_logger(__name__)
 
 
+@outside_modes
 def set_norm_placement(
     model: PreTrainedModel, placement: str, *, drop_final: bool = False, scale_weights: bool = False
 ) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from .core.model_state import (
     check_model,
     check_whole,
     obstacle_of_linear,
+    outside_modes,
     refuse_computed,
     refuse_folded,
     restore_transformers_class,
@@ -38,6 +39,7 @@ from .modeling.replace import change_class, change_linears, new_norm, new_stock_
 logger = logging.get_logger(__name__)
 
 
+@outside_modes
 def swap_norm(
     model: PreTrainedModel,
     norm: str | NormSwapConfig,
@@ -204,6 +206,7 @@ def linears_to_change(model: PreTrainedModel, norms: Mapping[str, Norm]) -> dict
     return found
 
 
+@outside_modes
 def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     """Put LayerNorm back everywhere, in place: the class, configuration and eps from before the swap.
 

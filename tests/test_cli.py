@@ -38,6 +38,7 @@ import hf_normswap.cli.calibrate as verb
 from hf_normswap import TidHistory, calibrate, find_norms, measure_tid, set_norm_placement, swap_norm
 from hf_normswap.cli import main
 from hf_normswap.cli.checkpoints import load_checkpoint
+from hf_normswap.cli.reports import print_json
 from hf_normswap.reporting.results import compare_results, load_results, write_result
 from tests.helpers.architectures import tiny_architecture
 from tests.helpers.checkpoint import TEXTS, save_stock
@@ -350,7 +351,7 @@ def test_an_interruption(tmp_path, texts, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "load_checkpoint", interrupt)
+    monkeypatch.setattr(verb, "load_to_convert", interrupt)
     assert main(["calibrate", "stock", str(tmp_path / "new"), "--norm", "rbn", "--texts", texts]) == 130
     assert not capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["texts.txt"]
@@ -765,3 +766,32 @@ def test_norms_are_listed(capsys):
     assert norms["powernorm"]["affine"] == "with group_scaling=False"
     assert norms["powernorm"]["later"] == norms["layernorm"]["later"] == "no"
     assert norms["scalenorm"]["parameters"] == "in place of both: gain (1)"
+
+
+def test_a_checkpoint_of_16_bits_converts_in_float32(tmp_path, texts, capsys):
+    save_stock(tmp_path / "stock", "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock")
+    model.bfloat16().save_pretrained(tmp_path / "stock")
+    convert = ("convert", tmp_path / "stock", tmp_path / "out", "--texts", texts, "--distill", 3)
+    assert "distill wants float32" in refusal(capsys, *convert)
+    assert not (tmp_path / "out").exists()
+    assert main([*map(str, convert), "--dtype", "float32"]) == 0
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").dtype == torch.float32
+    capsys.readouterr()
+    fold = ("fold", tmp_path / "stock", tmp_path / "folded", "--norm", "batchnorm", "--texts", texts, "--onnx")
+    assert "onnx wants float32" in refusal(capsys, *fold)
+    assert (
+        main(
+            ["calibrate", *map(str, (tmp_path / "stock", tmp_path / "half", "--norm", "batchnorm", "--texts", texts))]
+        )
+        == 0
+    )
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_numbers_of_a_report_that_are_not_finite_are_null(capsys):
+    print_json({"scores": {"accuracy": (math.nan, 0.5)}, "list": [math.inf, {"deep": (1, math.nan)}]})
+    assert json.loads(capsys.readouterr().out) == {
+        "scores": {"accuracy": [None, 0.5]},
+        "list": [None, {"deep": [1, None]}],
+    }

@@ -20,7 +20,7 @@ from dataclasses import asdict
 
 from hf_normswap.core.files import atomic_directory
 
-from .checkpoints import load_checkpoint, save_checkpoint, with_pad_token
+from .checkpoints import load_to_convert, save_checkpoint, with_pad_token
 from .data import SOURCES, add_data_arguments, count, read_data
 from .norms import add_norm_arguments
 from .reports import print_json, print_table
@@ -53,6 +53,11 @@ def add_fitting_arguments(parser: argparse.ArgumentParser, required: bool) -> No
     """Add what norms are fitted to; whether data is `required`."""
     add_data_arguments(parser, required)
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the model, in which it is saved too (default: that of the checkpoint)",
+    )
+    parser.add_argument(
         "--memory_budget",
         type=count,
         default=2**30,
@@ -80,7 +85,7 @@ def convert(args: argparse.Namespace, data) -> tuple:
 
     if args.norm:
         norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
-    model, tokenizer = load_checkpoint(args.model)
+    model, tokenizer = load_to_convert(args)
     kinds = {site.kind for site in find_norms(model) if isinstance(site.module, Norm)}
     if kinds == {"layernorm"}:  # the baseline of the recipes
         restore_norm(model)

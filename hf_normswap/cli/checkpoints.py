@@ -6,16 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def load_checkpoint(name):
+def load_checkpoint(name, dtype=None):
     """Model and processor of a checkpoint, the model of the class that its configuration names.
 
-    The processor is a tokenizer, an image processor or a feature extractor, or all that the model has of them.
+    Without a dtype the model has that of the checkpoint. The processor is a tokenizer, an image processor or a feature
+    extractor, or all that the model has of them.
     """
     import transformers
 
     with reading(name):
         model_class = _class_of(transformers.AutoConfig.from_pretrained(name))
-        return model_class.from_pretrained(name), _processor_class(model_class, name).from_pretrained(name)
+        processor = _processor_class(model_class, name).from_pretrained(name)
+        return model_class.from_pretrained(name, dtype=dtype or "auto"), processor
+
+
+def load_to_convert(args):
+    """Model and processor to convert; raises `ValueError` where an option wants another dtype."""
+    import torch
+
+    model, processor = load_checkpoint(args.model, args.dtype)
+    for option in ("distill", "distillation_steps", "onnx"):
+        if getattr(args, option, None) and model.dtype != torch.float32:
+            raise ValueError(f"{option} wants float32, and {args.model} is {model.dtype}: pass --dtype float32 too.")
+    return model, processor
 
 
 def load_structure(name):

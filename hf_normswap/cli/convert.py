@@ -20,7 +20,7 @@ from dataclasses import asdict
 from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_fitting_arguments
-from .checkpoints import load_checkpoint, with_pad_token
+from .checkpoints import load_to_convert, with_pad_token
 from .data import SOURCES, count, read_data
 from .fold import add_export_arguments, check_export, content_of_onnx, print_onnx, save
 from .norms import add_norm_arguments
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic_directory(args.output) as folder:
         norm = NormSwapConfig(args.norm, **(args.norm_options or {}))
         data = read_data(args)
-        model, tokenizer = load_checkpoint(args.model)
+        model, tokenizer = load_to_convert(args)
         reader = with_pad_token(tokenizer)
         report = convert_norms(
             model,

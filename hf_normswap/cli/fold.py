@@ -20,7 +20,7 @@ from pathlib import Path
 from hf_normswap.core.files import atomic_directory
 
 from .calibrate import add_conversion_arguments, convert
-from .checkpoints import load_checkpoint, save_checkpoint, with_pad_token
+from .checkpoints import load_to_convert, save_checkpoint, with_pad_token
 from .data import SOURCES, count, has_data, read_data
 from .reports import print_json, print_table
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
     with atomic_directory(args.output) as folder:
         data = read_data(args)
-        model, tokenizer = convert(args, data)[:2] if data is not None else load_checkpoint(args.model)
+        model, tokenizer = convert(args, data)[:2] if data is not None else load_to_convert(args)
         if not args.gains and getattr(model.config, "norm_swap", None) is None:
             raise ValueError(
                 f"{args.model} has LayerNorms: pass --norm and data, such as --texts, to convert them first."

@@ -39,6 +39,6 @@ def to_markdown(rows: list[tuple]) -> str:
 def _finite(value):
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return list(map(_finite, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value

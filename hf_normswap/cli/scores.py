@@ -99,7 +99,7 @@ def _outputs(model, texts, tokenizer, batch_size):
     import torch
 
     from hf_normswap import make_batches
-    from hf_normswap.conversion.sequential import run_model
+    from hf_normswap.core.model_state import run_model
 
     for batch in make_batches(model, texts, tokenizer, batch_size):
         with torch.no_grad():
@@ -147,7 +147,7 @@ def _score_perplexity(model, texts, labels, tokenizer, batch_size) -> float:
     import torch
 
     from hf_normswap import make_batches
-    from hf_normswap.conversion.sequential import run_model
+    from hf_normswap.core.model_state import run_model
 
     total = tokens = 0
     for batch in make_batches(model, texts, tokenizer, batch_size):

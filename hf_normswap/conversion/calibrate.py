@@ -16,6 +16,7 @@ from hf_normswap.core.model_state import (
     PLAIN,
     check_swapped,
     obstacle_of_linear,
+    outside_modes,
     refuse_computed,
     refuse_meta,
     refuse_mixture,
@@ -54,6 +55,7 @@ MEMORY_BUDGET = 2**30
 LOW_R2 = 0.8
 
 
+@outside_modes
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
@@ -182,6 +184,7 @@ def fit_each_alone(model: PreTrainedModel, batches: list[dict], memory_budget: i
     return original
 
 
+@outside_modes
 @torch.no_grad()
 def reestimate_statistics(
     model: nn.Module,

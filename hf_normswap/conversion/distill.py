@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_normswap.core.data import complete_batches, make_batches, predicted_tokens
-from hf_normswap.core.model_state import check_swapped
+from hf_normswap.core.model_state import check_swapped, outside_modes, run_model
 from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.moments import gather_over_ranks, has_ranks, sum_over_ranks
@@ -18,13 +18,14 @@ from hf_normswap.modeling.padding_mask import current_mask
 
 from .fitting import check_teacher, linears_of_blocks, places_of_linears
 from .predictions import find_predictors
-from .sequential import run_model
 
 
 # Share of the steps in which the rate rises: the first steps of Adam are as long as it, whatever the gradient is.
 _WARM_UP = 0.1
 
 
+@outside_modes
+@torch.enable_grad()
 def distill(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -146,7 +147,7 @@ def _distance(model, teacher, norms: dict[str, nn.Module], last: Container[str],
     distance = torch.stack(relative).sum() if relative else 0.0
     distance = distance + _divergence(prediction, wanted, mask)
     # Masked tokens are few: alone, they teach half as much in as many steps.
-    if (predicted := predicted_tokens(model, batch)) is not None:
+    if (predicted := predicted_tokens(model, batch)) is not None and predicted.any():
         distance = distance + _divergence(prediction, wanted, predicted)
     return distance
 

@@ -9,12 +9,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hf_normswap.core.data import predicted_tokens
+from hf_normswap.core.model_state import run_model
 from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.moments import Moments, merge_over_ranks
 
 from .least_squares import add_tokens, tokens_of_all_ranks
 from .predictions import both, find_predictors, tokens_of_predictions
-from .sequential import given_mask, run_model
+from .sequential import given_mask
 
 
 # Names of the predictions that a model may return, those of one head together.

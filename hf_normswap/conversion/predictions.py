@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.data import predicted_tokens
+from hf_normswap.core.model_state import run_model
 from hf_normswap.core.norm_sites import NormSite, describe
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.backends import promote
 from hf_normswap.modeling.moments import sum_over_ranks
 
 from .least_squares import tokens_of_all_ranks
-from .sequential import Reached, run_model
+from .sequential import Reached
 
 
 # Products of a token and the linear layer in one pass: 3,000 tokens of BERT-base, whose vocabulary is 30,000.

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from hf_normswap.core.model_state import device_of, is_composite, swapped_parts
+from hf_normswap.core.model_state import device_of, is_composite, run_model, swapped_parts
 from hf_normswap.core.norm_sites import find_norms
 from hf_normswap.modeling.moments import has_ranks
 from hf_normswap.modeling.padding_mask import current_mask, fit_mask, read_mask
@@ -328,11 +328,6 @@ def given_mask(args: tuple, kwargs: dict) -> torch.Tensor | None:
     """The token mask that a norm is called with, or else that of the model call."""
     mask = args[1] if len(args) > 1 else kwargs.get("mask")
     return current_mask(args[0]) if mask is None else mask.bool()
-
-
-def run_model(model, batch: dict):
-    """The output of a model for one batch."""
-    return model(**send_to_device(batch, device_of(model)))
 
 
 def call_order(model, batches: list, modules: dict[str, nn.Module]) -> list[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import read_mask
 
-from .example_inputs import text_config
+from .example_inputs import parameters_of, text_config
 from .model_state import device_of, is_composite, unwrap
 
 
@@ -107,7 +107,9 @@ def make_batches(
         kinds = [] if isinstance(data, DataLoader) else filter(None, (_kind_of(model, row) for row in batches))
         if kind := next(iter(kinds), None):
             batches = _of_rows(model, kind, batches, tokenizer, batch_size)
-    return [_inputs(model, batch) for batch in batches]
+    inputs = (_inputs(model, batch) for batch in batches)
+    # Empty texts come together, and a tokenizer such as GPT-2's makes nothing of them.
+    return [batch for batch in inputs if "input_ids" not in batch or batch["input_ids"].numel()]
 
 
 def predicted_tokens(model: nn.Module, batch: Mapping) -> torch.Tensor | None:
@@ -266,11 +268,13 @@ def _written(model, batch: dict) -> dict:
     if not model.can_generate():
         raise ValueError("A decoder without a head writes nothing: pass batches with decoder_input_ids.")
     length = _decoder_positions(model.config) - 1
+    # What the model's own settings may ask for in place of one text for each input.
+    one = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
     if "input_ids" in batch:
         length = min(2 * batch["input_ids"].shape[1] + 10, length)
     inputs = send_to_device(batch, model.device)
     # Whisper has a `generate` of its own, which adds a prompt and leaves it out of what it returns.
-    written = GenerationMixin.generate(model, **inputs, num_beams=1, do_sample=False, max_new_tokens=length)[:, 1:]
+    written = GenerationMixin.generate(model, **inputs, **one, max_new_tokens=length)[:, 1:]
     labels = written.masked_fill(written == model.config.pad_token_id, -100)
     return {**batch, "labels": labels.to(next(iter(batch.values())).device)}
 
@@ -290,7 +294,7 @@ def _main_input(model) -> str:
 def _kind_read_by(model) -> str:
     """The kind of data that the model reads; raises `ValueError` where rows of one kind are not enough."""
     main = _main_input(model)
-    others = [name for name in _KINDS if name != "input_ids" and name in inspect.signature(model.forward).parameters]
+    others = [name for name in _KINDS if name != "input_ids" and name in parameters_of(model)]
     if others and hasattr(model, "get_text_features"):  # two towers, as in CLIP
         raise ValueError(
             f"A {type(model).__name__} reads texts together with {_KINDS[others[0]]}: pass batches, as its processor "
@@ -510,7 +514,8 @@ def _grouped(rows: list, length, batch_size: int) -> list[list]:
 
 
 def _pad(model, tokenizer, rows: list[dict]) -> Mapping:
-    labels = [row.pop(name) for row in rows for name in _LABELS if name in row]
+    given = [[row.pop(name) for name in _LABELS if name in row] for row in rows]
+    labels = [found[0] for found in given if found]
     batch = tokenizer.pad(rows, return_tensors="pt")
     if labels and isinstance(labels[0], list):  # of a translation, or of masked tokens; no other model reads them
         width = max(map(len, labels))
@@ -590,19 +595,20 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
             f"The data yields {_describe(batch)}: pass texts, a data set, or batches that are dictionaries of "
             'tensors, such as {"input_ids": ids, "attention_mask": mask}.'
         )
-    taken = set(inspect.signature(model.forward).parameters)
+    taken = set(parameters_of(model))
     if not model.config.is_encoder_decoder and not _predicts_masked_tokens(model):
         taken -= set(_LABELS)
-    inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
     main = _main_input(model)
+    inputs = {name: value for name, value in batch.items() if name in taken and value is not None}
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            maker = _MAKERS.get(_KINDS.get(main), "processor")
+            raise ValueError(
+                f"{name} of a batch is {_describe(value)}: make it a tensor, as the {maker} does with "
+                f"return_tensors='pt', or pass a data set and the {maker}."
+            )
     if "input_ids" in inputs:
         _check_ids(model, inputs["input_ids"])
-    elif main in batch and not isinstance(batch[main], torch.Tensor):
-        maker = _MAKERS.get(_KINDS.get(main), "processor")
-        raise ValueError(
-            f"{main} of a batch is {_describe(batch[main])}: make it a tensor, as the {maker} does with "
-            f"return_tensors='pt', or pass a data set and the {maker}."
-        )
     elif not {main, "inputs_embeds"} & set(inputs):
         is_text = main == "input_ids" and all(isinstance(value, str) for value in batch.values())
         cure = "the texts themselves, or Dataset.from_list(rows)" if is_text else "inputs of the model"

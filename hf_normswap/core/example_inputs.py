@@ -1,10 +1,12 @@
 """Random inputs for any model of transformers, made from its configuration and the signature of its forward."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+
+from hf_normswap.modeling.modeling_normswap import class_of_transformers
 
 
 ROWS, LENGTH, AUDIO_SAMPLES = 1, 8, 4000
@@ -26,7 +28,7 @@ def example_inputs(
         ValueError: when the model takes none of these inputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    taken = inspect.signature(forward or model.forward).parameters
+    taken = parameters_of(model, forward)
     config, inputs = model.config, {}
     main = getattr(model, "main_input_name", "input_ids")
     if "input_ids" in taken and main in ("input_ids", "pixel_values"):
@@ -59,11 +61,19 @@ def example_source(
     model: PreTrainedModel, forward: Callable | None = None, rows: int = ROWS
 ) -> dict[str, torch.Tensor]:
     """What a decoder by itself attends to: the states of an encoder; nothing for a model that takes none."""
-    taken = inspect.signature(forward or model.forward).parameters
+    taken = parameters_of(model, forward)
     if "encoder_hidden_states" not in taken or model.config.is_encoder_decoder and "decoder_input_ids" in taken:
         return {}
     width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
     return {"encoder_hidden_states": torch.randn(rows, LENGTH, width, generator=torch.Generator().manual_seed(0))}
+
+
+def parameters_of(model: PreTrainedModel, forward: Callable | None = None) -> Mapping[str, inspect.Parameter]:
+    """What a forward of `model` takes; where a user's class passes all of it on, what that of its base class takes."""
+    parameters = inspect.signature(forward or model.forward).parameters
+    passed_on = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    base = class_of_transformers(type(model)) if {each.kind for each in parameters.values()} <= passed_on else None
+    return parameters if base is None else inspect.signature(base.forward).parameters
 
 
 def text_config(model: PreTrainedModel):

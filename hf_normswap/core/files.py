@@ -14,11 +14,15 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     """A folder to fill that becomes `output` in the end: whole, or not at all on an error.
 
     Raises:
-        ValueError: when `output` exists and is no empty folder.
+        ValueError: when `output` exists and is no empty folder, or is a mount point, which nothing can replace.
     """
     output = Path(output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists and is no empty folder: name another one.")
+    if output.is_mount():
+        raise ValueError(
+            f"{output} is a mount point, which no finished folder can replace: name a folder inside of it."
+        )
     parent = next(folder for folder in output.parents if folder.exists())
     # Inside of a temporary folder, which is its owner's alone: what is made in it has the usual permissions.
     with tempfile.TemporaryDirectory(prefix=".normswap-", dir=parent) as temporary:

@@ -7,9 +7,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_normswap.conversion.sequential import run_model
 from hf_normswap.core.data import complete_batches, make_batches
-from hf_normswap.core.model_state import check_whole, refuse_training, unwrap
+from hf_normswap.core.model_state import check_whole, refuse_training, run_model, unwrap
 from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.moments import sum_over_ranks

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_normswap.conversion.sequential import run_model
-from hf_normswap.core.model_state import check_whole, unwrap
+from hf_normswap.core.model_state import check_whole, run_model, unwrap
 from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.core.statistics import evaluating, norm_penalty, observing, statistic_norms

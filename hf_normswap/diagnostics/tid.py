@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_normswap.conversion.sequential import run_model
 from hf_normswap.core.data import complete_batches, make_batches
-from hf_normswap.core.model_state import check_whole, unwrap
+from hf_normswap.core.model_state import check_whole, run_model, unwrap
 from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.core.statistics import evaluating, observing, sum_discrepancies
 from hf_normswap.modeling.base import BatchStatisticNorm

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_normswap.core.example_inputs import example_inputs, example_source
+from hf_normswap.core.model_state import run_model
 from hf_normswap.core.residual_stream import is_result
 
 
@@ -74,7 +75,7 @@ def compare_outputs(model: PreTrainedModel, other: PreTrainedModel) -> float:
     """`‖Δ‖₂ / ‖y‖₂` of what two models return, without the states between their layers: the largest, NaN if any is."""
     pairs = {}
     for ours, theirs in zip(example_batches(model), example_batches(other), strict=True):
-        before, after = model(**ours, return_dict=True), other(**theirs, return_dict=True)
+        before, after = run_model(model, ours), run_model(other, theirs)
         for name, value in before.items():
             if is_result(name) and isinstance(value, torch.Tensor) and value.is_floating_point():
                 pairs.setdefault(name, []).append((value.flatten(), after[name].flatten()))

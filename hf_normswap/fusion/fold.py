@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, share_config
+from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, outside_modes, share_config
 from hf_normswap.core.norm_sites import ASIDE, NormSite, find_norms, format_table
 from hf_normswap.core.residual_stream import Reading, ResidualStream, find_tied_head
 from hf_normswap.core.statistics import statistic_norms
@@ -63,6 +63,7 @@ class FoldReport:
         return format_table(self.rows())
 
 
+@outside_modes
 @torch.no_grad()
 def fold_norms(
     model: PreTrainedModel,

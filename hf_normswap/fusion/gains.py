@@ -8,6 +8,7 @@ from hf_normswap.core.graph import CONVOLUTION, EMBEDDING, LINEAR, NORM
 from hf_normswap.core.model_state import (
     check_whole,
     obstacle_of_linear,
+    outside_modes,
     refuse_computed,
     refuse_training,
     swapped_parts,
@@ -22,6 +23,7 @@ from .untying import obstacle_of_untying
 from .untying import untie as untie_model
 
 
+@outside_modes
 @torch.no_grad()
 def fold_gains(model: PreTrainedModel, *, untie: bool = False) -> FoldReport:
     """Move gain and shift of the norms of a stock model into the linear layers behind them, in place.

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.data import complete_batches, make_batches, split_data
 from hf_normswap.core.files import atomic_directory
-from hf_normswap.core.model_state import check_whole, refuse_training
+from hf_normswap.core.model_state import check_whole, outside_modes, refuse_training, run_model
 
 from .equivalence import example_batches, relative_error
 
@@ -57,6 +56,7 @@ class OnnxReport:
     error: float
 
 
+@outside_modes
 def export_onnx(
     model: PreTrainedModel,
     folder: str | os.PathLike,
@@ -198,7 +198,7 @@ def _error(model, session, batches: list[dict]) -> float:
         batch = {name: values for name, values in batch.items() if name in names}
         values = session.run(None, {name: value.numpy(force=True) for name, value in batch.items()})
         outputs = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
-        wanted = model(**send_to_device(batch, model.device), return_dict=True)
+        wanted = run_model(model, batch)
         mask = None if model.config.is_encoder_decoder else batch.get("attention_mask")
         for name in wanted:
             if name in outputs and isinstance(wanted[name], torch.Tensor):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_normswap.core.graph import ADDITION, CONVOLUTION, EMBEDDING, LINEAR, NORM, PASSED, SCALING, Node
-from hf_normswap.core.model_state import PLAIN, check_whole, obstacle_of_linear, refuse_training
+from hf_normswap.core.model_state import PLAIN, check_whole, obstacle_of_linear, outside_modes, refuse_training
 from hf_normswap.core.norm_sites import BLOCK_SUBLAYERS, find_norms, where_names
 from hf_normswap.core.residual_stream import ResidualStream, find_tied_head, in_words, is_result
 from hf_normswap.modeling.base import Norm
@@ -32,6 +32,7 @@ _LINEAR_IN_THE_STREAM = PASSED | _SUMS | SCALING | _CHOICES
 _VALUELESS = frozenset("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like".split())
 
 
+@outside_modes
 @torch.no_grad()
 def convert_to_rmsnorm(model: PreTrainedModel, *, untie: bool = False) -> PreTrainedModel:
     """Replace the LayerNorms of a pre-norm model by RMSNorm, in place, without changing what it computes.

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from hf_normswap.core.files import atomic_directory
-from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, share_config
+from hf_normswap.core.model_state import PLAIN, check_swapped, obstacle_of_linear, outside_modes, share_config
 from hf_normswap.core.norm_sites import NormSite, find_norms
 from hf_normswap.core.residual_stream import ResidualStream
 from hf_normswap.modeling.base import Norm
@@ -47,6 +47,7 @@ class StockReport:
     error: float
 
 
+@outside_modes
 @torch.no_grad()
 def save_stock(model: PreTrainedModel, folder: str | os.PathLike) -> StockReport:
     """Write a converted model as a checkpoint that transformers alone loads, without this package and its code.

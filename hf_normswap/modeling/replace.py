@@ -94,6 +94,9 @@ def _take_over(old: nn.Module, new: nn.Module, places: Collection[str], offset: 
         new._parameters[name] = parameter
     for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
+    own = list(old.parameters(recurse=False))
+    if own and not any(parameter.requires_grad for parameter in own):
+        new.requires_grad_(False)  # a frozen norm stays frozen, whatever the new one has beside gain and shift
     return new.train(old.training)
 
 

@@ -110,3 +110,12 @@ def test_norms_that_do_not_run_stay_as_they_are():
     assert not torch.equal(after["transformer.h.1.ln_2.weight"], before["transformer.h.1.ln_2.weight"])
     freeze_norm_statistics(model.train())
     assert not any(site.module.training for site in find_norms(model))
+
+
+def test_a_batch_without_masked_tokens_has_a_loss():
+    original = stock("bert")
+    data = batches(original)
+    model = swap_norm(copy.deepcopy(original), "batchnorm", where="all", calibrate_on=data)
+    for batch in data:
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    assert np.isfinite(distill(model, original, data, steps=3)).all()

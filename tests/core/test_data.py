@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertTokenizer
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_normswap import calibrate, make_batches, sample_batches, swap_norm
+from hf_normswap import calibrate, convert_norms, make_batches, sample_batches, swap_norm
 from hf_normswap.core.data import complete_batches
 from tests.helpers.calibration import WORDS, states
 from tests.helpers.counting import SPELLINGS
@@ -231,3 +234,51 @@ def test_batches_of_grouped_rows_have_the_lengths_of_all_rows():
     everything = torch.tensor(lengths).float()
     assert first.mean() > everything.mean() + 5
     assert abs(spread.mean() - everything.mean()) < 3
+
+
+@pytest.mark.parametrize("kind", [list, lambda texts: Dataset.from_dict({"text": texts})])
+def test_texts_without_tokens_are_left_out(kind):
+    """A tokenizer without special tokens makes nothing of an empty text, and empty texts fill batches of their own."""
+    backend = tokenizers.Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    model = tiny_model("gpt2").eval()
+    found = make_batches(model, kind(["word1 word2"] * 6 + [""] * 9), plain, batch_size=4)
+    assert sum(int(batch["attention_mask"].sum()) for batch in found) == 12
+    assert all(batch["input_ids"].numel() for batch in found)
+    convert_norms(model, kind([f"word{n} word{n + 1}" for n in range(20)] + [""] * 9), tokenizer=plain, batch_size=4)
+    with pytest.raises(ValueError, match="The data is empty"):
+        calibrate(swap_norm(tiny_model("gpt2").eval(), "batchnorm"), kind(["", ""]), tokenizer=plain)
+
+
+@pytest.mark.parametrize("value", [np.ones((4, 6), dtype=int), [[1] * 6] * 4, True])
+def test_what_is_no_tensor_is_not_left_out_in_silence(value):
+    """A mask that is dropped makes padding count."""
+    with pytest.raises(ValueError, match="attention_mask of a batch is an? ") as error:
+        make_batches(tiny_model("bert"), [{"input_ids": IDS, "attention_mask": value}])
+    assert is_one_sentence(error.value)
+
+
+def test_what_the_forward_does_not_take_may_be_anything():
+    (batch,) = make_batches(tiny_model("bert"), [{"input_ids": IDS, "text": TEXTS, "attention_mask": None}])
+    assert list(batch) == ["input_ids"]
+
+
+def test_the_labels_of_tokens_go_before_that_of_a_text(tokenizer):
+    rows = [
+        {"input_ids": [5, 6, 7], "label": 1, "labels": [-100, 6, -100]},
+        {"input_ids": [8], "labels": [8], "label": 0},
+    ]
+    (batch,) = make_batches(tiny_model("bert", "BertForMaskedLM"), Dataset.from_list(rows), tokenizer)
+    assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, -100]]  # by length
+
+
+@pytest.mark.parametrize("setting", [{"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True}])
+def test_what_a_model_writes_does_not_depend_on_its_settings(setting):
+    model = tiny_model("marian").eval()
+    batch = {"input_ids": IDS}
+    (expected,) = complete_batches(model, [batch])
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    (found,) = complete_batches(model, [batch])
+    assert torch.equal(found["labels"], expected["labels"])

@@ -1,6 +1,7 @@
 """What sentence-transformers needs beside a model goes along with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
 
 from hf_normswap import NormSwapConfig, calibrate, copy_sentence_modules, fold_norms, save_stock, swap_norm
 from hf_normswap.cli import main
+from hf_normswap.core.files import atomic_directory
 from tests.helpers.persistence import is_one_sentence
 
 
@@ -115,3 +117,14 @@ def test_sentence_transformers_loads_it(kind, source, tmp_path):
     assert encoder.prompts["query"] == "the "
     found = encoder.encode(TEXTS, convert_to_tensor=True)
     assert (found - embeddings_of(output)).abs().max() < 1e-5
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Nothing can take its place in the end, as in `docker run -v ./out:/out`."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match="is a mount point") as error, atomic_directory(tmp_path):
+        raise AssertionError("The work began.")
+    assert is_one_sentence(error.value)
+    with atomic_directory(tmp_path / "inside") as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
