@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -157,7 +158,9 @@ def make_norms(
     for site in sites:
         defaults = norm_class.default_options(_config_of(model, site.name), norm_width(site.module))
         options = {**defaults, **fitted, **config.options}
-        norms[site.name] = new_norm(site.module, NormSwapConfig(config.norm, **options))
+        norms[site.name] = new_norm(
+            site.module, NormSwapConfig(config.norm, **options), like=_weight_near(model, site.name)
+        )
     linears_to_change(model, norms)
     check_chunks(model, norms)
     for module in model.modules():
@@ -210,7 +213,8 @@ def linears_to_change(model: PreTrainedModel, norms: Mapping[str, Norm]) -> dict
 def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     """Put LayerNorm back everywhere, in place: the class, configuration and eps from before the swap.
 
-    Gains and shifts stay what they have become; running statistics are dropped. Norms in another placement stay there.
+    Gains and shifts stay what they have become; running statistics are dropped. A shift or a gain that the norm from
+    before has no place for is dropped with a warning. Norms in another placement stay there.
 
     Returns:
         The same model.
@@ -228,6 +232,7 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
             f"The norms of this {type(model).__name__} are LayerNorms already: set_norm_placement moves them."
         )
     refuse_computed({site.name: site.module for site in norms})
+    _warn_of_lost_parameters(norms)
     place_norms(model, {site.name: new_stock_norm(site.module) for site in norms})
     restore_linears(model)
     record = recorded_swap(model)
@@ -237,6 +242,33 @@ def restore_norm(model: PreTrainedModel) -> PreTrainedModel:
     else:
         restore_transformers_class(model)
     return model
+
+
+def _warn_of_lost_parameters(sites: Iterable[NormSite]) -> None:
+    """Warns of shifts and gains that the norms of transformers do not have."""
+    lost = {}
+    for site in sites:
+        norm, places = (
+            site.module,
+            set(site.module.replaced._parameters) | ({"bias"} if site.module.stock.has_shift else set()),
+        )
+        for name, word, neutral in (("weight", "gain", 1), ("bias", "shift", 0)):
+            value = norm._parameters.get(name)
+            if name not in places and value is not None and not value.is_meta and bool((value != neutral).any()):
+                lost[site.name] = word, type(norm.replaced).__name__
+    if lost:
+        name, (word, kind) = next(iter(lost.items()))
+        logger.warning(
+            f"{len(lost)} norms lose what the norm from before has no place for, such as the {word} of {name} in a "
+            f"{kind}, and the model computes something else: restore a copy from before the training or calibration."
+        )
+
+
+def _weight_near(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A weight of the part of the model that a module is in: a norm without parameters has no device of its own."""
+    parts = [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
+    weights = (weight for part in (*parts, model) for weight in part.parameters())
+    return next((weight for weight in weights if weight.is_floating_point()), None)
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,6 +23,7 @@ from hf_normswap import (
     set_norm_placement,
     swap_norm,
 )
+from tests.helpers.architectures import tiny_architecture
 from tests.helpers.models import FAMILIES, all_heads, tiny_batch, tiny_model
 from tests.helpers.norms import WITHOUT_GAIN, family_is_causal, head_is_causal, norms_in
 from tests.helpers.persistence import is_one_sentence, outputs, same, train
@@ -487,3 +489,23 @@ def test_deep_copies_are_independent():
     restore_norm(twin)
     assert {site.kind for site in find_norms(model)} == {"layernorm", "powernorm"}
     assert model.config.norm_swap is not None
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_shift_without_a_place_is_not_lost_in_silence(shift, caplog):
+    model, _ = tiny_architecture("llama")
+    swap_norm(model, NormSwapConfig("rmsnorm", bias=True), where="all")
+    for site in find_norms(model):
+        nn.init.constant_(site.module.bias, shift)
+    with caplog.at_level("WARNING", logger="hf_normswap"):
+        restore_norm(model)
+    assert ("the shift of model.layers.0.input_layernorm" in caplog.text) is bool(shift)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), 0.25])
+def test_numbers_of_other_libraries_are_saved_as_numbers(value, tmp_path):
+    """As a search over options has them."""
+    model = swap_norm(tiny_model("bert"), NormSwapConfig("batchnorm", momentum=value))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert {site.module.momentum for site in find_norms(again) if site.kind == "batchnorm"} == {0.25}

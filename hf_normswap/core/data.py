@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import read_mask
 
-from .example_inputs import parameters_of, text_config
+from .example_inputs import parameters_of, text_config, vocabulary_of
 from .model_state import device_of, is_composite, unwrap
 
 
@@ -623,8 +623,8 @@ def _check_ids(model, ids: torch.Tensor) -> None:
         )
     if ids.is_floating_point():
         raise ValueError(f"input_ids is {ids.dtype}: token ids are whole numbers, and embeddings go to inputs_embeds.")
-    size = text_config(model).vocab_size
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < size:
+    size = vocabulary_of(model)
+    if size and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
         raise ValueError(
             f"input_ids go from {ids.min()} to {ids.max()}, and the model has {size} tokens: use the tokenizer of the "
             "model."

@@ -10,6 +10,7 @@ from hf_normswap.modeling.modeling_normswap import class_of_transformers
 
 
 ROWS, LENGTH, AUDIO_SAMPLES = 1, 8, 4000
+_IDS = 64  # of a model without a vocabulary, such as Canine, which reads characters
 
 
 def example_inputs(
@@ -32,7 +33,14 @@ def example_inputs(
     config, inputs = model.config, {}
     main = getattr(model, "main_input_name", "input_ids")
     if "input_ids" in taken and main in ("input_ids", "pixel_values"):
-        inputs["input_ids"] = torch.randint(text_config(model).vocab_size, (rows, length), generator=generator)
+        ids = torch.randint(vocabulary_of(model) or _IDS, (rows, length), generator=generator)
+        end = getattr(config, "eos_token_id", None)
+        if config.is_encoder_decoder and isinstance(end, int) and 0 <= end < (vocabulary_of(model) or 0):
+            # Some heads, such as that of BART for classification, read the state of the last token, of which there
+            # has to be one.
+            ids[ids == end] = (end + 1) % vocabulary_of(model)
+            ids[:, -1] = end
+        inputs["input_ids"] = ids
         if "attention_mask" in taken:
             inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     if "pixel_values" in taken and (main == "pixel_values" or hasattr(config, "vision_config")):
@@ -66,6 +74,11 @@ def example_source(
         return {}
     width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
     return {"encoder_hidden_states": torch.randn(rows, LENGTH, width, generator=torch.Generator().manual_seed(0))}
+
+
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """How many token ids a model knows; `None` where any number is one, as in Canine."""
+    return getattr(text_config(model), "vocab_size", None)
 
 
 def parameters_of(model: PreTrainedModel, forward: Callable | None = None) -> Mapping[str, inspect.Parameter]:

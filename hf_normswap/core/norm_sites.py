@@ -254,13 +254,12 @@ def _read(model: PreTrainedModel) -> Description:
     for forward in dict.fromkeys(forwards):
         try:
             graph = _follow(model, forward)
+            if any(node.op == NORM for node in graph.nodes) or not any(map(is_norm, model.modules())):
+                description = Description(graph, list(_residual_sums(graph)))
+                description.places = _Reader(model, description).places()
+                return description
         except Exception as error:  # whatever a forward that nobody knows may raise
             obstacle = obstacle or f"{type(error).__name__}: {_first_sentence(error)}"
-            continue
-        if any(node.op == NORM for node in graph.nodes) or not any(map(is_norm, model.modules())):
-            description = Description(graph, list(_residual_sums(graph)))
-            description.places = _Reader(model, description).places()
-            return description
     return Description(obstacle=obstacle or "its forward calls no norm")
 
 
@@ -405,6 +404,8 @@ class _Reader:
         if not products:
             return "ffn"
         for node in products:
+            if len(node.inputs) < 2:  # as in the Fourier transform of FNet
+                continue
             first, second = node.inputs[-2:] if not node.op.startswith(ATTENTION) else node.inputs[:2]
             if graph.depends(first, start) and not graph.depends(second, start):
                 return "cross_attention"

@@ -11,6 +11,7 @@ from hf_normswap.core.data import complete_batches, make_batches
 from hf_normswap.core.model_state import check_whole, refuse_training, run_model, unwrap
 from hf_normswap.core.norm_sites import find_norms, format_table
 from hf_normswap.modeling.base import Norm
+from hf_normswap.modeling.model_norms import norm_width
 from hf_normswap.modeling.moments import sum_over_ranks
 from hf_normswap.modeling.padding_mask import current_mask, unwatch_masks, watch_masks
 
@@ -83,7 +84,7 @@ def probe_activations(
     batches = complete_batches(model, make_batches(model, data, tokenizer, batch_size))
     sums = {}
     for site in sites:
-        width = site.module.weight.shape[0]
+        width = norm_width(site.module)
         sums[site.name] = torch.zeros(width + 3, width, dtype=torch.float64, device=model.device)
 
     def note(norm, args, output, name):

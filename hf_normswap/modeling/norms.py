@@ -93,7 +93,11 @@ class NormSwapConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {sorted(known)}."
                 raise ValueError(f"The norm {cls.norm_name!r} has no option {name!r}: {hint}")
-        self.norm, self.options = cls.norm_name, options
+        # Numbers of NumPy, as a search over options has them, are nothing that a configuration can be saved with.
+        plain = {
+            name: value.item() if getattr(value, "shape", None) == () else value for name, value in options.items()
+        }
+        self.norm, self.options = cls.norm_name, plain
 
     @classmethod
     def of(cls, norm: "str | NormSwapConfig") -> "NormSwapConfig":

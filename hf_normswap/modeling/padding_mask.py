@@ -249,7 +249,12 @@ class _Watcher:
         if inherited is not None and (is_decoder or not _is_of_tokens(mask)):
             return _Stack(inherited, mask)
         has_past = given.get("past_key_values") is not None
-        tokens = NO_PADDING if mask is None else read_mask(mask, shape, has_past)
+        if (
+            mask is None
+        ):  # the model around it may have made the inputs of the decoder, as BART does for classification
+            tokens = _read_decoder_ids(model.config, given.get("input_ids")) if is_decoder else NO_PADDING
+        else:
+            tokens = read_mask(mask, shape, has_past)
         if tokens is not None and not _is_of_tokens(mask):
             self._search_padding(model, given.get("input_ids"), tokens)
         return _Stack(tokens, mask)
@@ -456,10 +461,15 @@ def _read_decoder(config, given: dict, outer: _Stack) -> _Stack:
     shape = _token_shape(given, "decoder_")
     has_past = given.get("past_key_values") is not None
     tokens = outer.tokens if _settles(outer, mask) else read_mask(mask, shape, has_past)
-    if tokens is None and labels is not None and labels.dim() == 2 and shape in (None, tuple(labels.shape)):
+    if tokens is None and labels is not None and _are_of_tokens(labels) and shape in (None, tuple(labels.shape)):
         tokens = TokenMask(labels.ne(-100))  # position t predicts labels[t]
     # The model with a head saw the labels, the one inside does not.
     return _Stack(tokens or _inherit(outer.tokens, shape) or _read_decoder_ids(config, ids), mask)
+
+
+def _are_of_tokens(labels: torch.Tensor) -> bool:
+    """Whether labels are token ids, and not several numbers for each text."""
+    return labels.dim() == 2 and not labels.is_floating_point()
 
 
 def _read_decoder_ids(config, ids: torch.Tensor | None) -> TokenMask:

@@ -16,10 +16,13 @@ from .norms import NormSwapConfig
 from .registry import get_norm
 
 
-def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool = False) -> Norm:
+def new_norm(
+    old: nn.Module, config: NormSwapConfig, *, on_default_device: bool = False, like: torch.Tensor | None = None
+) -> Norm:
     """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag.
 
-    A gain that is stored minus 1 becomes a new parameter, and a norm without gain gets one. There is a shift where the
+    A gain that is stored minus 1 becomes a new parameter, and a norm without gain gets one, with the device and the
+    dtype of `like`. There is a shift where the
     old norm has one and the new one wants it, or where the option `bias` asks for it.
 
     A model under construction makes its buffers `on_default_device`, as every module of it does: its parameters may
@@ -32,10 +35,10 @@ def new_norm(old: nn.Module, config: NormSwapConfig, *, on_default_device: bool 
     if cls.keeps_eps:
         options.setdefault("eps", stock.eps)
     options.setdefault("bias", cls.wants_shift(getattr(old, "bias", None) is not None))
-    weight = next(iter(old.parameters()), None)
-    like = {} if weight is None else {"dtype": weight.dtype}
+    weight = next(iter(old.parameters()), like)
+    dtype = {} if weight is None else {"dtype": weight.dtype}
     device = None if on_default_device or weight is None else weight.device
-    norm = cls(norm_width(old), device=device, **like, **options)
+    norm = cls(norm_width(old), device=device, **dtype, **options)
     norm.options, norm.stock = options, stock
     # Not by setattr, which would make it a part of the model.
     vars(norm)["replaced"] = old.replaced if isinstance(old, Norm) else _without_parameters(old)

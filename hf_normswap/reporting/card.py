@@ -264,6 +264,7 @@ def render_card(
             raise ValueError(f"{option} {given!r} is no id on the Hub: give one in the form NAMESPACE/NAME.")
 
     run, recipe = runs[0], _recipe(runs[0])
+    swap = run.get("norm_swap") or {}
     base_model = base_model or (run["model"] if _is_id(run["model"]) else None)
     folder = _explicit(folder or f"{Path(run['model']).name}-{norm}")
     name = (repo_id or folder).rpartition("/")[2]
@@ -271,7 +272,7 @@ def render_card(
     if norm == "powernorm" and recipe:
         recipe = {"norm_warmup_ratio": WARMUP_RATIO} | recipe
     scores = {
-        metric: fmean(values)
+        metric: values
         for metric in run["metrics"]
         if (values := [run["metrics"][metric] for run in runs if run["metrics"].get(metric) is not None])
     }
@@ -293,10 +294,10 @@ def render_card(
                 dataset_name=run["task"],
                 dataset_split=_split_of(metric, scores),
                 metric_type=metric.removeprefix("test_"),
-                metric_name=f"{metric} (mean over {len(runs)} seeds)" if len(runs) > 1 else metric,
-                metric_value=round(value, 4),
+                metric_name=f"{metric} ({_describe_mean(len(values), len(runs))})" if len(runs) > 1 else metric,
+                metric_value=round(fmean(values), 4),
             )
-            for metric, value in scores.items()
+            for metric, values in scores.items()
         ]
         or None,
     )
@@ -313,11 +314,11 @@ def render_card(
         run=run,
         swapped=[
             {**entry, "options": _options(entry), "places": _describe_places(entry["modules"])}
-            for entry in run["norm_swap"]["norms"]
+            for entry in swap.get("norms", [])
         ],
-        placement=run["norm_swap"].get("placement"),
-        calibrated=_describe_range(run["norm_swap"].get("calibration", {}).values()),
-        folded=len(run["norm_swap"].get("folded", [])),
+        placement=swap.get("placement"),
+        calibrated=_describe_range(swap.get("calibration", {}).values()),
+        folded=len(swap.get("folded", [])),
         results_table=compare_results(results).to_markdown() if run["metrics"] else None,
         differing=_differing(map(_recipe, results)),
         seeds=", ".join(str(run["seed"]) for run in runs),
@@ -463,12 +464,21 @@ def _differing(recipes: Iterable[dict]) -> list[str]:
     ]
 
 
+def _describe_mean(count: int, total: int) -> str:
+    """Of how many runs a mean is: those that diverged have no score."""
+    return f"mean over {total} seeds" if count == total else f"mean over {count} of {total} seeds"
+
+
 def _discrepancies(runs: list[dict]) -> list[dict[str, float]]:
     """The TID over the training in up to six points, averaged over the runs. A norm without a mean logs none of it."""
     logs = [[entry for entry in run.get("history", []) if entry.get("tid_var_max")] for run in runs]
     points = min(map(len, logs))
     chosen = sorted({round(i * (points - 1) / 5) for i in range(6)}) if points else []
-    names = [name for name in ("tid_mean_max", "tid_var_max") if points and all(log[-1].get(name) for log in logs)]
+    names = [
+        name
+        for name in ("tid_mean_max", "tid_var_max")
+        if points and all(log[-1].get(name) and all(log[i].get(name) is not None for i in chosen) for log in logs)
+    ]
     return [
         {"step": logs[0][i]["step"], **{name: fmean(log[i][name] for log in logs) for name in names}} for i in chosen
     ]

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_normswap.core.data import make_batches, sample_batches
 from hf_normswap.core.model_state import refuse_folded, refuse_offloaded, swapped_parts, unwrap
-from hf_normswap.core.norm_sites import BLOCK_SUBLAYERS, STACKS, NormSite, find_norms
+from hf_normswap.core.norm_sites import ASIDE, BLOCK_SUBLAYERS, STACKS, NormSite, find_norms
 from hf_normswap.core.statistics import evaluating, statistic_norms
 from hf_normswap.modeling.base import Norm
 from hf_normswap.modeling.model_norms import refuse_other_copy
@@ -144,11 +144,15 @@ def _swapped_sites(model: nn.Module) -> list[NormSite]:
     return sorted((site for site in find_norms(model) if isinstance(site.module, Norm)), key=_turn)
 
 
+# Norms of queries and keys run inside of the attention; `other` ones stand anywhere in a block.
+_SUBLAYERS = (BLOCK_SUBLAYERS[0], *ASIDE, *BLOCK_SUBLAYERS[1:])
+
+
 def _turn(site: NormSite) -> tuple:
     if site.layer is None:
         return STACKS.index(site.stack), -1 if site.sublayer == "embedding" else math.inf, 0
     # Cross-attention stands last in the blocks of GPT-2, and runs second.
-    return STACKS.index(site.stack), site.layer, BLOCK_SUBLAYERS.index(site.sublayer)
+    return STACKS.index(site.stack), site.layer, _SUBLAYERS.index(site.sublayer)
 
 
 def _check_batches(model: nn.Module, dataloader) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_normswap.core.statistics import (
@@ -34,6 +34,7 @@ from hf_normswap.reporting.results import load_results
 
 from .checkpoints import LAST_FILE, find_last_checkpoint
 from .progressive import ProgressiveSwapCallback, mean_layer_norm_share
+from .training_args import NormSwapSeq2SeqTrainingArguments, NormSwapTrainingArguments
 
 
 class _NormLogs:
@@ -76,6 +77,7 @@ class NormStatisticsCallback(TrainerCallback):
 
     def __init__(self, logs: _NormLogs):
         self._logs = logs
+        self.frozen: list[BatchStatisticNorm] = []  # by the training, not by the user
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._is_frozen, self._is_warming_up = False, True
@@ -92,6 +94,7 @@ class NormStatisticsCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         freeze = args.norm_freeze_ratio < 1 and state.global_step >= round(args.norm_freeze_ratio * state.max_steps)
         if freeze and not self._is_frozen:
+            self.frozen = [norm for norm in statistic_norms(model) if not norm.frozen]
             freeze_norm_statistics(model)
             self._is_frozen = True
         if self._is_warming_up and state.global_step >= _warmup_steps(args, state):
@@ -146,8 +149,14 @@ def _node_group():
 
 
 class _NormSwapTrainerMixin:
+    _arguments: type[TrainingArguments]
+
     def __init__(self, model=None, args=None, *more, **kwargs):
-        if args is not None and args.n_gpu > 1:  # first: Trainer makes the output folder
+        if args is None:
+            args = self._arguments()
+        if not hasattr(args, "norm_freeze_ratio"):
+            raise ValueError(f"A {type(args).__name__} says nothing of norms: pass {self._arguments.__name__}.")
+        if args.n_gpu > 1:  # first: Trainer makes the output folder
             raise ValueError(
                 "nn.DataParallel loses the statistics of every replica but the first: start one process per GPU with "
                 "accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
@@ -156,7 +165,8 @@ class _NormSwapTrainerMixin:
             refuse_other_copy(model)
         super().__init__(model, args, *more, **kwargs)
         self._norm_logs = _NormLogs()
-        self.add_callback(NormStatisticsCallback(self._norm_logs))
+        self._statistics = NormStatisticsCallback(self._norm_logs)
+        self.add_callback(self._statistics)
         self._begin_norm_logs()
 
     @contextmanager
@@ -222,7 +232,10 @@ class _NormSwapTrainerMixin:
     def _leave_training(self) -> None:
         accumulate_norm_statistics(self.model, False)
         set_norm_process_group(self.model, synchronized=False)
-        freeze_norm_statistics(self.model, False)
+        for norm in self._statistics.frozen:
+            freeze_norm_statistics(norm, False)
+            norm.train(self.model.training)
+        self._statistics.frozen = []
         _set_loss_scale(self.model, 1.0)
         for norm in self._statistic_norms():
             norm.forget_statistics()  # of a step that was interrupted
@@ -356,6 +369,10 @@ class NormSwapTrainer(_NormSwapTrainerMixin, Trainer):
     - Gains and shifts of norms have no weight decay, in GPT-2 either.
     """
 
+    _arguments = NormSwapTrainingArguments
+
 
 class NormSwapSeq2SeqTrainer(_NormSwapTrainerMixin, Seq2SeqTrainer):
     """[`NormSwapTrainer`] that generates in evaluation; takes [`NormSwapSeq2SeqTrainingArguments`]."""
+
+    _arguments = NormSwapSeq2SeqTrainingArguments

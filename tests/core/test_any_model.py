@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -21,7 +22,16 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_normswap import calibrate, find_norms, fold_norms, inspect_model, restore_norm, set_norm_placement, swap_norm
+from hf_normswap import (
+    calibrate,
+    find_norms,
+    fold_norms,
+    inspect_model,
+    probe_activations,
+    restore_norm,
+    set_norm_placement,
+    swap_norm,
+)
 from hf_normswap.core.norm_sites import describe
 from tests.helpers.architectures import tiny_architecture
 from tests.helpers.models import tiny_model
@@ -378,3 +388,93 @@ def test_reading_changes_nothing():
     assert same(model.state_dict(), before)
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+_SEQ2SEQ = {
+    "vocab_size": 40,
+    "d_model": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 8,
+    "decoder_ffn_dim": 8,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+}
+_T5 = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+UNUSUAL = {  # heads that count ends of sentences, products with one input, a model without a vocabulary
+    "BartForSequenceClassification": ("BartConfig", _SEQ2SEQ),
+    "MBartForSequenceClassification": ("MBartConfig", _SEQ2SEQ),
+    "T5ForSequenceClassification": ("T5Config", _T5),
+    "UMT5ForSequenceClassification": ("UMT5Config", _T5),
+    "FNetForMaskedLM": (
+        "FNetConfig",
+        {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 40},
+    ),
+    "CanineForSequenceClassification": (
+        "CanineConfig",
+        {**SIZES, "vocab_size": None, "local_transformer_stride": 16, "max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_heads_and_families_that_random_tokens_could_not_run(name):
+    config, fields = UNUSUAL[name]
+    fields = {key: value for key, value in fields.items() if value is not None}
+    model = getattr(transformers, name)(getattr(transformers, config)(**fields)).eval()
+    assert describe(model).obstacle is None
+    assert any(site.block for site in find_norms(model))
+    swap_norm(model, "rmsnorm")
+    assert {site.kind for site in find_norms(model)} >= {"rmsnorm"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_without_parameters_has_the_dtype_and_the_device_of_what_is_around(dtype, device):
+    fields = {
+        "vocab_size": 40,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.OlmoConfig(**fields, eos_token_id=2)
+    model = transformers.OlmoForCausalLM(config).to(dtype).to(device)
+    swap_norm(model, "rmsnorm", where="all")
+    for site in find_norms(model):
+        assert (site.module.weight.dtype, site.module.weight.device.type) == (dtype, device)
+
+
+def test_a_norm_without_parameters_is_probed():
+    fields = {
+        "vocab_size": 40,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**fields, eos_token_id=2)).eval()
+    assert len(probe_activations(model, [{"input_ids": torch.randint(40, (2, 6))}])) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["BartModel", "BartForQuestionAnswering", "BartForSequenceClassification", "MBartModel"]
+)
+def test_pads_do_not_count_in_a_decoder_whose_inputs_the_model_makes(name):
+    """The statistics of the decoder are those of the same texts without padding."""
+    cls = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = swap_norm(cls(cls.config_class(**_SEQ2SEQ)), "batchnorm", where="all").train()
+        ids = torch.randint(5, 40, (3, 6))
+    ids[:, -1] = model.config.eos_token_id
+    padded = torch.nn.functional.pad(ids, (0, 4), value=model.config.pad_token_id)
+    found = []
+    for tokens in (ids, padded):
+        each = copy.deepcopy(model)
+        each(input_ids=tokens, attention_mask=tokens.ne(model.config.pad_token_id).long())
+        found.append({key: value for key, value in each.state_dict().items() if "running" in key})
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, msg=key)

@@ -186,3 +186,22 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_its_time():
     told = make_result("rbn", 0, 0.7)
     told["norm_swap"]["norms"][0]["options"] = {"lambda_mean": 8.0, "lambda_var": 4.0}
     assert "`lambda_mean=8.0`, `lambda_var=4.0`" in str(render([told], norm="rbn"))
+
+
+def test_a_mean_says_of_how_many_runs_it_is():
+    """Diverged runs have no score."""
+    results = [make_result("powernorm", 0, 0.9), make_result("powernorm", 1, None), make_result("powernorm", 2, None)]
+    (score,) = render(results).data.eval_results
+    assert (score.metric_value, score.metric_name) == (0.9, "accuracy (mean over 1 of 3 seeds)")
+
+
+def test_a_discrepancy_that_was_no_number_is_left_out():
+    history = [{"step": step, "tid_mean_max": mean, "tid_var_max": 0.5} for step, mean in ((1, None), (2, 0.5))]
+    text = render([make_result("batchnorm", 0, 0.6, history=history)], norm="batchnorm").text
+    assert "| step | tid_var_max |\n" in text
+
+
+def test_a_result_without_a_record_of_the_swap():
+    result = make_result("powernorm", 0, 0.6)
+    del result["norm_swap"]
+    assert "0.6000" in render([result]).text

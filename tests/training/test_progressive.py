@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from hf_normswap import NormSwapTrainer, ProgressiveSwapCallback, find_norms, swap_norm
 from hf_normswap.core.model_state import swapped_parts
 from hf_normswap.modeling.replace import layer_norm_shares
+from tests.helpers.architectures import tiny_architecture
 from tests.helpers.models import tiny_batch, tiny_model
 from tests.helpers.persistence import is_one_sentence, outputs, same
 from tests.helpers.surgery import blends
@@ -297,3 +298,11 @@ def test_the_best_model_is_refused_before_training(tmp_path):
         ).train()
     assert is_one_sentence(caught.value)
     assert not recorder.shares
+
+
+def test_norms_of_queries_and_keys_have_their_turn(tmp_path):
+    model, batch = tiny_architecture("qwen3")
+    model = swap_norm(model.train(), "rmsnorm", where=["blocks", "query_key"])
+    examples = [{name: values[0] for name, values in batch.items()}] * 16
+    trainer = train(tmp_path, model, examples=examples, max_steps=2)
+    assert not layer_norm_shares(trainer.model)

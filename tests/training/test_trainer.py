@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_normswap import (
     BatchNorm,
@@ -19,6 +19,7 @@ from hf_normswap import (
     PowerNorm,
     RegularizedBatchNorm,
     accumulate_norm_statistics,
+    freeze_norm_statistics,
     get_norm,
     norm_penalty,
     pause_norm_statistics,
@@ -727,3 +728,30 @@ def test_trained_model_reloads_from_the_output_folder(tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     batch = batch_of(rows("bert", 4))
     torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_what_the_user_froze_stays_frozen(tmp_path):
+    """Through a training and the next; what the training froze itself is as it was before."""
+    model = swapped("bert", "batchnorm").train()
+    model(**batch_of(rows("bert", 8)))
+    norms = statistic_norms(model)
+    freeze_norm_statistics(norms[0])
+    values = norms[0].running_mean.clone()
+    for ratio in (1.0, 0.5, 1.0):
+        args = arguments(tmp_path, max_steps=2, norm_freeze_ratio=ratio)
+        NormSwapTrainer(model, args, train_dataset=rows("bert", 8)).train()
+        assert [norm.frozen for norm in norms] == [True, *[False] * (len(norms) - 1)]
+        assert torch.equal(norms[0].running_mean, values)
+
+
+@pytest.mark.parametrize("cls", [NormSwapTrainer, NormSwapSeq2SeqTrainer])
+def test_arguments_of_transformers_are_refused(cls, tmp_path):
+    args = TrainingArguments(str(tmp_path / "out"), report_to="none")
+    with pytest.raises(ValueError, match="says nothing of norms: pass NormSwap.*TrainingArguments") as error:
+        cls(tiny_model("bert"), args)
+    assert is_one_sentence(error.value)
+
+
+def test_without_arguments_it_makes_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert NormSwapTrainer(tiny_model("bert")).args.norm_freeze_ratio == 1.0
