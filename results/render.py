@@ -9,6 +9,7 @@ import shlex
 from statistics import mean, stdev
 
 import tables_calibration
+import tables_discrepancies
 import tables_evidence
 import tables_folding
 import tables_regimes
@@ -262,6 +263,7 @@ def table_of_ngram():
 TABLES = {
     **FIGURES,
     **tables_calibration.TABLES,
+    **tables_discrepancies.TABLES,
     **tables_evidence.TABLES,
     **tables_runs.TABLES,
     **tables_speed.TABLES,
@@ -308,6 +310,7 @@ def render():
 
 
 if __name__ == "__main__":
+    tables_discrepancies.draw()
     tables_evidence.draw()
     tables_speed.draw_scaling()
     (FOLDER / "README.md").write_text(render(), encoding="utf-8")
