@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .core.example_inputs import LENGTH, ROWS
+from .core.graph import NORM
 from .core.model_state import (
     PLAIN,
     check_model,
@@ -19,7 +21,7 @@ from .core.model_state import (
     set_recorded_swap,
     share_config,
 )
-from .core.norm_sites import NormSite, find_norms, is_causal, where_names
+from .core.norm_sites import NormSite, describe, find_norms, is_causal, where_names
 from .core.residual_stream import ResidualStream
 from .modeling.base import BatchStatisticNorm, Norm
 from .modeling.layernorm import LayerNorm
@@ -149,6 +151,8 @@ def make_norms(
             f"{norm_class.norm_name} changes linear layers of the model, which no calibration makes up for: swap to "
             "it without calibration, and train the model."
         )
+    if {"sentence", "batch"} & set(norm_class.scope):
+        _refuse_time_first(model, norm_class.norm_name, sites)
     if "sentence" in norm_class.scope:
         _refuse_causal(model, norm_class.norm_name, sites)
     refuse_computed({site.name: site.module for site in sites})
@@ -176,6 +180,17 @@ def _refuse_causal(model: PreTrainedModel, norm: str, sites: Iterable[NormSite])
                 f"{site.name} stands in a causal stack, and a {norm} takes statistics of the whole sentence, which "
                 "would show each token those after it: leave that stack out with where or filter_fn, or take a norm "
                 "without statistics of a sentence."
+            )
+
+
+def _refuse_time_first(model: PreTrainedModel, norm: str, sites: Iterable[NormSite]) -> None:
+    """Raises `ValueError` where norms see `(T, B, C)`, as in XLNet and FSMT: masks are those of `(B, T)`."""
+    shapes = {node.name: node.shape for node in describe(model).graph.nodes if node.op == NORM}
+    for site in sites:
+        if len(shapes.get(site.name, ())) == 3 and shapes[site.name][:2] == (LENGTH, ROWS):
+            raise ValueError(
+                f"{site.name} sees the tokens of a text before the texts of a batch, so that no mask tells a {norm} "
+                "which of them are padding: take a norm of single tokens, such as rmsnorm."
             )
 
 

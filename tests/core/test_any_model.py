@@ -478,3 +478,24 @@ def test_pads_do_not_count_in_a_decoder_whose_inputs_the_model_makes(name):
         found.append({key: value for key, value in each.state_dict().items() if "running" in key})
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, msg=key)
+
+
+TIME_FIRST = {
+    "XLNetModel": {"vocab_size": 30, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8},
+    "FSMTModel": {
+        **{name: size for name, size in _SEQ2SEQ.items() if name != "vocab_size"},
+        "langs": ["en", "de"],
+        "src_vocab_size": 40,
+        "tgt_vocab_size": 40,
+    },
+}
+
+
+@pytest.mark.parametrize("norm", ["batchnorm", "rbn", "powernorm", "instancenorm"])
+@pytest.mark.parametrize("name", TIME_FIRST)
+def test_norms_that_see_the_time_first_have_no_mask(name, norm):
+    """With as many texts as tokens the mask of (B, T) would fit, and tell the wrong tokens."""
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**TIME_FIRST[name])).eval()
+    refuses(model, lambda model: swap_norm(model, norm), "sees the tokens of a text before the texts of a batch")
+    swap_norm(model, "rmsnorm")
