@@ -263,10 +263,8 @@ def _warn_of_lost_parameters(sites: Iterable[NormSite]) -> None:
     """Warns of shifts and gains that the norms of transformers do not have."""
     lost = {}
     for site in sites:
-        norm, places = (
-            site.module,
-            set(site.module.replaced._parameters) | ({"bias"} if site.module.stock.has_shift else set()),
-        )
+        norm = site.module
+        places = {*norm.replaced._parameters, *(["bias"] if norm.stock.has_shift else [])}
         for name, word, neutral in (("weight", "gain", 1), ("bias", "shift", 0)):
             value = norm._parameters.get(name)
             if name not in places and value is not None and not value.is_meta and bool((value != neutral).any()):

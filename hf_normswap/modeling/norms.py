@@ -94,10 +94,8 @@ class NormSwapConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {sorted(known)}."
                 raise ValueError(f"The norm {cls.norm_name!r} has no option {name!r}: {hint}")
         # Numbers of NumPy, as a search over options has them, are nothing that a configuration can be saved with.
-        plain = {
-            name: value.item() if getattr(value, "shape", None) == () else value for name, value in options.items()
-        }
-        self.norm, self.options = cls.norm_name, plain
+        numbers = {name: value.item() for name, value in options.items() if getattr(value, "shape", None) == ()}
+        self.norm, self.options = cls.norm_name, options | numbers
 
     @classmethod
     def of(cls, norm: "str | NormSwapConfig") -> "NormSwapConfig":

@@ -249,9 +249,7 @@ class _Watcher:
         if inherited is not None and (is_decoder or not _is_of_tokens(mask)):
             return _Stack(inherited, mask)
         has_past = given.get("past_key_values") is not None
-        if (
-            mask is None
-        ):  # the model around it may have made the inputs of the decoder, as BART does for classification
+        if mask is None:  # the model around may have made what the decoder reads, as BART does for classification
             tokens = _read_decoder_ids(model.config, given.get("input_ids")) if is_decoder else NO_PADDING
         else:
             tokens = read_mask(mask, shape, has_past)

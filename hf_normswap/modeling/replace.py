@@ -22,8 +22,8 @@ def new_norm(
     """The norm of `config` in place of `old`: the same parameters, hooks, device, dtype and training flag.
 
     A gain that is stored minus 1 becomes a new parameter, and a norm without gain gets one, with the device and the
-    dtype of `like`. There is a shift where the
-    old norm has one and the new one wants it, or where the option `bias` asks for it.
+    dtype of `like`. There is a shift where the old norm has one and the new one wants it, or where the option `bias`
+    asks for it.
 
     A model under construction makes its buffers `on_default_device`, as every module of it does: its parameters may
     have gone to the meta device meanwhile, to be loaded. Running values that are not loaded with them stay NaN:
