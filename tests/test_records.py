@@ -77,11 +77,14 @@ def test_a_name_that_says_too_little_is_refused(tmp_path, monkeypatch):
 def rows_of_readme(heading):
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    return [[re.sub(r"[^\d.]", "", cell) if number else cell for number, cell in enumerate(row)] for row in rows[2:]]
+    return [
+        ["".join(re.findall(r"[\d.]+", cell)[-1:]) if number else cell for number, cell in enumerate(row)]
+        for row in rows[2:]
+    ]
 
 
 def test_the_replacements_of_the_readme_are_those_of_the_records():
-    minilm, gpt2, marian, roberta = rows_of_readme("Post-training norm replacement")
+    minilm, wnut17, gpt2, marian, roberta, llama = rows_of_readme("Post-training norm replacement")
     rows = read(FOLDER / "calibration-batchnorm.json")["rows"]
     ways = {"naive swap": (0, 2), "calibrated": (256, 3), "calibrated, distilled": (256, 4)}
     before = {row["accuracy_before"] for row in rows}
@@ -93,8 +96,12 @@ def test_the_replacements_of_the_readme_are_those_of_the_records():
     for row, name, metric, digits in (
         (gpt2, "gpt2-12/batchnorm-blocks-256", "perplexity", 1),
         (marian, "marian/batchnorm-pairs-1024", "bleu", 1),
-        (roberta, "roberta/batchnorm-masked-lines-1024", "loss", 3),
+        (roberta, "roberta/batchnorm-masked-lines-1024", "perplexity", 1),
+        (llama, "llama/batchnorm-blocks-256", "perplexity", 1),
     ):
         calibrated, distilled = (read(FOLDER / "conversion" / f"{name}{end}.json") for end in ("", "-distilled"))
         scores = [calibrated["before"][metric], calibrated["metrics"][metric], distilled["metrics"][metric]]
         assert [row[1], row[3], row[4]] == [f"{score:.{digits}f}" for score in scores]
+    models = [read(FOLDER / "post-training" / f"{'wnut17'}-{seed}.json")["metrics"] for seed in range(3)]
+    means = [sum(each[way] for each in models) / 3 for way in ("before", "converted", "distilled")]
+    assert [wnut17[1], wnut17[3], wnut17[4]] == [f"{value:.1f}" for value in means]

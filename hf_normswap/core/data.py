@@ -599,9 +599,10 @@ def _inputs(model, batch) -> dict[str, torch.Tensor]:
     if not model.config.is_encoder_decoder and not _predicts_masked_tokens(model):
         taken -= set(_LABELS)
     main = _main_input(model)
-    inputs = {name: value for name, value in batch.items() if name in taken and value is not None}
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
+    inputs = {name: value for name, value in batch.items() if name in taken and isinstance(value, torch.Tensor)}
+    for name in taken & batch.keys():  # a flag, such as return_loss of CLIP's processor, changes no activation
+        value = batch[name]
+        if isinstance(value, np.ndarray | list | tuple):
             maker = _MAKERS.get(_KINDS.get(main), "processor")
             raise ValueError(
                 f"{name} of a batch is {_describe(value)}: make it a tensor, as the {maker} does with "

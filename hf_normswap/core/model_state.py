@@ -7,7 +7,6 @@ function needs besides.
 import contextlib
 import copy
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -69,11 +68,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def run_model(model: nn.Module, batch: Mapping):
     """The output of a model for one batch, with names whatever its configuration says of tuples."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_names = isinstance(model, PreTrainedModel) and any(
-        parameter.name == "return_dict" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
-    )
-    return model(**send_to_device(batch, device_of(model)), **({"return_dict": True} if takes_names else {}))
+    # Only where it is needed: accelerate leaves a forward in a model that it has prepared which does not take it.
+    returns_tuples = isinstance(model, PreTrainedModel) and not getattr(model.config, "return_dict", True)
+    return model(**send_to_device(batch, device_of(model)), **({"return_dict": True} if returns_tuples else {}))
 
 
 def outside_modes(function: _Function) -> _Function:

@@ -251,7 +251,7 @@ def test_texts_without_tokens_are_left_out(kind):
         calibrate(swap_norm(tiny_model("gpt2").eval(), "batchnorm"), kind(["", ""]), tokenizer=plain)
 
 
-@pytest.mark.parametrize("value", [np.ones((4, 6), dtype=int), [[1] * 6] * 4, True])
+@pytest.mark.parametrize("value", [np.ones((4, 6), dtype=int), [[1] * 6] * 4, (1, 1)])
 def test_what_is_no_tensor_is_not_left_out_in_silence(value):
     """A mask that is dropped makes padding count."""
     with pytest.raises(ValueError, match="attention_mask of a batch is an? ") as error:
@@ -260,7 +260,9 @@ def test_what_is_no_tensor_is_not_left_out_in_silence(value):
 
 
 def test_what_the_forward_does_not_take_may_be_anything():
-    (batch,) = make_batches(tiny_model("bert"), [{"input_ids": IDS, "text": TEXTS, "attention_mask": None}])
+    (batch,) = make_batches(
+        tiny_model("bert"), [{"input_ids": IDS, "text": TEXTS, "attention_mask": None, "use_cache": False}]
+    )
     assert list(batch) == ["input_ids"]
 
 
