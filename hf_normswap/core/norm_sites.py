@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -269,10 +270,11 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _follow(model: PreTrainedModel, forward) -> Graph:
-    inputs = example_inputs(model, forward)
-    graph = record_graph(model, forward, inputs)
-    if _leaves_norms_out(model, graph) and (source := example_source(model, forward)):
-        graph = record_graph(model, forward, inputs | source)
+    with torch.device("cpu"):  # whatever the user's default device is
+        inputs = example_inputs(model, forward)
+        graph = record_graph(model, forward, inputs)
+        if _leaves_norms_out(model, graph) and (source := example_source(model, forward)):
+            graph = record_graph(model, forward, inputs | source)
     return graph
 
 

@@ -499,3 +499,15 @@ def test_norms_that_see_the_time_first_have_no_mask(name, norm):
     model = cls(cls.config_class(**TIME_FIRST[name])).eval()
     refuses(model, lambda model: swap_norm(model, norm), "sees the tokens of a text before the texts of a batch")
     swap_norm(model, "rmsnorm")
+
+
+def test_a_forward_is_followed_whatever_the_default_device_is():
+    """Its description serves all later models of the structure."""
+    config = bert_config(type_vocab_size=3)
+    model = BertModel(config)
+    torch.set_default_device("meta")
+    try:
+        assert describe(model).obstacle is None
+    finally:
+        torch.set_default_device(None)
+    swap_norm(BertModel(config), "batchnorm", where="blocks")
