@@ -11,6 +11,7 @@ from tests.helpers.persistence import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
 
+import tables_discrepancies  # noqa: E402
 import tables_evidence  # noqa: E402
 
 
@@ -75,3 +76,21 @@ def test_settings_that_are_not_complete_are_left_out(write):
 def test_verdicts(gain, verdict, is_as_good):
     assert tables_evidence.judge(*gain) == verdict
     assert tables_evidence.is_as_good(*gain) == is_as_good
+
+
+def test_the_discrepancy_stands_beside_the_gain_over_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_discrepancies, "FOLDER", tmp_path)
+    folder = tmp_path / "evidence/trec/table"
+    folder.mkdir(parents=True)
+    for seed in range(3):
+        for norm, gain in (("layernorm", 0.0), ("batchnorm", -0.01 * (seed + 1)), ("rbn", 0.01)):
+            tids = [{"tid_var_max": 9.0}, {"tid_var_max": 0.1 * (seed + 1)}, {}] if norm == "batchnorm" else []
+            tids = [{"tid_var_max": 0.01}] if norm == "rbn" else tids
+            record = {"norm": norm, "seed": seed, "arguments": {"placement": "pre"}, "history": tids}
+            record["metrics"] = {"test_accuracy": 0.8 + 0.05 * seed + gain}
+            (folder / f"pre-{norm}-{seed}.json").write_text(json.dumps(record), encoding="utf-8")
+    points = tables_discrepancies.find_points()
+    assert points["trec", "batchnorm"] == [pytest.approx((0.1 * n, -n)) for n in (1, 2, 3)]
+    assert points["trec", "rbn"] == [pytest.approx((0.01, 1))] * 3
+    rows = tables_discrepancies.table_of_correlations().splitlines()
+    assert [cell.strip() for cell in rows[2].strip("|").split("|")] == ["TREC", "6", "−1.00", "–", "–"]
