@@ -433,30 +433,15 @@ def test_heads_and_families_that_random_tokens_could_not_run(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_norm_without_parameters_has_the_dtype_and_the_device_of_what_is_around(dtype, device):
-    fields = {
-        "vocab_size": 40,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.OlmoConfig(**fields, eos_token_id=2)
-    model = transformers.OlmoForCausalLM(config).to(dtype).to(device)
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**SIZES, eos_token_id=2)).to(dtype).to(device)
     swap_norm(model, "rmsnorm", where="all")
     for site in find_norms(model):
         assert (site.module.weight.dtype, site.module.weight.device.type) == (dtype, device)
 
 
 def test_a_norm_without_parameters_is_probed():
-    fields = {
-        "vocab_size": 40,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**fields, eos_token_id=2)).eval()
-    assert len(probe_activations(model, [{"input_ids": torch.randint(40, (2, 6))}])) == 3
+    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**SIZES, eos_token_id=2)).eval()
+    assert len(probe_activations(model, [{"input_ids": torch.randint(30, (2, 6))}])) == 5
 
 
 @pytest.mark.parametrize(
