@@ -279,8 +279,7 @@ def _warn_of_lost_parameters(sites: Iterable[NormSite]) -> None:
 
 def _weight_near(model: nn.Module, name: str) -> torch.Tensor | None:
     """A weight of the part of the model that a module is in: a norm without parameters has no device of its own."""
-    parts = [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
-    weights = (weight for part in (*parts, model) for weight in part.parameters())
+    weights = (weight for part in (*_parents(model, name), model) for weight in part.parameters())
     return next((weight for weight in weights if weight.is_floating_point()), None)
 
 
@@ -288,10 +287,16 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
+def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules of `model` around the module `name`, the innermost first, without `model` itself."""
+    return [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
+
+
 def _config_of(model: PreTrainedModel, name: str):
     """The configuration of the model, or of the tower of it, that the module `name` is in."""
-    parents = [model.get_submodule(name.rsplit(".", count)[0]) for count in range(1, name.count(".") + 1)]
-    return next((parent.config for parent in parents if isinstance(parent, PreTrainedModel)), model.config)
+    return next(
+        (parent.config for parent in _parents(model, name) if isinstance(parent, PreTrainedModel)), model.config
+    )
 
 
 def select_norms(model, where, filter_fn=None) -> list[NormSite]:

@@ -1,8 +1,8 @@
 """Does the discrepancy of training and inference tell what batch statistics cost? The evidence, run by run."""
 
-from records import FOLDER, read, show, table
+from records import FOLDER, show, table
 from scipy.stats import spearmanr
-from tables_evidence import PLACEMENTS, TASKS
+from tables_evidence import TASKS, read_runs
 
 
 PICTURE = FOLDER.parent / "docs/pictures/evidence-tid.svg"
@@ -19,12 +19,11 @@ def find_points():
     """
     points = {}
     for task, (_, metric, scale, more_is_better) in TASKS.items():
-        records = [read(path) for path in sorted((FOLDER / "evidence" / task / "table").glob("*.json"))]
-        runs = {(each["arguments"]["placement"], each["norm"], each["seed"]): each for each in records}
+        runs = {(each["arguments"]["placement"], each["norm"], each["seed"]): each for each in read_runs(task)}
         for (placement, norm, seed), run in runs.items():
             base = runs.get((placement, "layernorm", seed))
             tids = [entry["tid_var_max"] for entry in run["history"] if entry.get("tid_var_max")]
-            if more_is_better and norm in NORMS and base and tids and placement in PLACEMENTS:
+            if more_is_better and norm in NORMS and base and tids:
                 gain = scale * (run["metrics"][metric] - base["metrics"][metric])
                 points.setdefault((task, norm), []).append((tids[-1], gain))
     return points

@@ -34,10 +34,15 @@ COLORS = ("#E69F00", "#D55E00", "#0072B2", "#009E73")  # Okabe and Ito
 TOLERATED = 0.2  # points: a norm whose mean is lower by more is not called as good as LayerNorm
 
 
+def read_runs(task):
+    """The records of the table of a task."""
+    return [read(path) for path in sorted((FOLDER / "evidence" / task / "table").glob("*.json"))]
+
+
 def find_settings():
     """Each task and placement whose runs are complete, with a row of the comparison for each norm and variant."""
     for task, (label, metric, _, _) in TASKS.items():
-        records = [read(path) for path in sorted((FOLDER / "evidence" / task / "table").glob("*.json"))]
+        records = read_runs(task)
         for placement in PLACEMENTS:
             runs = [
                 record | {"placement": placement}

@@ -3,7 +3,7 @@
 from statistics import fmean, stdev
 
 from records import show, table, values_of
-from tables_calibration import post_training, summarize
+from tables_calibration import post_training
 
 
 NORMS = {"layernorm": "LayerNorm", "batchnorm": "BatchNorm", "rbn": "RBN", "powernorm": "PowerNorm"}
@@ -53,9 +53,9 @@ def table_of_replacements():
     before = f"accuracy {100 * fmean(values_of(models, 'rows[way=*].accuracy_before')):.1f}"
     after = [100 * fmean(values_of(models, f"rows[way={way}].accuracy")) for way in ways]
     rows.append(("all-MiniLM-L6-v2, SST-2 (3 models)", before, *(f"{value:.1f}" for value in after)))
-    figures = {way: summarize(records.values(), way) for task, way, records in post_training() if task == "wnut17"}
-    shown = (figures["converted"]["before"], figures["converted"]["after"], figures["distilled"]["after"])
-    before, *after = (f"{float(value):.1f}" for value in shown)
+    records = next(found.values() for task, way, found in post_training() if (task, way) == ("wnut17", "distilled"))
+    means = (fmean(record["metrics"][way] for record in records) for way in ("before", "converted", "distilled"))
+    before, *after = (f"{value:.1f}" for value in means)
     rows.append(("all-MiniLM-L6-v2, WNUT-17 (3 models)", f"F1 of entities {before}", "", *after))
     for name, (stem, score, metric, form) in REPLACED.items():
         (before,) = values_of(f"conversion/{stem}.json", f"before.{metric}")

@@ -79,7 +79,7 @@ def test_verdicts(gain, verdict, is_as_good):
 
 
 def test_the_discrepancy_stands_beside_the_gain_over_the_same_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables_discrepancies, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables_evidence, "FOLDER", tmp_path)
     folder = tmp_path / "evidence/trec/table"
     folder.mkdir(parents=True)
     for seed in range(3):

@@ -36,8 +36,7 @@ def example_inputs(
         ids = torch.randint(vocabulary_of(model) or _IDS, (rows, length), generator=generator)
         end = getattr(config, "eos_token_id", None)
         if config.is_encoder_decoder and isinstance(end, int) and 0 <= end < (vocabulary_of(model) or 0):
-            # Some heads, such as that of BART for classification, read the state of the last token, of which there
-            # has to be one.
+            # Some heads need one end of sentence in each text. BART for classification reads the state there.
             ids[ids == end] = (end + 1) % vocabulary_of(model)
             ids[:, -1] = end
         inputs["input_ids"] = ids
